@@ -1,0 +1,85 @@
+"""What a quantization run is asked to do: one frozen record, checked once."""
+
+from dataclasses import asdict, dataclass
+
+from gptq.errors import UserError
+
+BITS = (2, 3, 4, 8)
+ORDERS = ("gar", "natural", "act")
+SCALE_SEARCHES = ("hessian", "mse", "minmax")
+METHODS = ("gptq", "rtn")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Settings of a quantization. Raises UserError for a value that cannot work."""
+
+    bits: int = 4
+    group_size: int = 128
+    """Inputs that share a scale and a zero point; -1 means all inputs of a layer."""
+    sym: bool = False
+    """Symmetric: the zero point is 2**(bits-1) throughout."""
+    order: str = "gar"
+    """In what order columns are solved: `gar` (groups, then columns in a group, by falling
+    diagonal of H; needs no g_idx), `natural`, or `act` (columns by falling diagonal of H)."""
+    static_groups: bool = False
+    """Find all grids before solving; with order `act` this makes g_idx needless."""
+    true_sequential: bool = True
+    """Solve the layers of a block in turn, each on inputs that the ones before it produce."""
+    percdamp: float = 0.01
+    """Added to the diagonal of H, as a share of its mean."""
+    scale_search: str = "hessian"
+    """How a group's range is shrunk: by its error under H, by |error|**2.4, or not at all."""
+    method: str = "gptq"
+    """`gptq`, or `rtn` for plain rounding to nearest."""
+
+    def __post_init__(self) -> None:
+        _choice("--wbits", self.bits, BITS)
+        _choice("--order", self.order, ORDERS)
+        _choice("--scale-search", self.scale_search, SCALE_SEARCHES)
+        _choice("method", self.method, METHODS)
+        if self.group_size != -1 and (type(self.group_size) is not int or self.group_size < 1):
+            raise UserError(
+                f"--groupsize {self.group_size} is not possible: give a number of inputs such as "
+                "128, or -1 for one group of all inputs"
+            )
+        if not 0 < self.percdamp < 10:
+            raise UserError(
+                f"--percdamp {self.percdamp} is not possible: give a share of the mean diagonal "
+                "above 0 and below 10, such as 0.01"
+            )
+
+    @property
+    def needs_g_idx(self) -> bool:
+        """Whether groups are runs of permuted inputs, so that a reader needs g_idx."""
+        return (
+            self.method == "gptq"
+            and self.order == "act"
+            and not self.static_groups
+            and self.group_size != -1
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def check_packable(name: str, in_features: int, out_features: int, bits: int) -> None:
+    """Raise UserError unless a layer of this shape has whole 32-bit words both ways."""
+    for what, size in (("in_features", in_features), ("out_features", out_features)):
+        if size * bits % 32:
+            raise UserError(
+                f"{name}: {what} {size} at {bits} bits does not fill whole 32-bit words, which "
+                f"checkpoint formats need; use --wbits {_widest(size)}"
+            )
+
+
+def _widest(size: int) -> str:
+    fitting = [str(bits) for bits in BITS if size * bits % 32 == 0]
+    return " or ".join(fitting) if fitting else "16"
+
+
+def _choice(name: str, value: object, choices: tuple) -> None:
+    # `True in (1, 2)` holds in Python, so that the type is looked at too.
+    if value not in choices or type(value) is not type(choices[0]):
+        listed = ", ".join(map(str, choices))
+        raise UserError(f"{name} {value} is not possible: choose one of {listed}")

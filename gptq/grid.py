@@ -1,0 +1,91 @@
+"""Scale and zero point of a group, and rounding on the grid they span.
+
+A group is a slice of W transposed: (g, out), one column for each output, and every output has a
+grid of its own: the values scale * (q - zero) for q in 0..2**bits - 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# From a little over the range of the weights, which can suit a symmetric grid, down to 0.6 of it.
+SHRINK_FACTORS = tuple(torch.linspace(1.04, 0.6, 22, dtype=torch.float64).tolist())
+MSE_NORM = 2.4
+_HALF = torch.finfo(torch.float16)
+_HALF_SMALLEST = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Grid:
+    scale: Tensor
+    """(out,), positive, in the working type but exactly a float16 number."""
+    zero: Tensor
+    """(out,), whole numbers in 1..2**bits - 1, in the working type."""
+
+
+def quantize(w: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Nearest integers of w (..., out) on the grid, in w's dtype; ties go to even."""
+    return torch.round(w / grid.scale).add_(grid.zero).clamp_(0, 2**bits - 1)
+
+
+def dequantize(q: Tensor, grid: Grid) -> Tensor:
+    """The numbers that integers q (..., out) stand for."""
+    return (q - grid.zero) * grid.scale
+
+
+def to_stored(scale: Tensor) -> Tensor:
+    """Round a scale to float16, the type checkpoints store, and keep it positive and finite."""
+    return scale.clamp(_HALF_SMALLEST, _HALF.max).to(torch.float16).to(scale.dtype)
+
+
+def find_grid(w: Tensor, bits: int, sym: bool, search: str, H: Tensor | None = None) -> Grid:
+    """The grid of each output for one group of inputs.
+
+    w: floating (g, out).
+    search: "minmax" takes the range of the weights; "mse" and "hessian" try SHRINK_FACTORS of it
+        and keep the one with the least sum of |error|**2.4, or the least error^T H error.
+    H: (g, g), the group's block of the Hessian; needed by "hessian" alone.
+    Zero points stay in 1..2**bits - 1, which every reader of the "gptq" format agrees on.
+    """
+    low, high = _range(w)
+    if search == "minmax":
+        return _grid(low, high, bits, sym)
+    best = _grid(low, high, bits, sym)
+    best_loss = torch.full_like(low, torch.inf)
+    for factor in SHRINK_FACTORS:
+        grid = _grid(low * factor, high * factor, bits, sym)
+        error = dequantize(quantize(w, grid, bits), grid).sub_(w)
+        if search == "hessian":
+            if H is None:
+                raise ValueError('search "hessian" needs H')
+            loss = (H @ error).mul_(error).sum(0)
+        else:
+            loss = error.abs_().pow_(MSE_NORM).sum(0)
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best = Grid(
+            torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
+        )
+    return best
+
+
+def _range(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest weight of each output, zero included; -1 and 1 where all are zero."""
+    low = w.amin(0).clamp(max=0)
+    high = w.amax(0).clamp(min=0)
+    empty = (low == 0) & (high == 0)
+    return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+
+
+def _grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> Grid:
+    maxq = 2**bits - 1
+    if sym:
+        scale = to_stored(2 * torch.maximum(-low, high) / maxq)
+        return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
+    scale = to_stored((high - low) / maxq)
+    zero = torch.round(-low / scale)
+    # A zero point of 0 cannot be stored; with 1, the positive side has one level less to reach.
+    positive = zero < 1
+    scale = torch.where(positive, to_stored(high / (maxq - 1)), scale)
+    return Grid(scale, torch.where(positive, 1.0, zero).clamp_(max=maxq))

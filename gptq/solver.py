@@ -1,0 +1,306 @@
+"""The GPTQ solve: tensors in, a frozen Solution out.
+
+For a layer with weight W (out x in) and inputs x, minimise tr((W - Q) H (W - Q)^T) with
+H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323, Algorithm 1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq.config import QuantConfig
+from gptq.grid import Grid, dequantize, find_grid, quantize
+
+# Columns whose error is spread one at a time before one matmul spreads it over all the rest.
+BLOCK = 128
+DAMP_STEP = 10.0
+DAMP_LIMIT = 1e4
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized linear layer, columns in their original order."""
+
+    q: Tensor
+    """uint8 (out, in)."""
+    scales: Tensor
+    """float16 (groups, out)."""
+    zeros: Tensor
+    """int32 (groups, out), each in 1..2**bits - 1."""
+    g_idx: Tensor
+    """int32 (in,): the group of each input."""
+    loss: Tensor
+    """(out,): error^T H error of each row, H as given and undamped."""
+    rtn_loss: Tensor
+    """(out,): the same for plain rounding of W on the same grid."""
+    energy: Tensor
+    """(out,): w^T H w of each row, what `loss` is to be compared with."""
+    kept_rtn: Tensor
+    """bool (out,): rows that keep plain rounding, since its loss was lower."""
+    damp: float
+    """Share of the mean diagonal that was added to H."""
+
+    def rows(self, start: int, stop: int) -> "Solution":
+        """The solution of output rows start..stop alone."""
+        return Solution(
+            self.q[start:stop],
+            self.scales[:, start:stop],
+            self.zeros[:, start:stop],
+            self.g_idx,
+            self.loss[start:stop],
+            self.rtn_loss[start:stop],
+            self.energy[start:stop],
+            self.kept_rtn[start:stop],
+            self.damp,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the integers stand for: dtype (out, in)."""
+        group = self.g_idx.long()
+        scales, zeros = self.scales.to(torch.float32), self.zeros.to(torch.float32)
+        weight = (self.q.T.to(torch.float32) - zeros[group]) * scales[group]
+        return weight.T.to(dtype)
+
+
+def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
+    """Quantize one layer, or several that share their input with their rows stacked.
+
+    W: floating (out, in); H: float32 or float64 (in, in), mean of x x^T; the arithmetic is H's
+    dtype, on H's device. Neither is changed.
+    Where the Cholesky factorization fails, damping is raised tenfold until it succeeds.
+    Raises ValueError when W or H holds NaN or infinity.
+    """
+    if config.method == "rtn":
+        return round_to_nearest(W, H, config)
+    _check_finite(W, H)
+    w = W.to(H.device, H.dtype).T.contiguous()  # (in, out): a column of W lies in one piece
+    H, dead = _mend_dead(H)
+    w[dead] = 0
+    order, runs = column_order(H.diagonal(), config)
+    ordered = H if config.order == "natural" else H[order][:, order]
+    U, damp = inverse_factor(ordered, dead[order], config.percdamp)
+
+    natural = natural_groups(w.shape[0], config.group_size).to(order.device)
+    in_runs = torch.repeat_interleave(torch.arange(len(runs), device=order.device), _lengths(runs))
+    # Group of each column in solving order, and the number by which a reader knows each group.
+    labels = in_runs if config.needs_g_idx else natural[order]
+    static = static_grids(w, H, natural, config) if config.static_groups else None
+    q, scales, zeros = _sweep(w[order], ordered, U, labels, runs, static, config)
+
+    inverse = torch.argsort(order)
+    q, g_idx = q[inverse], labels[inverse]
+    return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
+
+
+def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:
+    """Plain rounding of W (out, in) on the grid of each group of inputs.
+
+    H: (in, in) for the losses and for the search "hessian", which falls back to "minmax"
+    without it; the losses are then plain squared errors.
+    """
+    _check_finite(W, H)
+    dtype = torch.float32 if H is None else H.dtype
+    device = W.device if H is None else H.device
+    w = W.to(device, dtype).T.contiguous()
+    dead = torch.zeros(w.shape[0], dtype=torch.bool, device=device)
+    if H is not None:
+        H, dead = _mend_dead(H)
+        w[dead] = 0
+    natural = natural_groups(w.shape[0], config.group_size).to(device)
+    grids = static_grids(w, H, natural, config)
+    scales = torch.stack([grid.scale for grid in grids])
+    zeros = torch.stack([grid.zero for grid in grids])
+    q = quantize(w, Grid(scales[natural], zeros[natural]), config.bits)
+    return _finish(w, H, q, scales, zeros, natural, config, 0.0, dead)
+
+
+def natural_groups(in_features: int, group_size: int) -> Tensor:
+    """Group of each input when groups are runs of neighbours: int64 (in,)."""
+    size = in_features if group_size == -1 else group_size
+    return torch.arange(in_features) // size
+
+
+def column_order(diagonal: Tensor, config: QuantConfig) -> tuple[Tensor, list[tuple[int, int]]]:
+    """In what order columns are solved, and the runs of that order that share a grid.
+
+    diagonal: (in,), the diagonal of H.
+    Returns a permutation int64 (in,) and (start, stop) positions in it, one pair a group. With
+    order "act" and static groups the runs are not groups; they only bound the blocks.
+    """
+    n = diagonal.shape[0]
+    size = n if config.group_size == -1 else min(config.group_size, n)
+    natural = [(start, min(start + size, n)) for start in range(0, n, size)]
+    if config.order == "natural":
+        return torch.arange(n, device=diagonal.device), natural
+    if config.order == "act":
+        return torch.argsort(diagonal, descending=True, stable=True), natural
+    means = torch.stack([diagonal[a:b].mean() for a, b in natural])
+    columns, runs, position = [], [], 0
+    for group in torch.argsort(means, descending=True, stable=True).tolist():
+        start, stop = natural[group]
+        columns.append(start + torch.argsort(diagonal[start:stop], descending=True, stable=True))
+        runs.append((position, position + stop - start))
+        position += stop - start
+    return torch.cat(columns), runs
+
+
+def inverse_factor(H: Tensor, dead: Tensor, percdamp: float) -> tuple[Tensor, float]:
+    """Upper triangular U with U^T U = (H + damp)^-1, and the damping used.
+
+    H: (in, in), symmetric; dead: bool (in,), columns left out of the mean diagonal.
+    Damping starts at percdamp times the mean diagonal. With P the reversal of rows and L the
+    Cholesky factor of P H P, U is P L^-1 P: one factorization and one triangular inverse.
+    """
+    diagonal = H.diagonal()
+    live = diagonal[~dead]
+    mean = live.mean() if live.numel() else diagonal.mean()
+    eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    while True:
+        flipped = H.flip(0, 1)
+        flipped.diagonal().add_(percdamp * mean)
+        L, failed = torch.linalg.cholesky_ex(flipped)
+        if not failed:
+            U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
+            if bool(torch.isfinite(U).all()):
+                return U, percdamp
+        percdamp = max(percdamp, 1e-4) * DAMP_STEP
+        if percdamp > DAMP_LIMIT:
+            raise ValueError("H cannot be made positive definite; its inputs may have overflowed")
+
+
+def static_grids(
+    w: Tensor, H: Tensor | None, groups: Tensor, config: QuantConfig
+) -> tuple[Grid, ...]:
+    """A grid for each group of the unsolved weight w (in, out)."""
+    search = "minmax" if H is None and config.scale_search == "hessian" else config.scale_search
+    grids = []
+    for group in range(int(groups[-1]) + 1):
+        member = torch.nonzero(groups == group).squeeze(1)
+        block = None if H is None else H[member][:, member]
+        grids.append(find_grid(w[member], config.bits, config.sym, search, block))
+    return tuple(grids)
+
+
+def _sweep(
+    w: Tensor,
+    H: Tensor,
+    U: Tensor,
+    labels: Tensor,
+    runs: list[tuple[int, int]],
+    static: tuple[Grid, ...] | None,
+    config: QuantConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the columns of w (in, out), given in solving order; w is used up.
+
+    Returns q (in, out) in the same order, and scales and zeros (groups, out) by label.
+    """
+    count = int(labels.max()) + 1
+    scales = w.new_empty((count, w.shape[1]))
+    zeros = w.new_empty((count, w.shape[1]))
+    if static is not None:
+        scales.copy_(torch.stack([grid.scale for grid in static]))
+        zeros.copy_(torch.stack([grid.zero for grid in static]))
+    q = torch.empty_like(w)
+    label_of = labels.tolist()
+    ends = dict(runs)
+    for start, stop in _blocks(runs):
+        errors = torch.empty_like(w[start:stop])
+        for j in range(start, stop):
+            label = label_of[j]
+            if static is None and j in ends:
+                span = slice(j, ends[j])
+                # Every earlier column's error has reached these weights: no stale grid.
+                grid = find_grid(
+                    w[span], config.bits, config.sym, config.scale_search, H[span, span]
+                )
+                scales[label], zeros[label] = grid.scale, grid.zero
+            grid = Grid(scales[label], zeros[label])
+            q[j] = quantize(w[j], grid, config.bits)
+            error = (w[j] - dequantize(q[j], grid)) / U[j, j]
+            errors[j - start] = error
+            w[j + 1 : stop].addr_(U[j, j + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    return q, scales, zeros
+
+
+def _blocks(runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Cut the columns into blocks of about BLOCK such that no group starts before its weights
+    are up to date: a block holds whole groups, or is a piece of one group."""
+    start = 0
+    for index, (begin, stop) in enumerate(runs):
+        last = index + 1 == len(runs)
+        if stop - begin > BLOCK:
+            if start < begin:
+                yield start, begin
+            yield from ((a, min(a + BLOCK, stop)) for a in range(begin, stop, BLOCK))
+            start = stop
+        elif last or runs[index + 1][1] - start > BLOCK:
+            yield start, stop
+            start = stop
+
+
+def _finish(
+    w: Tensor,
+    H: Tensor | None,
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    config: QuantConfig,
+    damp: float,
+    dead: Tensor,
+) -> Solution:
+    """Measure each row, let rows that plain rounding serves better keep it, and store.
+
+    w, q: (in, out) in the original order.
+    """
+    grid = Grid(scales[g_idx], zeros[g_idx])
+    rounded = quantize(w, grid, config.bits)
+    loss = _row_loss(dequantize(q, grid).sub_(w), H, dead)
+    rtn_loss = _row_loss(dequantize(rounded, grid).sub_(w), H, dead)
+    kept = rtn_loss < loss
+    q = torch.where(kept, rounded, q)
+    return Solution(
+        q=q.T.to(torch.uint8).contiguous(),
+        scales=scales.to(torch.float16),
+        zeros=zeros.to(torch.int32),
+        g_idx=g_idx.to(torch.int32),
+        loss=torch.where(kept, rtn_loss, loss),
+        rtn_loss=rtn_loss,
+        energy=_row_loss(w.clone(), H, dead),
+        kept_rtn=kept,
+        damp=damp,
+    )
+
+
+def _row_loss(error: Tensor, H: Tensor | None, dead: Tensor) -> Tensor:
+    """error^T H error for each output; error (in, out) is used up."""
+    if H is None:
+        return error.square_().sum(0)
+    # A dead input carries nothing, whatever H was given there to make it invertible.
+    error[dead] = 0
+    return (H @ error).mul_(error).sum(0)
+
+
+def _mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
+    """H with an ordinary diagonal for inputs that never fired, and which those are: bool (in,)."""
+    dead = H.diagonal() == 0
+    if not bool(dead.any()):
+        return H, dead
+    H = H.clone()
+    live = H.diagonal()[~dead]
+    H.diagonal()[dead] = live.mean() if live.numel() else H.new_ones(())
+    return H, dead
+
+
+def _lengths(runs: list[tuple[int, int]]) -> Tensor:
+    return torch.tensor([stop - start for start, stop in runs])
+
+
+def _check_finite(W: Tensor, H: Tensor | None) -> None:
+    if not bool(torch.isfinite(W).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    if H is not None and not bool(torch.isfinite(H).all()):
+        raise ValueError("the inputs hold NaN or infinity")

@@ -1,0 +1,70 @@
+"""The packed weight of one linear layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant_cuda.packing import BITS, words_for
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized weight (in x out) in the layout of docs/format.md.
+
+    Weight [i, o] is `scales[g, o] * (q[i, o] - zero[g, o])`, where g is `g_idx[i]`.
+    """
+
+    qweight: Tensor
+    """int32 (in * bits / 32, out)."""
+    qzeros: Tensor
+    """int32 (groups, ceil(out * bits / 32)); each field is the zero point less `zero_offset`."""
+    scales: Tensor
+    """floating (groups, out)."""
+    g_idx: Tensor | None
+    """Group of each input, int32 (in,); None means i // group_size."""
+    bits: int
+    group_size: int
+    """Inputs in a group; -1 means that all inputs are one group."""
+    in_features: int
+    zero_offset: int = 1
+    """1 for checkpoints of format "gptq", 0 for "gptq_v2"."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"{self.bits} bits are not supported; choose one of 2, 3, 4, 8")
+        rows = words_for(self.in_features, self.bits)
+        zero_words = words_for(self.out_features, self.bits)
+        for name, tensor, shape in (
+            ("qweight", self.qweight, (rows, self.out_features)),
+            ("qzeros", self.qzeros, (self.scales.shape[0], zero_words)),
+        ):
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, not {tensor.dtype}")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+        if not self.scales.is_floating_point():
+            raise TypeError(f"scales must be floating point, not {self.scales.dtype}")
+        if self.g_idx is None and self.scales.shape[0] != self.groups:
+            raise ValueError(
+                f"scales must have {self.groups} rows for {self.in_features} inputs in groups of "
+                f"{self.group_size}, not {self.scales.shape[0]}"
+            )
+        if self.g_idx is not None and tuple(self.g_idx.shape) != (self.in_features,):
+            raise ValueError(
+                f"g_idx must have shape ({self.in_features},), not {tuple(self.g_idx.shape)}"
+            )
+
+    @property
+    def out_features(self) -> int:
+        return self.scales.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups that `group_size` makes of the inputs."""
+        return group_count(self.in_features, self.group_size)
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Groups in `in_features` inputs; the last may be short, and -1 is one group of all."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
