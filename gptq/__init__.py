@@ -1,0 +1,29 @@
+"""GPTQ quantization of LLaMA and BLOOM models. Importing this loads neither torch nor the rest."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptq.api import load, quantize
+    from gptq.config import QuantConfig
+    from gptq.qlinear import QuantLinear
+
+__version__ = "0.1.0"
+__all__ = ["QuantConfig", "QuantLinear", "load", "quantize"]
+
+_HOMES = {
+    "QuantConfig": "gptq.config",
+    "QuantLinear": "gptq.qlinear",
+    "load": "gptq.api",
+    "quantize": "gptq.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

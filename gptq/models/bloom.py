@@ -4,6 +4,7 @@ from gptq.models.spec import ModelSpec
 
 BLOOM = ModelSpec(
     model_type="bloom",
+    architecture="BloomForCausalLM",
     base="transformer",
     blocks="transformer.h",
     embed=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),

@@ -4,6 +4,7 @@ from gptq.models.spec import ModelSpec
 
 LLAMA = ModelSpec(
     model_type="llama",
+    architecture="LlamaForCausalLM",
     base="model",
     blocks="model.layers",
     embed=("model.embed_tokens",),
@@ -15,6 +16,7 @@ LLAMA = ModelSpec(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    computed=("model.rotary_emb",),
     old_prefixes=(("model.decoder.", "model."),),
     dropped=("rotary_emb.inv_freq",),
 )

@@ -12,6 +12,8 @@ class ModelSpec:
 
     model_type: str
     """`config.model_type` of the Hugging Face configuration."""
+    architecture: str
+    """The Hugging Face class, as config.json names it."""
     base: str
     """The module that maps token ids to final hidden states, for instance `model`."""
     blocks: str
@@ -24,6 +26,8 @@ class ModelSpec:
     """The output projection; reads the input embedding's weight where the two are tied."""
     groups: tuple[tuple[str, ...], ...]
     """Linear layers of one block, in the order they run; those of one group share their input."""
+    computed: tuple[str, ...] = ()
+    """Modules without weights whose buffers are computed from the configuration."""
     old_prefixes: tuple[tuple[str, str], ...] = ()
     """(old, new) beginnings of tensor names: files written by early tools or without the base."""
     dropped: tuple[str, ...] = ()

@@ -1,0 +1,206 @@
+"""The two calls most people need: quantize a model into a file, and load it again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gptq import evaluate, export, skeleton
+from gptq.calibration import calibration_windows, text_fingerprint
+from gptq.checkpoint import Checkpoint, attach
+from gptq.config import QuantConfig
+from gptq.errors import UserError
+from gptq.files import check_writable, open_journal
+from gptq.machine import peak_memory, pick_device, pick_dtype
+from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
+from gptq.source import ModelSource, open_model
+
+DEFAULT_NSAMPLES = 128
+DEFAULT_SEQLEN = 2048
+
+
+def quantize(
+    model: str | Path,
+    dataset: str | Path | None,
+    config: QuantConfig | None = None,
+    *,
+    save: str | Path | None = None,
+    save_safetensors: str | Path | None = None,
+    save_dir: str | Path | None = None,
+    nsamples: int = DEFAULT_NSAMPLES,
+    seqlen: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    resume: bool = False,
+    progress: Callable[[LayerReport, int], None] | None = None,
+) -> Report:
+    """Quantize a model and write it.
+
+    model: a local folder, a hub name, or a `.gguf` file.
+    dataset: what to calibrate on: c4, wikitext2, ptb, or a file of text, jsonl or parquet;
+        method "rtn" can do without.
+    save, save_safetensors, save_dir: a `.pt`, a `.safetensors`, a Hugging Face folder; at least
+        one. Each appears complete or not at all.
+    nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
+        the model can take).
+    resume: continue a run of the same arguments that was stopped.
+    progress: called after each layer with its report and the number of layers in all.
+    Raises gptq.errors.UserError for anything in the arguments that cannot work.
+    """
+    started = perf_counter()
+    config = config or QuantConfig()
+    outputs = [Path(path) for path in (save, save_safetensors, save_dir) if path is not None]
+    if not outputs:
+        raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
+    for path in outputs:
+        check_writable(path)
+    source = open_model(model)
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where, source.config.dtype)
+    windows = _windows(source, dataset, config, nsamples, seqlen, seed)
+    calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
+    meta = {**calibration, **({} if dataset is None else {"dataset": Path(dataset).name})}
+    total = len(source.spec.linears) * source.config.num_hidden_layers
+    layers = []
+    run = identity(source, config, dtype=kind, **calibration)
+    with open_journal(outputs[0], run, resume) as journal:
+        for layer in quantize_blocks(source, windows, config, journal, where, kind):
+            layers.append(layer)
+            if progress is not None:
+                progress(layer, total)
+        tensors = export.assemble(source, journal)
+        said = export.settings(config, meta)
+        if save is not None:
+            export.write_pt(Path(save), tensors, said)
+        if save_safetensors is not None:
+            export.write_safetensors(Path(save_safetensors), tensors, said)
+        if save_dir is not None:
+            export.write_folder(Path(save_dir), source, tensors, config, meta)
+        journal.remove()
+    seconds = perf_counter() - started
+    return Report(config, tuple(layers), tuple(outputs), seconds, peak_memory(where))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A full or quantized model whose weights are still on disk."""
+
+    source: ModelSource
+    model: PreTrainedModel
+    """Without weights; packed layers are in place."""
+    checkpoint: Checkpoint | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def tensors(self):
+        return self.source.tensors if self.checkpoint is None else self.checkpoint.tensors
+
+
+def open_weights(
+    model: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Opened:
+    """Everything but the weights: for `load_weights`, or to be run block by block.
+
+    A `model` folder that is itself quantized needs no `checkpoint`.
+    """
+    source = open_model(model)
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where, source.config.dtype)
+    bare = skeleton.build(source.config, source.spec, where)
+    quantized = getattr(source.config, "quantization_config", None) is not None
+    path = Path(checkpoint) if checkpoint is not None else source.folder if quantized else None
+    attached = None
+    if path is not None:
+        attached = attach(bare, source.spec, path, bits, group_size)
+    return Opened(source, bare, attached, where, kind)
+
+
+def load_weights(opened: Opened) -> PreTrainedModel:
+    """Fill every part of an opened model; it is then an ordinary transformers model."""
+    model, spec = opened.model, opened.source.spec
+    for name in skeleton.parts(model, spec):
+        if name == spec.head and model.config.tie_word_embeddings:
+            model.get_submodule(spec.head).weight = model.get_submodule(spec.embed[0]).weight
+        else:
+            skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
+    if (opened.source.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
+    return model
+
+
+def load(
+    model: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model ready to run, and its tokenizer.
+
+    model: where the configuration and tokenizer are, as for `quantize`.
+    checkpoint: a `.pt`, `.safetensors` or folder made from it; None for the full model, or where
+        `model` is a quantized folder.
+    bits, group_size: only for files that do not say them.
+    Raises gptq.errors.UserError for files that are damaged, disagree or belong to another model.
+    """
+    opened = open_weights(
+        model, checkpoint, bits=bits, group_size=group_size, device=device, dtype=dtype
+    )
+    tokenizer = opened.source.tokenizer()
+    return load_weights(opened), tokenizer
+
+
+def perplexity(
+    opened: Opened, windows: Tensor, progress: Callable[[int, int], None] | None = None
+) -> float:
+    """Perplexity of an opened model on windows (n, seqlen), one block in memory at a time."""
+    return evaluate.perplexity(
+        opened.model,
+        opened.source.spec,
+        opened.tensors,
+        windows,
+        opened.device,
+        opened.dtype,
+        progress,
+    )
+
+
+def _windows(
+    source: ModelSource,
+    dataset: str | Path | None,
+    config: QuantConfig,
+    nsamples: int,
+    seqlen: int | None,
+    seed: int,
+) -> Tensor | None:
+    if dataset is None:
+        if config.method == "rtn":
+            return None
+        raise UserError("no DATASET to calibrate on: give c4, wikitext2, ptb or a text file")
+    return calibration_windows(
+        dataset, source.tokenizer(), nsamples, window_length(source, seqlen), seed
+    )
+
+
+def window_length(source: ModelSource, seqlen: int | None) -> int:
+    """Tokens in a window: as asked, else 2048 or the model's own limit where that is lower."""
+    limit = getattr(source.config, "max_position_embeddings", None)
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit is not None and seqlen > limit:
+        raise UserError(f"--seqlen {seqlen} exceeds the {limit} positions of {source.name}")
+    return seqlen

@@ -1,0 +1,228 @@
+"""Quantize a model block by block: capture, accumulate, solve, pack, propagate."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gptq import skeleton
+from gptq.config import QuantConfig, check_packable
+from gptq.errors import UserError
+from gptq.files import Journal
+from gptq.models import ModelSpec
+from gptq.qlinear import QuantLinear
+from gptq.solver import Solution, round_to_nearest, solve
+from gptq.source import ModelSource
+from quant_cuda.reference import dequantize
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer."""
+
+    block: int
+    name: str
+    loss: float
+    """Output error on the calibration inputs, as a share of the output's energy."""
+    rtn_loss: float
+    """The same for plain rounding on the same grid."""
+    kept_rtn: int
+    """Rows that keep plain rounding."""
+    rows: int
+    damp: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a quantization did."""
+
+    config: QuantConfig
+    layers: tuple[LayerReport, ...]
+    written: tuple[Path, ...]
+    """Files and folders, in the order they were asked for."""
+    seconds: float
+    """Wall time of the run."""
+    peak_memory: int
+    """Bytes; on a CPU resident memory of the process, on a GPU its allocator's."""
+
+
+def quantize_blocks(
+    source: ModelSource,
+    windows: Tensor | None,
+    config: QuantConfig,
+    journal: Journal,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[LayerReport]:
+    """Solve every linear layer of every block and write each finished block to the journal.
+
+    windows: int64 (nsamples, seqlen), the calibration tokens; method "rtn" can do without, and
+        its losses are then those of the weights.
+    One block's weights are in memory at a time. Blocks that the journal holds already are only
+    run. Yields a report a layer.
+    Raises UserError for a layer whose weights or inputs are not finite or cannot be packed.
+    """
+    spec = source.spec
+    model = skeleton.build(source.config, spec, device)
+    check_layers(model, spec, config.bits)
+    stream = skeleton.Stream([], {})
+    if windows is not None:
+        stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype)
+    for index in range(skeleton.block_count(model, spec)):
+        name = spec.block(index)
+        block = skeleton.fill(model, spec, name, source.tensors, device, dtype)
+        if journal.has(index):
+            tensors, record = journal.read(index)
+            for linear in spec.linears:
+                put_quantized(skeleton.linear(block, linear), tensors, f"{name}.{linear}", config)
+            yield from (LayerReport(**layer) for layer in record)
+        else:
+            _check_weights(block, name)
+            tensors, reports = {}, []
+            for group in _steps(spec, config):
+                for report, state in _quantize_group(block, name, index, group, stream, config):
+                    reports.append(report)
+                    tensors.update(state)
+                    yield report
+            journal.write(index, tensors, [asdict(report) for report in reports])
+        stream.through(block)
+        skeleton.drop(block)
+
+
+def check_layers(model: PreTrainedModel, spec: ModelSpec, bits: int) -> None:
+    """Raise UserError unless every layer that is to be quantized can be packed."""
+    for linear in spec.linears:
+        layer = skeleton.linear(model, f"{spec.block(0)}.{linear}")
+        check_packable(linear, layer.in_features, layer.out_features, bits)
+
+
+def put_quantized(
+    linear: nn.Linear, tensors: Mapping[str, Tensor], name: str, config: QuantConfig
+) -> None:
+    """Give a dense layer the numbers that its packed tensors stand for."""
+    packed = QuantLinear(
+        linear.in_features, linear.out_features, config.bits, config.group_size, device="meta"
+    )
+    weight = linear.weight
+    state = {key: tensors[f"{name}.{key}"].to(weight.device) for key in packed.state_dict()}
+    packed.load_state_dict(state, assign=True)
+    weight.copy_(dequantize(packed.packed(), weight.dtype).T)
+
+
+def fingerprint(source: ModelSource) -> str:
+    """A short hash that tells models apart: the configuration and the first and last block."""
+    digest = hashlib.sha256(source.config.to_json_string().encode())
+    last = source.config.num_hidden_layers - 1
+    prefixes = tuple(source.spec.block(index) + "." for index in {0, last})
+    for name in sorted(source.tensors):
+        if name.startswith(prefixes):
+            digest.update(name.encode())
+            digest.update(source.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict[str, object]:
+    """Everything that decides the result of a run, as the journal remembers it."""
+    known = {**config.to_dict(), "model": fingerprint(source), **others}
+    return json.loads(json.dumps(known, default=str))
+
+
+def _steps(spec: ModelSpec, config: QuantConfig) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Groups of layers that are solved from one pass over the block."""
+    return tuple((group,) for group in spec.groups) if config.true_sequential else (spec.groups,)
+
+
+def _quantize_group(
+    block: nn.Module,
+    prefix: str,
+    index: int,
+    groups: tuple[tuple[str, ...], ...],
+    stream: skeleton.Stream,
+    config: QuantConfig,
+) -> Iterator[tuple[LayerReport, dict[str, Tensor]]]:
+    """Solve groups of layers from one pass; each group shares one H and one factorization."""
+    started = time.perf_counter()
+    leads = tuple(group[0] for group in groups)
+    hessians = _hessians(block, leads, stream)
+    capture = (time.perf_counter() - started) / len(groups)
+    for group in groups:
+        started = time.perf_counter()
+        layers = [skeleton.linear(block, name) for name in group]
+        weight = torch.cat([layer.weight for layer in layers])
+        solution = _solve(f"{prefix}.{group[0]}", weight, hessians.pop(group[0], None), config)
+        first = 0
+        for name, layer in zip(group, layers, strict=True):
+            share = solution.rows(first, first + layer.out_features)
+            first += layer.out_features
+            packed = _pack(layer, share, config)
+            state = {f"{prefix}.{name}.{key}": t for key, t in packed.state_dict().items()}
+            # What later layers see is the stored words, never the solver's own matrix.
+            layer.weight.copy_(dequantize(packed.packed(), layer.weight.dtype).T)
+            seconds = time.perf_counter() - started + capture / len(group)
+            yield _report(index, name, share, seconds), _to_cpu(state)
+            started = time.perf_counter()
+
+
+def _hessians(
+    block: nn.Module, leads: tuple[str, ...], stream: skeleton.Stream
+) -> dict[str, Tensor]:
+    """H = mean of x x^T in float32 over all tokens, for the inputs of each named layer."""
+    hessians: dict[str, Tensor] = {}
+    tokens = 0
+    for hidden, arguments in stream:
+        tokens += hidden.shape[0] * hidden.shape[1]
+        for name, inputs in skeleton.inputs_of(block, leads, hidden, arguments):
+            x = inputs.reshape(-1, inputs.shape[-1]).float()
+            if name not in hessians:
+                hessians[name] = x.new_zeros((x.shape[1], x.shape[1]))
+            hessians[name].addmm_(x.T, x)
+    return {name: H.div_(tokens) for name, H in hessians.items()}
+
+
+def _solve(name: str, weight: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:
+    if H is None:
+        return round_to_nearest(weight, None, config)
+    if not bool(torch.isfinite(H).all()):
+        raise UserError(
+            f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "
+            "is needed"
+        )
+    return solve(weight, H, config)
+
+
+def _pack(layer: nn.Linear, solution: Solution, config: QuantConfig) -> QuantLinear:
+    bias = layer.bias if layer.bias is None else layer.bias.to(torch.float16)
+    return QuantLinear.from_solution(solution, config.bits, config.group_size, bias)
+
+
+def _report(block: int, name: str, solution: Solution, seconds: float) -> LayerReport:
+    energy = max(float(solution.energy.sum(dtype=torch.float64)), torch.finfo(torch.float64).tiny)
+    return LayerReport(
+        block=block,
+        name=name,
+        loss=float(solution.loss.sum(dtype=torch.float64)) / energy,
+        rtn_loss=float(solution.rtn_loss.sum(dtype=torch.float64)) / energy,
+        kept_rtn=int(solution.kept_rtn.sum()),
+        rows=len(solution.loss),
+        damp=solution.damp,
+        seconds=seconds,
+    )
+
+
+def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_weights(block: nn.Module, prefix: str) -> None:
+    for name, parameter in block.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"{prefix}.{name}: holds NaN or infinity; the model is damaged, fetch it again"
+            )

@@ -1,0 +1,55 @@
+"""Tables of a finished run."""
+
+from collections import Counter
+
+from rich.table import Table
+
+from gptq.pipeline import Report
+
+MIB = 2**20
+
+
+def layer_table(report: Report) -> Table:
+    """A line for every layer, in the order they were solved."""
+    table = Table(title="layers", title_justify="left")
+    table.add_column("block", justify="right")
+    table.add_column("layer")
+    for heading in ("loss", "rounding", "rows rounded", "damp", "seconds"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        table.add_row(
+            str(layer.block),
+            layer.name,
+            f"{layer.loss:.3e}",
+            f"{layer.rtn_loss:.3e}",
+            f"{layer.kept_rtn}/{layer.rows}",
+            f"{layer.damp:g}",
+            f"{layer.seconds:.2f}",
+        )
+    return table
+
+
+def totals_table(report: Report) -> Table:
+    """What the run came to."""
+    count = len(report.layers)
+    damps = Counter(layer.damp for layer in report.layers)
+    table = Table(title="totals", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_row("layers", str(count))
+    table.add_row("mean loss", f"{sum(x.loss for x in report.layers) / count:.3e} of the output")
+    table.add_row("mean loss of rounding", f"{sum(x.rtn_loss for x in report.layers) / count:.3e}")
+    kept, rows = sum(x.kept_rtn for x in report.layers), sum(x.rows for x in report.layers)
+    table.add_row("rows that keep rounding", f"{kept} of {rows}")
+    table.add_row("damp", ", ".join(f"{damp:g} ({n} layers)" for damp, n in sorted(damps.items())))
+    table.add_row("time", f"{report.seconds:.1f} s")
+    table.add_row("peak memory", f"{report.peak_memory / MIB:.0f} MiB")
+    for path in report.written:
+        table.add_row("written", f"{path} ({size_of(path) / MIB:.1f} MiB)")
+    return table
+
+
+def size_of(path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.iterdir() if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files)

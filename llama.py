@@ -1,0 +1,9 @@
+"""Quantize or run a llama model: `python llama.py --help`."""
+
+import sys
+
+from gptq.cli import main
+from gptq.models import LLAMA
+
+if __name__ == "__main__":
+    sys.exit(main(LLAMA))
