@@ -1,0 +1,50 @@
+# make demo    quantize a real model to 4 bit, load it again, and compare
+# make test    the test-suite
+# make lint    ruff and mypy
+# make clean   remove the environment and everything downloaded or built
+#
+# PYTHON=python3.12   the interpreter that the environment is made with
+# VENV=path           an environment that has everything already; nothing is installed into it
+# TORCH=torch==2.11.0 another torch than the one chosen below
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+# On x86 Linux PyPI's own torch brings gigabytes of CUDA libraries. Where there is no GPU the build
+# without them is preferred; an index that has it (PIP_EXTRA_INDEX_URL, or pip's configuration) is
+# listed on pytorch.org under "CPU".
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH ?= torch$(if $(GPU),,==2.13.0)
+
+.PHONY: demo test lint clean venv
+
+demo: venv
+	@$(RUN) -m benchmarks.demo
+
+test: venv
+	@$(RUN) -m pytest
+
+lint: venv
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+ifeq ($(VENV),.venv)
+venv: .venv/ready
+
+.venv/ready: pyproject.toml
+	@echo "setting up .venv (minutes, the first time)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) --upgrade pip
+	@$(PIP) "$(TORCH)"
+	@$(PIP) --editable ".[test]"
+	@touch $@
+else
+venv:
+	@test -x $(RUN) || { echo "error: $(VENV) is no environment: $(RUN) is not there"; exit 2; }
+endif

@@ -1,0 +1,1 @@
+"""Evidence: each module is a script that prints one table."""
