@@ -144,6 +144,7 @@ def gguf_config(path: Path) -> PretrainedConfig:
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
     common: dict[str, Any] = {
+        "architectures": [SPECS[header.architecture].architecture],
         "vocab_size": embedding.shape[0],
         "hidden_size": header.count("embedding_length"),
         "num_hidden_layers": header.count("block_count"),
@@ -153,7 +154,6 @@ def gguf_config(path: Path) -> PretrainedConfig:
     }
     if header.architecture == "bloom":
         return BloomConfig(
-            architectures=["BloomForCausalLM"],
             layer_norm_epsilon=header.number("attention.layer_norm_epsilon"),
             **common,
         )
@@ -161,7 +161,6 @@ def gguf_config(path: Path) -> PretrainedConfig:
     if header.count("rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{path} rotates a part of each head only, which LLaMA models do not do")
     return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
         intermediate_size=header.count("feed_forward_length"),
         num_key_value_heads=header.kv_heads,
         head_dim=head_dim,
