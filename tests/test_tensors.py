@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from gptq import tensors as tensors_module
 from gptq.errors import UserError
-from gptq.tensors import open_tensors
+from gptq.tensors import LazyTensors, open_tensors
 
 DTYPES = [
     torch.float64,
@@ -101,6 +101,17 @@ def test_opening_and_asking_for_names_reads_no_values(tmp_path, kind):
         file.write(struct.pack("<1000f", *range(1000)))
     assert "w" in tensors
     assert torch.equal(tensors["w"], torch.arange(1000.0))
+
+
+def test_names_are_known_without_reading():
+    def never() -> torch.Tensor:
+        raise AssertionError("read")
+
+    tensors = LazyTensors({"w": never})
+    assert "w" in tensors
+    assert list(tensors.renamed(lambda name: name + "x")) == ["wx"]
+    with pytest.raises(AssertionError, match="read"):
+        tensors["w"]
 
 
 def test_a_mapping_is_let_go_and_taken_again(tmp_path, monkeypatch):
