@@ -12,8 +12,8 @@ from gptq.errors import UserError
 from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
 from gptq.skeleton import replace
-from gptq.source import as_named_today
-from gptq.tensors import open_tensors
+from gptq.source import to_todays_names
+from gptq.tensors import LazyTensors, open_tensors
 from quant_cuda.packing import BITS, words_for
 from quant_cuda.weight import group_count
 
@@ -52,7 +52,7 @@ def attach(
     tensors that the model has no place for.
     """
     raw, settings = _open(path)
-    tensors = as_named_today(raw, spec)
+    tensors = raw.renamed(to_todays_names(spec))
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -93,8 +93,22 @@ def attach(
             device="meta",
         )
         replace(model, name, layer)
+        _check_g_idx(checkpoint, name, shape.groups)
     _check_all_placed(model, checkpoint)
     return checkpoint
+
+
+def _check_g_idx(checkpoint: Checkpoint, name: str, groups: int) -> None:
+    g_idx = checkpoint.tensors.get(f"{name}.g_idx")
+    if (
+        g_idx is not None
+        and g_idx.numel()
+        and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups
+    ):
+        raise UserError(
+            f"{checkpoint.path}: {name}.g_idx: holds groups {int(g_idx.min())}..{int(g_idx.max())} "
+            f"where there are 0..{groups - 1}; the file is damaged"
+        )
 
 
 def _check_all_placed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -112,7 +126,7 @@ def _check_all_placed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
 
 
-def _open(path: Path) -> tuple[Mapping[str, Tensor], dict[str, object]]:
+def _open(path: Path) -> tuple[LazyTensors, dict[str, object]]:
     """Tensors and settings of a file or folder."""
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")

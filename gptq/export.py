@@ -101,8 +101,9 @@ def write_pt(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, objec
         **{name: {"version": 1} for name in ("", *sorted(modules))},
         SETTINGS_KEY: json.dumps(said),
     }
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
+    # Given a path, torch.save would write its name into the file, and equal runs would differ.
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 def write_safetensors(

@@ -67,7 +67,7 @@ class QuantLinear(nn.Module):
         layer.qweight = pack(solution.q.T, bits)
         layer.qzeros = pack_zeros(solution.zeros, bits, layer.zero_offset)
         layer.scales = solution.scales.contiguous()
-        layer.g_idx = solution.g_idx
+        layer.g_idx = solution.g_idx.clone()
         layer.bias = None if bias is None else bias.detach()
         return layer
 

@@ -75,7 +75,7 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     if config.method == "rtn":
         return round_to_nearest(W, H, config)
     _check_finite(W, H)
-    w = W.to(H.device, H.dtype).T.contiguous()  # (in, out): a column of W lies in one piece
+    w = _transposed(W, H.device, H.dtype)
     H, dead = _mend_dead(H)
     w[dead] = 0
     order, runs = column_order(H.diagonal(), config)
@@ -103,7 +103,7 @@ def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Soluti
     _check_finite(W, H)
     dtype = torch.float32 if H is None else H.dtype
     device = W.device if H is None else H.device
-    w = W.to(device, dtype).T.contiguous()
+    w = _transposed(W, device, dtype)
     dead = torch.zeros(w.shape[0], dtype=torch.bool, device=device)
     if H is not None:
         H, dead = _mend_dead(H)
@@ -282,6 +282,11 @@ def _row_loss(error: Tensor, H: Tensor | None, dead: Tensor) -> Tensor:
     # A dead input carries nothing, whatever H was given there to make it invertible.
     error[dead] = 0
     return (H @ error).mul_(error).sum(0)
+
+
+def _transposed(W: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy of W (out, in) as (in, out), so that a column of W lies in one piece."""
+    return W.detach().to(device, dtype).T.clone(memory_format=torch.contiguous_format)
 
 
 def _mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
         # The mask removes what the arithmetic shift of a negative word draws in.
         values = (words.unsqueeze(1) >> shifts.view(1, -1, 1)).bitwise_and_(mask)
-        return values.to(torch.uint8).view(-1, m)[:count]
+        return values.to(torch.uint8).reshape(-1, m)[:count]
     periods = -(-count // per_period)
     padded = words.new_zeros((periods * per_words, m))
     padded[: words.shape[0]] = words

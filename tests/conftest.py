@@ -1,0 +1,112 @@
+"""Tiny random models as Hugging Face folders, made once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the cat sat on a mat and saw that one dog run over hills while rain fell in the night"
+
+# Nothing a test does may reach for a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 pieces."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([WORDS] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def llama_config(**changes) -> LlamaConfig:
+    """Grouped-query heads, and an intermediate width that groups of 64 leave a short last one."""
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def bloom_config(**changes) -> BloomConfig:
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+    }
+    return BloomConfig(**{**settings, **changes})
+
+
+def make_model(folder: Path, config) -> Path:
+    """A random model of this configuration, its biases and norms random too, with a tokenizer."""
+    torch.manual_seed(7)
+    kind = LlamaForCausalLM if isinstance(config, LlamaConfig) else BloomForCausalLM
+    model = kind(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "embed" not in name:
+                parameter.mul_(4)
+    model.half().save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "Tiny-Llama", llama_config())
+
+
+@pytest.fixture(scope="session")
+def bloom_dir(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "Tiny-Bloom", bloom_config())
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 9,000 tokens of shuffled words."""
+    generator = torch.Generator().manual_seed(3)
+    words = WORDS.split()
+    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=["llama", "bloom"])
+def model_dir(request) -> Path:
+    """Both architectures in turn."""
+    return request.getfixturevalue(f"{request.param}_dir")

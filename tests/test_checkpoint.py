@@ -1,0 +1,156 @@
+"""Reading checkpoints: this package's own, older tools', and what is not one."""
+
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+from conftest import llama_config, make_model
+from safetensors.torch import load_file, save_file
+
+import gptq
+from gptq import QuantConfig, QuantLinear
+from gptq.errors import UserError
+
+PROBE = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def made(llama_dir, text_file, tmp_path_factory):
+    """A 4-bit checkpoint in groups of 32, as .pt and safetensors."""
+    folder = tmp_path_factory.mktemp("made")
+    gptq.quantize(
+        llama_dir,
+        text_file,
+        QuantConfig(bits=4, group_size=32),
+        save=folder / "m.pt",
+        save_safetensors=folder / "m.safetensors",
+        nsamples=4,
+        seqlen=32,
+    )
+    return folder
+
+
+@pytest.fixture
+def state(made):
+    """The tensors alone, without what the file says of itself."""
+    return OrderedDict(torch.load(made / "m.pt", weights_only=True))
+
+
+def logits(folder, checkpoint, **flags):
+    model, _ = gptq.load(folder, checkpoint, **flags)
+    with torch.no_grad():
+        return model(PROBE, use_cache=False).logits
+
+
+def saved(state, path):
+    torch.save(OrderedDict(state), path)
+    return path
+
+
+def test_a_plain_state_dict_needs_no_flags(llama_dir, made, state, tmp_path):
+    path = saved(state, tmp_path / "plain.pt")
+    assert torch.equal(logits(llama_dir, path), logits(llama_dir, made / "m.pt"))
+    assert torch.equal(logits(llama_dir, path, bits=4, group_size=32), logits(llama_dir, path))
+
+
+def test_no_g_idx_and_zero_biases_and_float32_scales(llama_dir, made, state, tmp_path):
+    """As tools of March 2023 and BELLE's release write it."""
+    early = OrderedDict()
+    for name, tensor in state.items():
+        if name.endswith(".g_idx"):
+            continue
+        early[name] = tensor.float() if tensor.is_floating_point() else tensor
+        if name.endswith(".scales"):
+            early[name.replace("scales", "bias")] = torch.zeros(tensor.shape[1])
+    early["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    path = saved(early, tmp_path / "early.pt")
+    expected = logits(llama_dir, made / "m.pt")
+    torch.testing.assert_close(logits(llama_dir, path, group_size=32), expected)
+    model, _ = gptq.load(llama_dir, path, group_size=32)
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.bias, layer.g_idx, layer.scales.dtype) == (None, None, torch.float32)
+
+
+def test_a_bias_that_is_not_zero_is_kept(llama_dir, state, tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    state[f"{name}.bias"] = torch.linspace(0, 1, 96)
+    model, _ = gptq.load(llama_dir, saved(state, tmp_path / "m.pt"))
+    assert torch.equal(model.get_submodule(name).bias, state[f"{name}.bias"])
+
+
+def test_v2_is_read_by_its_name(llama_dir, made, tmp_path):
+    state = load_file(made / "m.safetensors")
+    name = "model.layers.0.mlp.up_proj.qzeros"
+    said = '{"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}'
+    save_file(state, tmp_path / "m.safetensors", metadata={"quantize_config": said})
+    v2, _ = gptq.load(llama_dir, tmp_path / "m.safetensors")
+    v1, _ = gptq.load(llama_dir, made / "m.safetensors")
+    assert torch.equal(v1.state_dict()[name], v2.state_dict()[name])
+    assert [m.zero_offset for m in v2.modules() if isinstance(m, QuantLinear)] == [0] * 14
+
+
+def refused(folder, checkpoint, message, **flags):
+    with pytest.raises(UserError, match=message) as caught:
+        gptq.load(folder, checkpoint, **flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_that_disagree(llama_dir, made, state, tmp_path):
+    refused(llama_dir, made / "m.pt", "--wbits 8 disagrees with .*says 4", bits=8)
+    refused(llama_dir, made / "m.pt", "--groupsize 64 disagrees with .*says 32", group_size=64)
+    path = saved(state, tmp_path / "plain.pt")
+    refused(llama_dir, path, "holds 4-bit weights, not 8-bit", bits=8)
+    refused(llama_dir, path, "has 2 groups of 64 inputs, not what groups of 64 give", group_size=64)
+
+
+def test_another_models_checkpoint(bloom_dir, made, tmp_path):
+    refused(bloom_dir, made / "m.pt", "another model")
+    wider = make_model(tmp_path / "wider", llama_config(hidden_size=128))
+    refused(wider, made / "m.pt", "another model")
+    deeper = make_model(tmp_path / "deeper", llama_config(num_hidden_layers=3))
+    refused(deeper, made / "m.pt", "not in the checkpoint")
+    shallower = make_model(tmp_path / "shallower", llama_config(num_hidden_layers=1))
+    refused(shallower, made / "m.pt", "has no place in the model")
+    vocabulary = make_model(tmp_path / "vocabulary", llama_config(vocab_size=384))
+    refused(vocabulary, made / "m.pt", "embed_tokens.weight: has shape")
+
+
+@pytest.mark.parametrize("kind", ["scales", "qzeros", "qweight"])
+def test_a_tensor_is_missing(kind, llama_dir, state, tmp_path):
+    del state[f"model.layers.1.mlp.up_proj.{kind}"]
+    refused(llama_dir, saved(state, tmp_path / "m.pt"), re.escape("model.layers.1.mlp.up_proj"))
+
+
+def test_g_idx_out_of_range(llama_dir, state, tmp_path):
+    name = "model.layers.1.mlp.up_proj.g_idx"
+    state[name] = state[name].clone()
+    state[name][3] = 99
+    refused(llama_dir, saved(state, tmp_path / "m.pt"), f"{name}: .*0..1")
+
+
+def test_a_dense_model_is_not_a_checkpoint(llama_dir):
+    refused(llama_dir, llama_dir, "holds no packed weights")
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])
+def test_truncated_files(name, keep, llama_dir, made, tmp_path):
+    whole = (made / name).read_bytes()
+    length = int(keep * len(whole)) if isinstance(keep, float) else keep
+    (tmp_path / name).write_bytes(whole[:length])
+    refused(llama_dir, tmp_path / name, name)
+
+
+def test_code_in_a_pickle_is_not_run(llama_dir, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model.layers.0.mlp.up_proj.qweight": Bomb()}, tmp_path / "m.pt")
+    refused(llama_dir, tmp_path / "m.pt", "m.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_file(llama_dir, tmp_path):
+    refused(llama_dir, tmp_path / "none.pt", "no such checkpoint")
