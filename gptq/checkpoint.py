@@ -28,7 +28,7 @@ class Checkpoint:
     """Packed tensors by Hugging Face's names, read when asked for, and how to read them."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: LazyTensors
     bits: int
     group_size: int
     zero_offset: int
@@ -174,14 +174,14 @@ class _Shape:
     groups: int
 
 
-def _shape(path: Path, name: str, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> _Shape:
+def _shape(path: Path, name: str, linear: nn.Linear, tensors: LazyTensors) -> _Shape:
     for key in ("scales", "qzeros"):
         if f"{name}.{key}" not in tensors:
             raise UserError(f"{path}: {name}.{key} is absent; the file is incomplete or too old")
-    qweight, scales = tensors[f"{name}.qweight"], tensors[f"{name}.scales"]
-    if qweight.dim() != 2 or scales.dim() != 2:
+    qweight, scales = tensors.shape(f"{name}.qweight"), tensors.shape(f"{name}.scales")
+    if len(qweight) != 2 or len(scales) != 2:
         raise UserError(f"{path}: {name}.qweight or {name}.scales is not a matrix; make it again")
-    return _Shape(name, linear.in_features, qweight.shape[0], scales.shape[0])
+    return _Shape(name, linear.in_features, qweight[0], scales[0])
 
 
 def _bits(path: Path, shapes: list[_Shape], bits: int | None) -> int:

@@ -26,7 +26,7 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def pick_dtype(name: str | None, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+def pick_dtype(name: str | None, device: torch.device, stored: object) -> torch.dtype:
     """The type of activations: float32 on a CPU, on a GPU the model's own 16-bit type."""
     if name is not None:
         if name not in _DTYPES:
@@ -35,7 +35,7 @@ def pick_dtype(name: str | None, device: torch.device, stored: torch.dtype | Non
     return torch.float32 if device.type == "cpu" else half_dtype(stored)
 
 
-def half_dtype(stored: torch.dtype | None) -> torch.dtype:
+def half_dtype(stored: object) -> torch.dtype:
     """The 16-bit type that a model is stored in; float16 where it is stored wider."""
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 

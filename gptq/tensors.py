@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from gptq.errors import UserError
 
 Read = Callable[[], torch.Tensor]
+Shape = tuple[int, ...]
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -52,8 +53,14 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     `_metadata` that torch.save keeps with a state dict.
     """
 
-    def __init__(self, reads: Mapping[str, Read], metadata: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        reads: Mapping[str, Read],
+        metadata: Mapping[str, Any] | None = None,
+        shapes: Mapping[str, Shape] | None = None,
+    ):
         self._reads = dict(reads)
+        self._shapes = dict(shapes or {})
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -69,9 +76,14 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._reads)
 
+    def shape(self, name: str) -> Shape:
+        """The shape of a tensor, which is not read where its file's header tells."""
+        return self._shapes[name] if name in self._shapes else tuple(self[name].shape)
+
     def renamed(self, rename: Callable[[str], str | None]) -> "LazyTensors":
         """The same tensors by other names; a name that becomes None is left out."""
         reads: dict[str, Read] = {}
+        shapes: dict[str, Shape] = {}
         for old, read in self._reads.items():
             new = rename(old)
             if new is None:
@@ -79,7 +91,9 @@ class LazyTensors(Mapping[str, torch.Tensor]):
             if new in reads:
                 raise UserError(f"two tensors become '{new}' once old names are brought up to date")
             reads[new] = read
-        return LazyTensors(reads, self.metadata)
+            if old in self._shapes:
+                shapes[new] = self._shapes[old]
+        return LazyTensors(reads, self.metadata, shapes)
 
 
 def open_tensors(paths: Sequence[Path]) -> LazyTensors:
@@ -89,20 +103,22 @@ def open_tensors(paths: Sequence[Path]) -> LazyTensors:
     in it, and for a name that two files share.
     """
     reads: dict[str, Read] = {}
+    shapes: dict[str, Shape] = {}
     origin: dict[str, Path] = {}
     metadata: dict[str, Any] = {}
     for path in paths:
-        file_reads, file_metadata = _open(Path(path))
-        for name in file_reads:
+        opened = _open(Path(path))
+        for name in opened:
             if name in origin:
                 raise UserError(
                     f"tensor '{name}' is in both {origin[name]} and {path}: give the files of one "
                     "model only"
                 )
             origin[name] = path
-        reads.update(file_reads)
-        metadata.update(file_metadata)
-    return LazyTensors(reads, metadata)
+        reads.update(opened._reads)
+        shapes.update(opened._shapes)
+        metadata.update(opened.metadata)
+    return LazyTensors(reads, metadata, shapes)
 
 
 def read_span(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
@@ -130,7 +146,7 @@ def cause(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _open(path: Path) -> tuple[dict[str, Read], dict[str, Any]]:
+def _open(path: Path) -> LazyTensors:
     with open_binary(path) as file:
         head = file.read(32)
     if not head:
@@ -155,7 +171,7 @@ def _open(path: Path) -> tuple[dict[str, Read], dict[str, Any]]:
 # safetensors ---------------------------------------------------------------------------------
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Read], dict[str, Any]]:
+def _open_safetensors(path: Path) -> LazyTensors:
     # The library checks the header against the file's length; the bytes are then read without
     # its mapping, which would count every page of a tensor twice.
     try:
@@ -179,7 +195,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Read], dict[str, Any]]:
             )
         start = 8 + length + entry["data_offsets"][0]
         reads[name] = partial(read_span, path, start, dtype, entry["shape"])
-    return reads, metadata
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return LazyTensors(reads, metadata, shapes)
 
 
 # torch.save ----------------------------------------------------------------------------------
@@ -212,7 +229,7 @@ class _TorchFile:
         return tensor
 
 
-def _open_torch(path: Path, mapped: bool) -> tuple[dict[str, Read], dict[str, Any]]:
+def _open_torch(path: Path, mapped: bool) -> LazyTensors:
     if mapped:
         _check_zip(path)
     file = _TorchFile(path, mapped)
@@ -225,7 +242,8 @@ def _open_torch(path: Path, mapped: bool) -> tuple[dict[str, Read], dict[str, An
             raise UserError(f"{path}: tensor {name!r} has no name that is text: not a state dict")
         _check_tensor(path, name, tensor)
         reads[name] = partial(file.read, name)
-    return reads, dict(getattr(state, "_metadata", {}))
+    shapes = {name: tuple(state[name].shape) for name in reads}
+    return LazyTensors(reads, dict(getattr(state, "_metadata", {})), shapes)
 
 
 def _check_zip(path: Path) -> None:
