@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# From a little over the range of the weights, which can suit a symmetric grid, down to 0.6 of it.
-SHRINK_FACTORS = tuple(torch.linspace(1.04, 0.6, 22, dtype=torch.float64).tolist())
+# From a little over the range of the weights, which can suit a symmetric grid, down to 0.6 of it;
+# 1 is among them, so that a search is never worse than the range itself.
+SHRINK_FACTORS = tuple(percent / 100 for percent in range(104, 58, -2))
 MSE_NORM = 2.4
 _HALF = torch.finfo(torch.float16)
 _HALF_SMALLEST = 2.0**-24
@@ -35,7 +36,10 @@ def dequantize(q: Tensor, grid: Grid) -> Tensor:
 
 
 def to_stored(scale: Tensor) -> Tensor:
-    """Round a scale to float16, the type checkpoints store, and keep it positive and finite."""
+    """Round a scale to float16, the type checkpoints store, and keep it positive and finite.
+
+    float64 is rounded by way of float32, as torch does.
+    """
     return scale.clamp(_HALF_SMALLEST, _HALF.max).to(torch.float16).to(scale.dtype)
 
 

@@ -50,6 +50,8 @@ class PackedWeight:
                 f"scales must have {self.groups} rows for {self.in_features} inputs in groups of "
                 f"{self.group_size}, not {self.scales.shape[0]}"
             )
+        if self.g_idx is not None and self.g_idx.dtype != torch.int32:
+            raise TypeError(f"g_idx must be int32, not {self.g_idx.dtype}")
         if self.g_idx is not None and tuple(self.g_idx.shape) != (self.in_features,):
             raise ValueError(
                 f"g_idx must have shape ({self.in_features},), not {tuple(self.g_idx.shape)}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 HALF_TINY, HALF_MAX = 2.0**-24, 65504.0  # least subnormal and largest finite float16
-FACTORS = np.linspace(1.04, 0.6, 22)
+FACTORS = np.arange(104, 58, -2) / 100
 
 # --- packing ------------------------------------------------------------------------------------
 
@@ -50,8 +50,8 @@ def pack_columns(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def to_half(x: float) -> float:
-    """x rounded to a positive finite float16."""
-    return float(np.float16(min(max(x, HALF_TINY), HALF_MAX)))
+    """x rounded to a positive finite float16, by way of float32."""
+    return float(np.float16(np.float32(min(max(x, HALF_TINY), HALF_MAX))))
 
 
 def row_grid(w: np.ndarray, bits: int, sym: bool, factor: float) -> tuple[float, int]:
