@@ -1,0 +1,149 @@
+"""What is installed: its metadata, its packages, and that it stands on its own."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+import gptq
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = {"gptq", "gptq.models", "quant_cuda"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Everything that building reads.
+PARTS = ("gptq", "quant_cuda", "pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    return {normal(parsed.name): parsed for parsed in map(Requirement, lines)}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported(package: str) -> Iterator[tuple[Path, str]]:
+    """(file, top-level name) of every import from outside, wherever in the file it stands."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name.partition(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                yield path, str(node.module).partition(".")[0]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder into which `pip install .` has put a copy of the source; nothing is fetched."""
+    source, target = (tmp_path_factory.mktemp(name) for name in ("source", "installed"))
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, source / part, ignore=ignored)
+        else:
+            shutil.copyfile(ROOT / part, source / part)
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "--target", str(target), "."],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_every_module_is_installed(installed):
+    modules = {path.relative_to(installed) for path in installed.rglob("*.py")}
+    expected = {
+        path.relative_to(ROOT)
+        for package in ("gptq", "quant_cuda")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert modules == expected
+    assert {".".join(path.parent.parts) for path in modules} == PACKAGES
+
+
+def test_metadata(installed):
+    (info,) = installed.glob("*.dist-info")
+    assert info.name == f"belle_gptq-{gptq.__version__}.dist-info"
+    metadata = (info / "METADATA").read_text(encoding="utf-8")
+    assert "\nName: belle-gptq\n" in metadata
+    assert f"\nVersion: {gptq.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert {path.name for path in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
+
+
+def test_it_runs_from_anywhere(installed, tmp_path):
+    code = (
+        "import gptq, torch, quant_cuda; from gptq.cli import parser; from gptq.models import "
+        "LLAMA; parser(LLAMA); print(gptq.quantize.__name__, gptq.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"quantize {installed / 'gptq' / '__init__.py'}\n"
+
+
+def test_what_is_imported_is_required():
+    known = requirements(PROJECT["dependencies"])
+    homes = packages_distributions()
+    for package in ("gptq", "quant_cuda"):
+        for path, name in imported(package):
+            if name in sys.stdlib_module_names or name in ("gptq", "quant_cuda"):
+                continue
+            found = {normal(home) for home in homes[name]}
+            assert found & set(known), f"{path.name} imports {name}, which is not required"
+
+
+def test_what_is_required_is_here():
+    for name, requirement in requirements(PROJECT["dependencies"]).items():
+        assert requirement.specifier.contains(version(name), prereleases=True), requirement
+
+
+@pytest.mark.parametrize("found", ["2.11.0", "2.11.0+cu128", "2.13.0", "2.13.0+cpu"])
+def test_torch_is_taken_as_it_is_found(found):
+    torch = requirements(PROJECT["dependencies"])["torch"]
+    assert torch.specifier.contains(found)
+    # Reading weights only could still run code before this one (CVE-2025-32434).
+    assert not torch.specifier.contains("2.5.1")
+
+
+def test_building_loads_no_torch(installed):
+    """`installed` was built; that setup.py says nothing of its own is what keeps it light."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert names == ["setuptools"]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+
+
+def test_the_changelog_has_this_version():
+    assert f"\n## {gptq.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_targets_that_contributing_names_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"`make (\w+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert set(named) == {"venv", "test", "lint", "demo"}
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
