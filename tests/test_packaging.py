@@ -89,10 +89,7 @@ def test_metadata(installed):
 
 
 def test_it_runs_from_anywhere(installed, tmp_path):
-    code = (
-        "import gptq, torch, quant_cuda; from gptq.cli import parser; from gptq.models import "
-        "LLAMA; parser(LLAMA); print(gptq.quantize.__name__, gptq.__file__)"
-    )
+    code = "import gptq.cli, quant_cuda; print(gptq.quantize.__name__, gptq.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
