@@ -1,5 +1,86 @@
-"""For tools that still look for a setup.py; everything it says is in pyproject.toml."""
+"""Builds the compiled CPU code beside the package; without a C++ compiler, it does without."""
 
-from setuptools import setup
+import os
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("quant_cuda/csrc/cpu")
+COMMON = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+]
+# One file per instruction set, each with its own flags; the code picks one when it runs.
+X86_FLAGS = {
+    "sweep_avx512.cpp": [
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+    "sweep_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def sources() -> dict[str, list[str]]:
+    """File names of what this machine's processor can run, with the flags of each."""
+    portable: dict[str, list[str]] = {"sweep_generic.cpp": [], "dispatch.cpp": []}
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return {**(X86_FLAGS if x86 else {}), **portable}
+
+
+class BuildNative(build_ext):
+    """Compiles to a plain shared library that is loaded through ctypes: it needs no torch to build
+    and fits every Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = os.environ.get("CXX", "c++")
+        target = Path(self.get_ext_fullpath(ext.name))
+        objects = Path(self.build_temp)
+        for folder in (target.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(item: tuple[str, list[str]]) -> str:
+            name, flags = item
+            made = str(objects / f"{name}.o")
+            run([compiler, *COMMON, *flags, "-c", str(SOURCES / name), "-o", made])
+            return made
+
+        with ThreadPoolExecutor() as pool:
+            made = list(pool.map(compile_one, sources().items()))
+        standalone = ["-static-libstdc++", "-static-libgcc", "-pthread"]
+        run([compiler, "-shared", *made, "-o", str(target), *standalone])
+
+
+def run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        # An optional extension that fails this way is left out, with a warning.
+        from setuptools.errors import CompileError
+
+        raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "quant_cuda._native",
+            sources=[str(SOURCES / name) for name in sources()],
+            depends=[str(path) for path in SOURCES.glob("*.h")],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -30,6 +30,9 @@ class QuantConfig:
     """Added to the diagonal of H, as a share of its mean."""
     scale_search: str = "hessian"
     """How a group's range is shrunk: by its error under H, by |error|**2.4, or not at all."""
+    error_feedback: float = 0.5
+    """Share of the error that quantized earlier layers bring into a layer's input for which its
+    weights are corrected before it is solved; 0 aims at the layer's output on that input alone."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
 
@@ -48,6 +51,10 @@ class QuantConfig:
                 f"--percdamp {self.percdamp} is not possible: give a share of the mean diagonal "
                 "above 0 and below 10, such as 0.01"
             )
+        if not 0 <= self.error_feedback <= 1:
+            raise UserError(
+                f"--error-feedback {self.error_feedback} is not possible: give a share from 0 to 1"
+            )
 
     @property
     def needs_g_idx(self) -> bool:
@@ -61,6 +68,11 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the full-precision model's activations are needed beside the quantized one's."""
+        return self.method == "gptq" and self.error_feedback > 0
 
 
 def check_packable(name: str, in_features: int, out_features: int, bits: int) -> None:

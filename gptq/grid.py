@@ -48,30 +48,46 @@ def find_grid(w: Tensor, bits: int, sym: bool, search: str, H: Tensor | None = N
 
     w: floating (g, out).
     search: "minmax" takes the range of the weights; "mse" and "hessian" try SHRINK_FACTORS of it
-        and keep the one with the least sum of |error|**2.4, or the least error^T H error.
+        and keep the one with the least sum of |error|**2.4, or the least error^T H error; then
+        the zero point's two neighbours, where it is not fixed.
     H: (g, g), the group's block of the Hessian; needed by "hessian" alone.
     Zero points stay in 1..2**bits - 1, which every reader of the "gptq" format agrees on.
     """
     low, high = _range(w)
-    if search == "minmax":
-        return _grid(low, high, bits, sym)
     best = _grid(low, high, bits, sym)
+    if search == "minmax":
+        return best
+    if search == "hessian" and H is None:
+        raise ValueError('search "hessian" needs H')
+    weight = H if search == "hessian" else None
     best_loss = torch.full_like(low, torch.inf)
     for factor in SHRINK_FACTORS:
         grid = _grid(low * factor, high * factor, bits, sym)
-        error = dequantize(quantize(w, grid, bits), grid).sub_(w)
-        if search == "hessian":
-            if H is None:
-                raise ValueError('search "hessian" needs H')
-            loss = (H @ error).mul_(error).sum(0)
-        else:
-            loss = error.abs_().pow_(MSE_NORM).sum(0)
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        best = Grid(
-            torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
-        )
+        best, best_loss = _better(w, grid, bits, weight, best, best_loss)
+    if sym:
+        return best
+    found = best.zero
+    for step in (-1, 1):
+        moved = Grid(best.scale, (found + step).clamp_(1, 2**bits - 1))
+        best, best_loss = _better(w, moved, bits, weight, best, best_loss)
     return best
+
+
+def _better(
+    w: Tensor, grid: Grid, bits: int, H: Tensor | None, best: Grid, best_loss: Tensor
+) -> tuple[Grid, Tensor]:
+    """For each output the one of two grids with the lower loss, and that loss.
+
+    The loss is error^T H error, or without H the sum of |error|**2.4.
+    """
+    steps = torch.div(w, grid.scale).round_()
+    error = steps.clamp_(-grid.zero, 2**bits - 1 - grid.zero).mul_(grid.scale).sub_(w)
+    loss = error.abs_().pow_(MSE_NORM) if H is None else (H @ error).mul_(error)
+    loss = loss.sum(0)
+    better = loss < best_loss
+    scale = torch.where(better, grid.scale, best.scale)
+    zero = torch.where(better, grid.zero, best.zero)
+    return Grid(scale, zero), torch.where(better, loss, best_loss)
 
 
 def _range(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Quantize a model block by block: capture, accumulate, solve, pack, propagate."""
 
+import copy
 import hashlib
 import json
 import time
@@ -17,7 +18,7 @@ from gptq.errors import UserError
 from gptq.files import Journal
 from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
-from gptq.solver import Solution, round_to_nearest, solve
+from gptq.solver import Solution, feed_back, round_to_nearest, solve
 from gptq.source import ModelSource
 from quant_cuda.reference import dequantize
 
@@ -75,9 +76,12 @@ def quantize_blocks(
     stream = skeleton.Stream([], {})
     if windows is not None:
         stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype)
+    # The full-precision model's activations, beside those of the model quantized so far.
+    full = skeleton.Stream(list(stream.hidden), stream.arguments)
     for index in range(skeleton.block_count(model, spec)):
         name = spec.block(index)
         block = skeleton.fill(model, spec, name, source.tensors, device, dtype)
+        twin = copy.deepcopy(block) if config.feeds_back else None
         if journal.has(index):
             tensors, record = journal.read(index)
             for linear in spec.linears:
@@ -86,13 +90,21 @@ def quantize_blocks(
         else:
             _check_weights(block, name)
             tensors, reports = {}, []
-            for group in _steps(spec, config):
-                for report, state in _quantize_group(block, name, index, group, stream, config):
-                    reports.append(report)
-                    tensors.update(state)
-                    yield report
+            for groups in _steps(spec, config):
+                started = time.perf_counter()
+                moments = _moments(block, groups, stream, twin, full)
+                seconds = (time.perf_counter() - started) / sum(map(len, groups))
+                for group in groups:
+                    for report, state in _quantize_group(
+                        block, name, index, group, moments.get(group[0]), seconds, config
+                    ):
+                        reports.append(report)
+                        tensors.update(state)
+                        yield report
             journal.write(index, tensors, [asdict(report) for report in reports])
         stream.through(block)
+        if twin is not None:
+            full.through(twin)
         skeleton.drop(block)
 
 
@@ -139,61 +151,88 @@ def _steps(spec: ModelSpec, config: QuantConfig) -> tuple[tuple[tuple[str, ...],
     return tuple((group,) for group in spec.groups) if config.true_sequential else (spec.groups,)
 
 
+@dataclass
+class _Moments:
+    """Second moments of a layer's inputs, means over all tokens, float32 (in, in)."""
+
+    H: Tensor
+    """Of x x^T, x being the quantized model's inputs."""
+    C: Tensor | None
+    """Of (x_full - x) x^T, where the full model runs beside it."""
+
+
+def _moments(
+    block: nn.Module,
+    groups: tuple[tuple[str, ...], ...],
+    stream: skeleton.Stream,
+    twin: nn.Module | None,
+    full: skeleton.Stream,
+) -> dict[str, _Moments]:
+    """Run the block on every batch, and its unquantized twin if there is one, up to the last
+    of the groups' inputs. By the first layer of each group."""
+    leads = tuple(group[0] for group in groups)
+    moments: dict[str, _Moments] = {}
+    tokens = 0
+    for (hidden, arguments), full_hidden in zip(stream, full.hidden, strict=True):
+        tokens += hidden.shape[0] * hidden.shape[1]
+        caught = skeleton.inputs_of(block, leads, hidden, arguments)
+        beside = {}
+        if twin is not None:
+            beside = skeleton.inputs_of(twin, leads, full_hidden, arguments)
+        for name, inputs in caught.items():
+            x = inputs.flatten(0, -2).float()
+            if name not in moments:
+                H = x.new_zeros((x.shape[1], x.shape[1]))
+                moments[name] = _Moments(H, None if twin is None else torch.zeros_like(H))
+            moments[name].H.addmm_(x.T, x)
+            C = moments[name].C
+            if C is not None:
+                C.addmm_((beside[name].flatten(0, -2).float() - x).T, x)
+    for moment in moments.values():
+        moment.H.div_(tokens)
+        if moment.C is not None:
+            moment.C.div_(tokens)
+    return moments
+
+
 def _quantize_group(
     block: nn.Module,
     prefix: str,
     index: int,
-    groups: tuple[tuple[str, ...], ...],
-    stream: skeleton.Stream,
+    group: tuple[str, ...],
+    moments: _Moments | None,
+    capture_seconds: float,
     config: QuantConfig,
 ) -> Iterator[tuple[LayerReport, dict[str, Tensor]]]:
-    """Solve groups of layers from one pass; each group shares one H and one factorization."""
+    """Solve layers that share their input, rows stacked: one factorization for all of them."""
     started = time.perf_counter()
-    leads = tuple(group[0] for group in groups)
-    hessians = _hessians(block, leads, stream)
-    capture = (time.perf_counter() - started) / len(groups)
-    for group in groups:
+    layers = [skeleton.linear(block, name) for name in group]
+    weight = torch.cat([layer.weight for layer in layers])
+    solution = _solve(f"{prefix}.{group[0]}", weight, moments, config)
+    first = 0
+    for name, layer in zip(group, layers, strict=True):
+        share = solution.rows(first, first + layer.out_features)
+        first += layer.out_features
+        packed = _pack(layer, share, config)
+        state = {f"{prefix}.{name}.{key}": t for key, t in packed.state_dict().items()}
+        # What later layers see is the stored words, never the solver's own matrix.
+        layer.weight.copy_(dequantize(packed.packed(), layer.weight.dtype).T)
+        seconds = time.perf_counter() - started + capture_seconds
+        yield _report(index, name, share, seconds), _to_cpu(state)
         started = time.perf_counter()
-        layers = [skeleton.linear(block, name) for name in group]
-        weight = torch.cat([layer.weight for layer in layers])
-        solution = _solve(f"{prefix}.{group[0]}", weight, hessians.pop(group[0], None), config)
-        first = 0
-        for name, layer in zip(group, layers, strict=True):
-            share = solution.rows(first, first + layer.out_features)
-            first += layer.out_features
-            packed = _pack(layer, share, config)
-            state = {f"{prefix}.{name}.{key}": t for key, t in packed.state_dict().items()}
-            # What later layers see is the stored words, never the solver's own matrix.
-            layer.weight.copy_(dequantize(packed.packed(), layer.weight.dtype).T)
-            seconds = time.perf_counter() - started + capture / len(group)
-            yield _report(index, name, share, seconds), _to_cpu(state)
-            started = time.perf_counter()
 
 
-def _hessians(
-    block: nn.Module, leads: tuple[str, ...], stream: skeleton.Stream
-) -> dict[str, Tensor]:
-    """H = mean of x x^T in float32 over all tokens, for the inputs of each named layer."""
-    hessians: dict[str, Tensor] = {}
-    tokens = 0
-    for hidden, arguments in stream:
-        tokens += hidden.shape[0] * hidden.shape[1]
-        for name, inputs in skeleton.inputs_of(block, leads, hidden, arguments):
-            x = inputs.reshape(-1, inputs.shape[-1]).float()
-            if name not in hessians:
-                hessians[name] = x.new_zeros((x.shape[1], x.shape[1]))
-            hessians[name].addmm_(x.T, x)
-    return {name: H.div_(tokens) for name, H in hessians.items()}
-
-
-def _solve(name: str, weight: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:
-    if H is None:
+def _solve(name: str, weight: Tensor, moments: _Moments | None, config: QuantConfig) -> Solution:
+    if moments is None:
         return round_to_nearest(weight, None, config)
+    H, C = moments.H, moments.C
     if not bool(torch.isfinite(H).all()):
         raise UserError(
             f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "
             "is needed"
         )
+    if C is not None:
+        weight = feed_back(weight, H, C, config.error_feedback, config.percdamp)
     return solve(weight, H, config)
 
 

@@ -145,16 +145,16 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) ->
 @torch.no_grad()
 def inputs_of(
     block: nn.Module, names: tuple[str, ...], hidden: Tensor, arguments: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
+) -> dict[str, Tensor]:
     """What the named layers inside a block receive, in the order they run.
 
-    The forward ends once the last of them has been reached. Yields (name, input).
+    The forward ends once the last of them has been reached.
     """
-    caught: list[tuple[str, Tensor]] = []
+    caught: dict[str, Tensor] = {}
 
     def catcher(name: str):
         def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.append((name, args[0]))
+            caught[name] = args[0]
             if len(caught) == len(names):
                 raise _Caught
 
@@ -168,7 +168,7 @@ def inputs_of(
     finally:
         for handle in handles:
             handle.remove()
-    yield from caught
+    return caught
 
 
 @dataclass

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
-from gptq.grid import Grid, dequantize, find_grid, quantize
+from gptq.grid import SHRINK_FACTORS, Grid, dequantize, find_grid, quantize
+from quant_cuda import native
 
 # Columns whose error is spread one at a time before one matmul spreads it over all the rest.
 BLOCK = 128
@@ -86,12 +87,33 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     in_runs = torch.repeat_interleave(torch.arange(len(runs), device=order.device), _lengths(runs))
     # Group of each column in solving order, and the number by which a reader knows each group.
     labels = in_runs if config.needs_g_idx else natural[order]
-    static = static_grids(w, H, natural, config) if config.static_groups else None
-    q, scales, zeros = _sweep(w[order], ordered, U, labels, runs, static, config)
+    static = None
+    if config.static_groups:
+        grids = static_grids(w, H, natural, config)
+        static = (torch.stack([g.scale for g in grids]), torch.stack([g.zero for g in grids]))
+    sweep = _native_sweep if _runs_natively(w, config) else _sweep
+    q, scales, zeros = sweep(w[order], ordered, U, labels, runs, static, config)
 
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
     return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
+
+
+def feed_back(W: Tensor, H: Tensor, C: Tensor, share: float, percdamp: float) -> Tensor:
+    """Correct a weight for the error that quantized layers before it bring into its input.
+
+    W: floating (out, in); H: (in, in), mean of x x^T over the quantized model's inputs x;
+    C: (in, in), mean of (x_full - x) x^T, where x_full is the full model's input.
+    share: 1 aims at the full model's output W x_full in full; a share below 1 shrinks the
+        correction, which few calibration tokens determine poorly.
+    Returns W + share * W C (H + damp)^-1 in H's dtype: for 1, the least-squares solution of
+    asymmetric calibration (Li et al. 2025, GPTAQ, arXiv 2504.02692; LoaQ, arXiv 2509.06297).
+    """
+    H, dead = _mend_dead(H)
+    U, _ = inverse_factor(H, dead, percdamp)
+    change = W.detach().to(H.device, H.dtype) @ C
+    change[:, dead] = 0
+    return W.to(H.device, H.dtype) + share * (change @ U.T) @ U
 
 
 def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:
@@ -189,7 +211,7 @@ def _sweep(
     U: Tensor,
     labels: Tensor,
     runs: list[tuple[int, int]],
-    static: tuple[Grid, ...] | None,
+    static: tuple[Tensor, Tensor] | None,
     config: QuantConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the columns of w (in, out), given in solving order; w is used up.
@@ -200,8 +222,8 @@ def _sweep(
     scales = w.new_empty((count, w.shape[1]))
     zeros = w.new_empty((count, w.shape[1]))
     if static is not None:
-        scales.copy_(torch.stack([grid.scale for grid in static]))
-        zeros.copy_(torch.stack([grid.zero for grid in static]))
+        scales.copy_(static[0])
+        zeros.copy_(static[1])
     q = torch.empty_like(w)
     label_of = labels.tolist()
     ends = dict(runs)
@@ -223,6 +245,32 @@ def _sweep(
             w[j + 1 : stop].addr_(U[j, j + 1 : stop], error, alpha=-1)
         w[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     return q, scales, zeros
+
+
+def _runs_natively(w: Tensor, config: QuantConfig) -> bool:
+    """Whether compiled code does this sweep: float32 on a CPU, and grids it can search."""
+    found_on_the_way = not config.static_groups
+    if w.device.type != "cpu" or w.dtype != torch.float32 or not native.instruction_sets():
+        return False
+    return not (found_on_the_way and config.scale_search == "mse")
+
+
+def _native_sweep(
+    w: Tensor,
+    H: Tensor,
+    U: Tensor,
+    labels: Tensor,
+    runs: list[tuple[int, int]],
+    static: tuple[Tensor, Tensor] | None,
+    config: QuantConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_sweep` in compiled code; sums run in another order, so that ties may fall differently."""
+    factors = SHRINK_FACTORS if config.scale_search == "hessian" else ()
+    blocks = list(_blocks(runs))
+    q, scales, zeros = native.sweep(
+        w, H, U, labels, runs, blocks, static, factors, config.bits, config.sym
+    )
+    return q.to(w.dtype), scales, zeros
 
 
 def _blocks(runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -97,6 +97,15 @@ def search_row(
         if error < best_error:
             best, best_error = (scale, zero), error
     assert best is not None
+    if sym:
+        return best
+    scale, found = best
+    for step in (-1, 1):  # the zero point's neighbours, at the scale that was found
+        zero = min(max(found + step, 1), 2**bits - 1)
+        e = w - scale * (round_on_grid(w, scale, zero, bits) - zero)
+        error = row_error(e, search, H)
+        if error < best_error:
+            best, best_error = (scale, zero), error
     return best
 
 

@@ -76,7 +76,7 @@ def test_inputs_of_layers_equal_what_hooks_see(folder):
     block = skeleton.fill(model, spec, spec.block(0), source.tensors, CPU, torch.float32)
     hidden, arguments = next(iter(stream))
     leads = tuple(group[0] for group in spec.groups)
-    caught = dict(skeleton.inputs_of(block, leads, hidden, arguments))
+    caught = skeleton.inputs_of(block, leads, hidden, arguments)
     assert tuple(caught) == leads
     for group in spec.groups:
         for name in group:  # every layer of a group sees what its first one does

@@ -1,0 +1,2 @@
+#define SWEEP_NAME sweep_avx512
+#include "sweep.h"

@@ -1,0 +1,2 @@
+#define SWEEP_NAME sweep_generic
+#include "sweep.h"

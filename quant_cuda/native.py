@@ -1,0 +1,119 @@
+"""The compiled CPU code, where it was built: found beside this file, called through ctypes."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_native.so")
+
+_POINTERS = ("w", "H", "Ut", "labels", "run_end", "blocks", "factors", "scales", "zeros", "q")
+_NUMBERS = (
+    "inputs",
+    "outputs",
+    "groups",
+    "block_count",
+    "factor_count",
+    "bits",
+    "sym",
+    "is_static",
+    "threads",
+)
+
+
+class _SweepArgs(ctypes.Structure):
+    """The record of csrc/cpu/sweep_args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if not LIBRARY.exists():
+        return None
+    library = ctypes.CDLL(str(LIBRARY))
+    library.quant_cuda_instruction_set.restype = ctypes.c_char_p
+    library.quant_cuda_sweep.argtypes = (ctypes.POINTER(_SweepArgs), ctypes.c_char_p)
+    return library
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those that were compiled and run on this processor, best first; empty where none was."""
+    library = _library()
+    if library is None:
+        return ()
+    names = iter(lambda: library.quant_cuda_instruction_set(len(found)), None)
+    found: list[str] = []
+    for name in names:
+        found.append(name.decode())
+    return tuple(found)
+
+
+def sweep(
+    w: Tensor,
+    H: Tensor,
+    U: Tensor,
+    labels: Tensor,
+    runs: list[tuple[int, int]],
+    blocks: list[tuple[int, int]],
+    static: tuple[Tensor, Tensor] | None,
+    factors: tuple[float, ...],
+    bits: int,
+    sym: bool,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The GPTQ column sweep of gptq/solver.py in one call, on torch's number of threads.
+
+    w: float32 (in, out), columns of W in solving order; it is left as it is.
+    H, U: float32 (in, in) in the same order; U^T U is the inverse of the damped H.
+    labels: integer (in,), the group of each column; runs: (start, stop) of each group that is a
+        run of columns; blocks: a partition of the columns that respects the runs.
+    static: scales and zeros (groups, out) found beforehand; None to find them on the way.
+    factors: shares of a group's range to try under H; none for the range itself.
+    Returns q uint8 (in, out), scales and zeros float32 (groups, out).
+    Raises ValueError for an instruction set that does not run here.
+    """
+    library = _library()
+    chosen = instruction_set or next(iter(instruction_sets()), None)
+    if library is None or chosen not in instruction_sets():
+        raise ValueError(f"instruction set {chosen!r} does not run here: {instruction_sets()}")
+    inputs, outputs = w.shape
+    groups = int(labels.max()) + 1
+    run_end = torch.zeros(inputs, dtype=torch.int32)
+    for start, stop in runs if static is None else ():
+        run_end[start] = stop
+    scales = w.new_empty((groups, outputs)) if static is None else static[0].contiguous()
+    zeros = w.new_empty((groups, outputs)) if static is None else static[1].contiguous()
+    tensors = {
+        "w": w.contiguous(),
+        "H": H.contiguous(),
+        "Ut": U.T.contiguous(),
+        "labels": labels.to(torch.int32).contiguous(),
+        "run_end": run_end,
+        "blocks": torch.tensor([0, *(stop for _, stop in blocks)], dtype=torch.int32),
+        "factors": torch.tensor(factors, dtype=torch.float32),
+        "scales": scales,
+        "zeros": zeros,
+        "q": torch.empty((inputs, outputs), dtype=torch.uint8),
+    }
+    numbers = {
+        "inputs": inputs,
+        "outputs": outputs,
+        "groups": groups,
+        "block_count": len(blocks),
+        "factor_count": len(factors),
+        "bits": bits,
+        "sym": int(sym),
+        "is_static": int(static is not None),
+        "threads": torch.get_num_threads(),
+    }
+    pointers = {name: tensors[name].data_ptr() for name in _POINTERS}
+    arguments = _SweepArgs(**pointers, **numbers)
+    library.quant_cuda_sweep(ctypes.byref(arguments), chosen.encode())
+    return tensors["q"], scales, zeros
