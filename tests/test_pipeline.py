@@ -261,3 +261,20 @@ def test_layers_that_cannot_be_packed_are_named(tmp_path, text_file):
     folder = make_model(tmp_path / "m", llama_config(intermediate_size=100))
     with pytest.raises(UserError, match=r"mlp.gate_proj: out_features 100 at 4 bits.*--wbits 8"):
         gptq.quantize(folder, text_file, QuantConfig(group_size=32), save=tmp_path / "m.pt", **RUN)
+
+
+def test_feedback_brings_the_model_closer_to_the_full_one(llama_dir, text_file, tmp_path):
+    """On the calibration windows themselves the corrected weights follow the full model better."""
+    full, tokenizer = gptq.load(llama_dir)
+    windows = calibration_windows(text_file, tokenizer, 32, 32, 0)
+    distance = {}
+    for share in (0.0, 1.0):
+        config = QuantConfig(bits=2, group_size=32, error_feedback=share)
+        gptq.quantize(
+            llama_dir, text_file, config, save=tmp_path / f"{share}.pt", nsamples=32, seqlen=32
+        )
+        model, _ = gptq.load(llama_dir, tmp_path / f"{share}.pt")
+        with torch.no_grad():
+            hidden = [m(windows, output_hidden_states=True).hidden_states[-1] for m in (full, model)]
+        distance[share] = float((hidden[0] - hidden[1]).square().mean())
+    assert distance[1.0] < 0.9 * distance[0.0]

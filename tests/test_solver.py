@@ -9,7 +9,7 @@ import torch
 from oracles import Solved, obq, rtn
 
 from gptq.config import QuantConfig
-from gptq.solver import Solution, round_to_nearest, solve
+from gptq.solver import Solution, feed_back, round_to_nearest, solve
 
 BITS = (2, 3, 4, 8)
 ORDERS = ("natural", "act", "gar")
@@ -405,3 +405,21 @@ def test_energy_and_rows():
     assert torch.equal(part.dequantize(), solution.dequantize()[2:5])
     for field in ("loss", "rtn_loss", "energy", "kept_rtn"):
         assert torch.equal(getattr(part, field), getattr(solution, field)[2:5])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_feed_back_is_regularised_least_squares(share):
+    """With a share of 1, min |W x_full - V x|^2 + damp |V - W|^2 over V, by stacked lstsq."""
+    rng = np.random.default_rng(4)
+    full = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12))
+    x = full + 0.3 * rng.standard_normal(full.shape)
+    x[:, 7] = 0  # never fires in the quantized model
+    W = rng.standard_normal((5, 12))
+    H, C = x.T @ x / 200, (full - x).T @ x / 200
+    damp = 0.02 * np.delete(np.diag(H), 7).mean()
+    stacked = np.vstack([x / np.sqrt(200), np.sqrt(damp) * np.eye(12)])
+    target = np.vstack([full @ W.T / np.sqrt(200), np.sqrt(damp) * W.T])
+    best = np.linalg.lstsq(stacked, target, rcond=None)[0].T
+    expected = (1 - share) * W + share * best
+    found = feed_back(*map(torch.from_numpy, (W, H, C)), share, 0.02).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-9)
