@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from gptq.errors import UserError
 from gptq.machine import peak_memory, reset_peak_memory
 
 BELLE_PROMPT = "Human: {}\n\nAssistant:"
@@ -23,8 +24,13 @@ def text(
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
 ) -> str:
-    """What the model writes after `prompt`, greedily."""
+    """What the model writes after `prompt`, greedily.
+
+    Raises UserError for a prompt of no tokens.
+    """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if encoded["input_ids"].shape[1] == 0:
+        raise UserError("the prompt is empty; give the model some text to go on from")
     return _continue(model, tokenizer, encoded, max_new_tokens, streamer)
 
 
@@ -140,7 +146,12 @@ def _continue(
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         streamer=streamer,
     )
-    return str(tokenizer.decode(generated[0, known:], skip_special_tokens=True))
+    # Decoded apart from what is before it, a SentencePiece word would lose its leading space.
+    before, whole = (
+        str(tokenizer.decode(tokens, skip_special_tokens=True))
+        for tokens in (generated[0, :known], generated[0])
+    )
+    return whole[len(before) :]
 
 
 def _wait(device: torch.device) -> None:

@@ -12,7 +12,7 @@ FLOORS = (
     ("quant_cuda",),
     ("gptq", "gptq.errors", "gptq.models"),
     ("gptq.config", "gptq.files", "gptq.machine", "gptq.tensors"),
-    ("gptq.grid", "gptq.gguf_reader", "gptq.calibration"),
+    ("gptq.arguments", "gptq.grid", "gptq.gguf_reader", "gptq.calibration"),
     ("gptq.source", "gptq.solver"),
     ("gptq.qlinear",),
     ("gptq.skeleton",),
