@@ -58,8 +58,10 @@ def quantize(
     if not outputs:
         raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
     for path in outputs:
-        check_writable(path)
+        check_writable(path, folder=path is outputs[-1] and save_dir is not None)
     source = open_model(model)
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise UserError(f"{model}: is quantized already; give the full model")
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
     windows = _windows(source, dataset, config, nsamples, seqlen, seed)

@@ -4,13 +4,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -30,8 +31,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _refused(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -55,22 +56,40 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _refused(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError now, rather than after hours of work, if `path` could not be written."""
-    if path.suffix and path.is_dir():
+def check_writable(path: Path, folder: bool = False) -> None:
+    """Raise UserError now, rather than after hours of work, if `path` could not be written.
+
+    A folder is written to only if it is new, empty, or a quantized checkpoint's.
+    """
+    if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder; give the name of a file to write")
+    if folder and path.exists() and not _replaceable(path):
+        raise UserError(f"{path}: exists and is no quantized checkpoint; give a new folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / "quantize_config.json").exists() or not any(path.iterdir()))
+
+
+def _refused(path: Path, error: Exception) -> Exception:
+    """The UserError for what the system refused, which torch and safetensors wrap in their own."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, SafetensorError) and number:
+        cause = OSError(int(number[1]), os.strerror(int(number[1])))
+    return unwritable(path, cause) if isinstance(cause, OSError) else error
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -115,9 +134,9 @@ def open_journal(output: Path, identity: Mapping[str, object], resume: bool) -> 
     """
     folder = output.with_name(output.name + ".journal")
     identity_file = folder / "run.json"
-    found = identity_file.exists()
+    done = len(list(folder.glob("block-*.safetensors")))
+    found = identity_file.exists() and done > 0
     if found and not resume:
-        done = len(list(folder.glob("block-*.safetensors")))
         raise UserError(
             f"{folder}: holds {done} finished blocks of an earlier run; add --resume to continue "
             "it, or delete the folder to start afresh"
@@ -140,7 +159,11 @@ def open_journal(output: Path, identity: Mapping[str, object], resume: bool) -> 
         else:
             with whole_file(identity_file) as temporary:
                 temporary.write_text(text)
-        yield Journal(folder)
+        try:
+            yield Journal(folder)
+        finally:
+            if not any(folder.glob("block-*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_identity(folder: Path, theirs: str, ours: str) -> None:

@@ -370,6 +370,9 @@ class TestBadModels:
         refused("129 exceeds the 128 positions", llama_dir, text_file, "--eval", *long)
         refused("--benchmark 129 exceeds", llama_dir, text_file, "--benchmark", 129)
 
+    def test_quantized_already(self, refused, made, text_file):
+        refused("is quantized already", made / "dir", text_file, *QUANTIZE, *SAVE)
+
     def test_settings_for_the_full_model(self, refused, llama_dir, text_file):
         refused("--sym is for a quantized model", llama_dir, text_file, "--eval", "--sym")
         words = [llama_dir, text_file, "--eval", "--wbits", 16, "--groupsize", 32]
@@ -502,6 +505,14 @@ class TestBadOutputs:
         (here / "x.pt").mkdir()
         refused("x.pt: is a folder", *words, "--save", "x.pt")
         assert sorted(os.listdir(here)) == ["file", "x.pt"]
+
+    def test_a_folder_of_something_else(self, here, refused, llama_dir, text_file):
+        (here / "mine").mkdir()
+        (here / "mine" / "precious").touch()
+        words = [llama_dir, text_file, *QUANTIZE, "--save-dir", "mine"]
+        refused("mine: exists and is no quantized checkpoint", *words)
+        assert os.listdir(here / "mine") == ["precious"]
+        assert os.listdir(here) == ["mine"]
 
     @pytest.mark.parametrize("target", ["os.fsync", "os.replace", "torch.save"])
     def test_a_full_disk(self, target, here, refused, run, monkeypatch, llama_dir, text_file, made):

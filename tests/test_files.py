@@ -1,14 +1,17 @@
 """Files appear whole or not at all."""
 
+import contextlib
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from gptq.errors import UserError
-from gptq.files import Journal, check_writable, whole_file, whole_folder
+from gptq.export import write_pt, write_safetensors
+from gptq.files import Journal, check_writable, open_journal, whole_file, whole_folder
 
 
 def full_disk(*_args, **_kwargs):
@@ -28,9 +31,14 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 def test_an_older_file_survives_a_failure(tmp_path, error):
     path = tmp_path / "out.pt"
     path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write():
+        with whole_file(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["out.pt"]
 
@@ -60,9 +68,14 @@ def test_a_failed_folder_leaves_the_older_one(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "old").touch()
-    with pytest.raises(UserError, match="No space left"), whole_folder(folder) as temporary:
-        (temporary / "fresh").touch()
-        full_disk()
+
+    def write():
+        with whole_folder(folder) as temporary:
+            (temporary / "fresh").touch()
+            full_disk()
+
+    with pytest.raises(UserError, match="No space left"):
+        write()
     assert os.listdir(folder) == ["old"]
     assert os.listdir(tmp_path) == ["out"]
 
@@ -88,3 +101,58 @@ def test_a_journal_gives_back_what_was_written(tmp_path):
     read, record = journal.read(3)
     assert record == [{"loss": 0.1}]
     assert torch.equal(read["a.qweight"], tensors["a.qweight"])
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """The system refuses, in the middle of a write, to let a file grow any further."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("write", [write_pt, write_safetensors])
+def test_a_write_that_the_system_ends(tmp_path, write):
+    with (
+        largest_file(100_000),
+        pytest.raises(UserError, match=r"cannot be written \(File too large\); free space"),
+    ):
+        write(tmp_path / "out", {"a": torch.zeros(100_000), "b": torch.ones(100_000)}, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_inside_a_write_keep_their_kind(tmp_path):
+    with pytest.raises(RuntimeError, match="mistake"), whole_file(tmp_path / "out"):
+        raise RuntimeError("mistake")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / "belle-7b-v1.5"
+    folder.mkdir()
+    check_writable(folder, folder=True)
+    (folder / "precious").touch()
+    with pytest.raises(UserError, match="exists and is no quantized checkpoint; give a new"):
+        check_writable(folder, folder=True)
+    (folder / "quantize_config.json").touch()
+    check_writable(folder, folder=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="give a new folder"):
+        check_writable(tmp_path / "file", folder=True)
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        check_writable(folder)
+
+
+def test_a_run_without_a_finished_block_leaves_nothing_to_resume(tmp_path):
+    with pytest.raises(RuntimeError), open_journal(tmp_path / "m.pt", {"bits": 4}, resume=False):
+        raise RuntimeError("stopped")
+    assert os.listdir(tmp_path) == []
+    with open_journal(tmp_path / "m.pt", {"bits": 8}, resume=False) as journal:
+        journal.write(0, {"a": torch.zeros(1)}, [])
+    with (
+        pytest.raises(UserError, match="holds 1 finished blocks"),
+        open_journal(tmp_path / "m.pt", {"bits": 8}, resume=False),
+    ):
+        pass
