@@ -194,32 +194,6 @@ def _open(arguments: argparse.Namespace, checkpoint: str | Path | None) -> Opene
     return opened
 
 
-def _evaluation_windows(
-    arguments: argparse.Namespace, source: ModelSource, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Tensor]:
-    from gptq.api import window_length
-    from gptq.calibration import evaluation_windows
-
-    seqlen = window_length(source, arguments.seqlen)
-    names = arguments.eval_data or [arguments.dataset]
-    if arguments.new_eval:
-        names = [f"{name}-new" if name in ("c4", "ptb") else name for name in names]
-    return {
-        name: evaluation_windows(name, tokenizer, seqlen, arguments.eval_windows) for name in names
-    }
-
-
-def _timed_tokens(
-    arguments: argparse.Namespace, source: ModelSource, tokenizer: PreTrainedTokenizerBase
-) -> Tensor:
-    from gptq.calibration import evaluation_windows
-
-    count, limit = arguments.benchmark, getattr(source.config, "max_position_embeddings", None)
-    if limit is not None and count > limit:
-        raise UserError(f"--benchmark {count} exceeds the {limit} positions of {source.name}")
-    return evaluation_windows(arguments.dataset, tokenizer, count, 1)[0]
-
-
 def _evaluate(opened: Opened, material: _Material) -> None:
     from gptq.api import perplexity
     from gptq.report import progress_bar
