@@ -67,7 +67,7 @@ class ModelSource:
             )
         try:
             if self.gguf is not None:
-                return PreTrainedTokenizerFast.from_pretrained(self.folder, gguf_file=self.gguf)
+                return _gguf_tokenizer(self.folder, self.gguf, self.config)
             return _folder_tokenizer(self.folder, self.config)
         except UserError:
             raise
@@ -222,6 +222,16 @@ def to_todays_names(spec: ModelSpec) -> Callable[[str], str | None]:
         return name
 
     return rename
+
+
+def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name)
+    # transformers 5.17 mixes up which special token is which; the file's header says.
+    for kind in ("bos", "eos", "pad", "unk"):
+        number = getattr(config, f"{kind}_token_id", None)
+        if number is not None:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+    return tokenizer
 
 
 def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
