@@ -30,7 +30,7 @@ FOLDER = DEFAULT_CACHE / "demo"
 BITS = 4
 SETTINGS = ["--wbits", str(BITS), "--groupsize", "128"]
 # The defaults, 128 windows of 2048 tokens, are worth a little more and take far longer on a CPU.
-CALIBRATION = ["--nsamples", "32", "--seqlen", "512"]
+CALIBRATION = ["--nsamples", "16", "--seqlen", "512"]
 WINDOWS, SEQLEN = 20, 512
 TIMED_TOKENS = 32
 PROMPT = "The most important thing about a good night's sleep is"
