@@ -32,9 +32,9 @@ SETTINGS = ["--wbits", str(BITS), "--groupsize", "128"]
 # The defaults, 128 windows of 2048 tokens, are worth a little more and take far longer on a CPU.
 CALIBRATION = ["--nsamples", "16", "--seqlen", "512"]
 WINDOWS, SEQLEN = 20, 512
-TIMED_TOKENS = 32
+TIMED_TOKENS = 16
 PROMPT = "The most important thing about a good night's sleep is"
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 

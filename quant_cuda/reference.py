@@ -7,14 +7,6 @@ from quant_cuda.packing import unpack, unpack_zeros
 from quant_cuda.weight import PackedWeight
 
 
-def group_of_inputs(weight: PackedWeight) -> Tensor:
-    """Group of each input, int64 (in,)."""
-    if weight.g_idx is not None:
-        return weight.g_idx.long()
-    inputs = torch.arange(weight.in_features, device=weight.qweight.device)
-    return inputs // (weight.in_features if weight.group_size == -1 else weight.group_size)
-
-
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weight as numbers: dtype (in, out), a view of a contiguous (out, in).
 
@@ -26,13 +18,19 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     zeros, scales = zeros.T.to(work), weight.scales.T.to(work)  # (out, groups)
     # Turned over while it is bytes: a product over contiguous inputs is faster and sums better.
     q = unpack(weight.qweight, weight.bits, weight.in_features).T.contiguous().to(work)
-    size = weight.group_size
-    if weight.g_idx is None and size != -1 and weight.in_features % size == 0:
-        grouped = q.view(weight.out_features, weight.groups, size)
-        grouped.sub_(zeros.unsqueeze(2)).mul_(scales.unsqueeze(2))
-    else:
-        group = group_of_inputs(weight)
+    if weight.g_idx is not None:
+        group = weight.g_idx.long()
         q.sub_(zeros[:, group]).mul_(scales[:, group])
+        return q.to(dtype).T
+    size = weight.in_features if weight.group_size == -1 else weight.group_size
+    full = weight.in_features // size
+    # The groups of full size at once, then the short last one if there is one.
+    for inputs, groups in (
+        (q[:, : full * size].unflatten(1, (full, size)), slice(0, full)),
+        (q[:, full * size :].unsqueeze(1), slice(full, None)),
+    ):
+        if inputs.numel():
+            inputs.sub_(zeros[:, groups, None]).mul_(scales[:, groups, None])
     return q.to(dtype).T
 
 
