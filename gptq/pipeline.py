@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
 from gptq.solver import Solution, feed_back, round_to_nearest, solve
 from gptq.source import ModelSource
+from gptq.stages import advance, finish, stages
 from quant_cuda.reference import dequantize
 
 
@@ -87,24 +88,17 @@ def quantize_blocks(
             for linear in spec.linears:
                 put_quantized(skeleton.linear(block, linear), tensors, f"{name}.{linear}", config)
             yield from (LayerReport(**layer) for layer in record)
+            stream.through(block)
+            if twin is not None:
+                full.through(twin)
         else:
             _check_weights(block, name)
             tensors, reports = {}, []
-            for groups in _steps(spec, config):
-                started = time.perf_counter()
-                moments = _moments(block, groups, stream, twin, full)
-                seconds = (time.perf_counter() - started) / sum(map(len, groups))
-                for group in groups:
-                    for report, state in _quantize_group(
-                        block, name, index, group, moments.get(group[0]), seconds, config
-                    ):
-                        reports.append(report)
-                        tensors.update(state)
-                        yield report
+            for report, state in _solve_block(block, twin, index, spec, stream, full, config):
+                reports.append(report)
+                tensors.update(state)
+                yield report
             journal.write(index, tensors, [asdict(report) for report in reports])
-        stream.through(block)
-        if twin is not None:
-            full.through(twin)
         skeleton.drop(block)
 
 
@@ -146,9 +140,37 @@ def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict
     return json.loads(json.dumps(known, default=str))
 
 
-def _steps(spec: ModelSpec, config: QuantConfig) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Groups of layers that are solved from one pass over the block."""
-    return tuple((group,) for group in spec.groups) if config.true_sequential else (spec.groups,)
+def _solve_block(
+    block: nn.Module,
+    twin: nn.Module | None,
+    index: int,
+    spec: ModelSpec,
+    stream: skeleton.Stream,
+    full: skeleton.Stream,
+    config: QuantConfig,
+) -> Iterator[tuple[LayerReport, dict[str, Tensor]]]:
+    """Quantize a block's linear layers in place and take both streams through it.
+
+    twin: the block as it was, for the full-precision stream; None where nothing is fed back.
+    """
+    runs = [stages(block, spec, *item) for item in stream]
+    beside = [] if twin is None else [stages(twin, spec, *item) for item in full]
+
+    def moments() -> _Moments | None:
+        return _moments(advance(runs), advance(beside) if beside else None)
+
+    prefix = spec.block(index)
+    if config.true_sequential:
+        for group in spec.groups:
+            yield from _quantize_group(block, prefix, index, group, moments, config)
+        stream.hidden = finish(runs)
+    else:
+        known = iter([moments() for _ in spec.groups])
+        for group in spec.groups:
+            yield from _quantize_group(block, prefix, index, group, known.__next__, config)
+        stream.through(block)
+    if beside:
+        full.hidden = finish(beside)
 
 
 @dataclass
@@ -161,37 +183,22 @@ class _Moments:
     """Of (x_full - x) x^T, where the full model runs beside it."""
 
 
-def _moments(
-    block: nn.Module,
-    groups: tuple[tuple[str, ...], ...],
-    stream: skeleton.Stream,
-    twin: nn.Module | None,
-    full: skeleton.Stream,
-) -> dict[str, _Moments]:
-    """Run the block on every batch, and its unquantized twin if there is one, up to the last
-    of the groups' inputs. By the first layer of each group."""
-    leads = tuple(group[0] for group in groups)
-    moments: dict[str, _Moments] = {}
-    tokens = 0
-    for (hidden, arguments), full_hidden in zip(stream, full.hidden, strict=True):
-        tokens += hidden.shape[0] * hidden.shape[1]
-        caught = skeleton.inputs_of(block, leads, hidden, arguments)
-        beside = {}
-        if twin is not None:
-            beside = skeleton.inputs_of(twin, leads, full_hidden, arguments)
-        for name, inputs in caught.items():
-            x = inputs.flatten(0, -2).float()
-            if name not in moments:
-                H = x.new_zeros((x.shape[1], x.shape[1]))
-                moments[name] = _Moments(H, None if twin is None else torch.zeros_like(H))
-            moments[name].H.addmm_(x.T, x)
-            C = moments[name].C
-            if C is not None:
-                C.addmm_((beside[name].flatten(0, -2).float() - x).T, x)
-    for moment in moments.values():
-        moment.H.div_(tokens)
-        if moment.C is not None:
-            moment.C.div_(tokens)
+def _moments(inputs: Iterator[Tensor], beside: Iterator[Tensor] | None) -> _Moments | None:
+    """Moments over batches (batch, seq, in) of inputs and of the full model's; None of none."""
+    moments, tokens = None, 0
+    for batch in inputs:
+        x = batch.flatten(0, -2).float()
+        tokens += len(x)
+        if moments is None:
+            H = x.new_zeros((x.shape[1], x.shape[1]))
+            moments = _Moments(H, None if beside is None else torch.zeros_like(H))
+        moments.H.addmm_(x.T, x)
+        if beside is not None and moments.C is not None:
+            moments.C.addmm_((next(beside).flatten(0, -2).float() - x).T, x)
+    if moments is not None:
+        moments.H.div_(tokens)
+        if moments.C is not None:
+            moments.C.div_(tokens)
     return moments
 
 
@@ -200,15 +207,14 @@ def _quantize_group(
     prefix: str,
     index: int,
     group: tuple[str, ...],
-    moments: _Moments | None,
-    capture_seconds: float,
+    moments: Callable[[], _Moments | None],
     config: QuantConfig,
 ) -> Iterator[tuple[LayerReport, dict[str, Tensor]]]:
     """Solve layers that share their input, rows stacked: one factorization for all of them."""
     started = time.perf_counter()
     layers = [skeleton.linear(block, name) for name in group]
     weight = torch.cat([layer.weight for layer in layers])
-    solution = _solve(f"{prefix}.{group[0]}", weight, moments, config)
+    solution = _solve(f"{prefix}.{group[0]}", weight, moments(), config)
     first = 0
     for name, layer in zip(group, layers, strict=True):
         share = solution.rows(first, first + layer.out_features)
@@ -217,7 +223,7 @@ def _quantize_group(
         state = {f"{prefix}.{name}.{key}": t for key, t in packed.state_dict().items()}
         # What later layers see is the stored words, never the solver's own matrix.
         layer.weight.copy_(dequantize(packed.packed(), layer.weight.dtype).T)
-        seconds = time.perf_counter() - started + capture_seconds
+        seconds = time.perf_counter() - started
         yield _report(index, name, share, seconds), _to_cpu(state)
         started = time.perf_counter()
 

@@ -26,6 +26,9 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
     # Written by a quantized checkpoint; its layers are put in place by this package.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # BLOOM's way to repeat the sums of tensor-parallel training; it reads weights past the layer.
+    if hasattr(config, "slow_but_exact"):
+        config.slow_but_exact = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     for name in spec.computed:
@@ -140,35 +143,6 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) ->
     """One block's forward: hidden states (batch, seq, hidden) to the same."""
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def inputs_of(
-    block: nn.Module, names: tuple[str, ...], hidden: Tensor, arguments: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """What the named layers inside a block receive, in the order they run.
-
-    The forward ends once the last of them has been reached.
-    """
-    caught: dict[str, Tensor] = {}
-
-    def catcher(name: str):
-        def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            caught[name] = args[0]
-            if len(caught) == len(names):
-                raise _Caught
-
-        return catch
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(catcher(name)) for name in names]
-    try:
-        run_block(block, hidden, arguments)
-    except _Caught:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
-from gptq.models.spec import ModelSpec
+from gptq.models.spec import Branch, ModelSpec
 
 SPECS: dict[str, ModelSpec] = {spec.model_type: spec for spec in (LLAMA, BLOOM)}
 
-__all__ = ["BLOOM", "LLAMA", "SPECS", "ModelSpec"]
+__all__ = ["BLOOM", "LLAMA", "SPECS", "Branch", "ModelSpec"]

@@ -1,6 +1,6 @@
 """BLOOM, BLOOMZ and BELLE-7B. Queries, keys and values are one fused projection."""
 
-from gptq.models.spec import ModelSpec
+from gptq.models.spec import Branch, ModelSpec
 
 BLOOM = ModelSpec(
     model_type="bloom",
@@ -10,11 +10,23 @@ BLOOM = ModelSpec(
     embed=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
     norm="transformer.ln_f",
     head="lm_head",
-    groups=(
-        ("self_attention.query_key_value",),
-        ("self_attention.dense",),
-        ("mlp.dense_h_to_4h",),
-        ("mlp.dense_4h_to_h",),
+    branches=(
+        Branch(
+            norm="input_layernorm",
+            module="self_attention",
+            inputs=("self_attention.query_key_value",),
+            output="self_attention.dense",
+            takes_arguments=True,
+            adds_residual=True,
+        ),
+        Branch(
+            norm="post_attention_layernorm",
+            module="mlp",
+            inputs=("mlp.dense_h_to_4h",),
+            output="mlp.dense_4h_to_h",
+            takes_arguments=False,
+            adds_residual=True,
+        ),
     ),
     # bigscience/bloom files name their tensors from inside the base model.
     old_prefixes=(

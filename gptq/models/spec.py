@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Half of a block: hidden + output(module(norm(hidden))), attention or MLP.
+
+    Names are inside the block. `module` is run with `output` taken out, to see what it receives.
+    """
+
+    norm: str
+    module: str
+    inputs: tuple[str, ...]
+    """Linear layers that read the normed hidden states, in the order they run."""
+    output: str
+    """The linear layer that writes back to the hidden states."""
+    takes_arguments: bool
+    """Whether the module is given the block's masks and position terms: attention is."""
+    adds_residual: bool = False
+    """Whether the module's second argument is a residual that it adds by itself."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Paths are dotted module names as in Hugging Face's causal-LM class of this type.
 
@@ -24,14 +43,22 @@ class ModelSpec:
     """The normalisation after the last block."""
     head: str
     """The output projection; reads the input embedding's weight where the two are tied."""
-    groups: tuple[tuple[str, ...], ...]
-    """Linear layers of one block, in the order they run; those of one group share their input."""
+    branches: tuple[Branch, ...]
+    """A block's halves, in the order they run."""
     computed: tuple[str, ...] = ()
     """Modules without weights whose buffers are computed from the configuration."""
     old_prefixes: tuple[tuple[str, str], ...] = ()
     """(old, new) beginnings of tensor names: files written by early tools or without the base."""
     dropped: tuple[str, ...] = ()
     """Endings of tensor names that old files carry and today's modules compute for themselves."""
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linear layers of one block, in the order they run; those of one group share their
+        input."""
+        return tuple(
+            group for branch in self.branches for group in (branch.inputs, (branch.output,))
+        )
 
     @property
     def linears(self) -> tuple[str, ...]:

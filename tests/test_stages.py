@@ -1,0 +1,63 @@
+"""A block run in stages against Hugging Face's own forward of it."""
+
+import pytest
+import torch
+from conftest import bloom_config, make_model
+
+from gptq import skeleton
+from gptq.source import open_model
+from gptq.stages import advance, finish, stages
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def post_norm_bloom(tmp_path):
+    changes = {"apply_residual_connection_post_layernorm": True, "slow_but_exact": True}
+    return make_model(tmp_path / "model", bloom_config(pretraining_tp=2, **changes))
+
+
+def first_block(folder):
+    """The first block filled, its spec, and one batch with the block's other arguments."""
+    source = open_model(folder)
+    spec = source.spec
+    model = skeleton.build(source.config, spec, CPU)
+    tokens = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    stream = skeleton.embed(model, spec, source.tensors, tokens, CPU, torch.float32)
+    block = skeleton.fill(model, spec, spec.block(0), source.tensors, CPU, torch.float32)
+    return block, spec, *next(iter(stream))
+
+
+def seen_by(block, name, hidden, arguments):
+    seen = []
+    layer = block.get_submodule(name)
+    handle = layer.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    skeleton.run_block(block, hidden, arguments)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("fixture", ["llama_dir", "bloom_dir", "post_norm_bloom"])
+def test_stages_are_hugging_faces_own_forward(fixture, request):
+    block, spec, hidden, arguments = first_block(request.getfixturevalue(fixture))
+    run = stages(block, spec, hidden, arguments)
+    for group in spec.groups:
+        (found,) = advance([run])
+        for name in group:  # every layer of a group sees what its first one does
+            expected = seen_by(block, name, hidden, arguments)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (output,) = finish([run])
+    expected = skeleton.run_block(block, hidden, arguments)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+def test_a_change_between_stages_reaches_the_rest(model_dir):
+    block, spec, hidden, arguments = first_block(model_dir)
+    run = stages(block, spec, hidden, arguments)
+    for group in spec.groups:
+        next(run)
+        for name in group:
+            skeleton.linear(block, name).weight.mul_(0.9)
+    (output,) = finish([run])
+    expected = skeleton.run_block(block, hidden, arguments)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
