@@ -20,8 +20,12 @@ from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
 from gptq.solver import Solution, feed_back, round_to_nearest, solve
 from gptq.source import ModelSource
-from gptq.stages import advance, finish, stages
+from gptq.stages import Inputs, advance, finish, stages
+from gptq.tune import tune
 from quant_cuda.reference import dequantize
+
+# Tokens in a step of tuning: more steps on fewer tokens do more than fewer steps on more.
+TUNING_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def quantize_blocks(
     check_layers(model, spec, config.bits)
     stream = skeleton.Stream([], {})
     if windows is not None:
-        stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype)
+        batch = TUNING_TOKENS if config.tunes else skeleton.BATCH_TOKENS
+        stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype, batch)
     # The full-precision model's activations, beside those of the model quantized so far.
     full = skeleton.Stream(list(stream.hidden), stream.arguments)
     for index in range(skeleton.block_count(model, spec)):
@@ -93,11 +98,18 @@ def quantize_blocks(
                 full.through(twin)
         else:
             _check_weights(block, name)
-            tensors, reports = {}, []
-            for report, state in _solve_block(block, twin, index, spec, stream, full, config):
+            reports: list[LayerReport] = []
+            solutions: dict[str, Solution] = {}
+            for report in _solve_block(block, twin, index, spec, stream, full, config, solutions):
                 reports.append(report)
-                tensors.update(state)
                 yield report
+            tensors = {
+                f"{name}.{linear}.{key}": tensor.cpu().contiguous()
+                for linear, solution in solutions.items()
+                for key, tensor in _pack(skeleton.linear(block, linear), solution, config)
+                .state_dict()
+                .items()
+            }
             journal.write(index, tensors, [asdict(report) for report in reports])
         skeleton.drop(block)
 
@@ -148,10 +160,12 @@ def _solve_block(
     stream: skeleton.Stream,
     full: skeleton.Stream,
     config: QuantConfig,
-) -> Iterator[tuple[LayerReport, dict[str, Tensor]]]:
+    solutions: dict[str, Solution],
+) -> Iterator[LayerReport]:
     """Quantize a block's linear layers in place and take both streams through it.
 
     twin: the block as it was, for the full-precision stream; None where nothing is fed back.
+    solutions: filled with the layers' solutions, by their names in the block.
     """
     runs = [stages(block, spec, *item) for item in stream]
     beside = [] if twin is None else [stages(twin, spec, *item) for item in full]
@@ -160,17 +174,22 @@ def _solve_block(
         return _moments(advance(runs), advance(beside) if beside else None)
 
     prefix = spec.block(index)
-    if config.true_sequential:
-        for group in spec.groups:
-            yield from _quantize_group(block, prefix, index, group, moments, config)
-        stream.hidden = finish(runs)
-    else:
-        known = iter([moments() for _ in spec.groups])
-        for group in spec.groups:
-            yield from _quantize_group(block, prefix, index, group, known.__next__, config)
-        stream.through(block)
+    # Where layers are not solved in turn, all inputs are those of the unquantized block.
+    known = None if config.true_sequential else iter([moments() for _ in spec.groups])
+    for group in spec.groups:
+        its = known.__next__ if known else moments
+        yield from _quantize_group(block, prefix, index, group, its, config, solutions)
     if beside:
         full.hidden = finish(beside)
+    if config.tunes and beside:
+        tuned = tune(block, solutions, list(stream), full.hidden, config.bits, seed=index)
+        solutions.update(tuned)
+        for name, solution in tuned.items():
+            _put(skeleton.linear(block, name), solution, config)
+    if config.true_sequential and not config.tunes:
+        stream.hidden = finish(runs)
+    else:
+        stream.through(block)
 
 
 @dataclass
@@ -179,27 +198,34 @@ class _Moments:
 
     H: Tensor
     """Of x x^T, x being the quantized model's inputs."""
-    C: Tensor | None
+    C: Tensor | None = None
     """Of (x_full - x) x^T, where the full model runs beside it."""
+    R: Tensor | None = None
+    """(out, in) of (h_full - h) x^T, h being the hidden states that the layer's output is added
+    to, for a layer that has such."""
 
 
-def _moments(inputs: Iterator[Tensor], beside: Iterator[Tensor] | None) -> _Moments | None:
-    """Moments over batches (batch, seq, in) of inputs and of the full model's; None of none."""
-    moments, tokens = None, 0
+def _moments(inputs: Iterator[Inputs], beside: Iterator[Inputs] | None) -> _Moments | None:
+    """Moments over batches of inputs, and of the full model's where it runs; None of none."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def add(name: str, left: Tensor, x: Tensor) -> None:
+        left = left.flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = x.new_zeros((left.shape[1], x.shape[1]))
+        sums[name].addmm_(left.T, x)
+
     for batch in inputs:
-        x = batch.flatten(0, -2).float()
+        x = batch.x.flatten(0, -2).float()
         tokens += len(x)
-        if moments is None:
-            H = x.new_zeros((x.shape[1], x.shape[1]))
-            moments = _Moments(H, None if beside is None else torch.zeros_like(H))
-        moments.H.addmm_(x.T, x)
-        if beside is not None and moments.C is not None:
-            moments.C.addmm_((next(beside).flatten(0, -2).float() - x).T, x)
-    if moments is not None:
-        moments.H.div_(tokens)
-        if moments.C is not None:
-            moments.C.div_(tokens)
-    return moments
+        add("H", x, x)
+        if beside is not None:
+            full = next(beside)
+            add("C", full.x - batch.x, x)
+            if full.residual is not None and batch.residual is not None:
+                add("R", full.residual - batch.residual, x)
+    return _Moments(**{name: total.div_(tokens) for name, total in sums.items()}) if sums else None
 
 
 def _quantize_group(
@@ -209,7 +235,8 @@ def _quantize_group(
     group: tuple[str, ...],
     moments: Callable[[], _Moments | None],
     config: QuantConfig,
-) -> Iterator[tuple[LayerReport, dict[str, Tensor]]]:
+    solutions: dict[str, Solution],
+) -> Iterator[LayerReport]:
     """Solve layers that share their input, rows stacked: one factorization for all of them."""
     started = time.perf_counter()
     layers = [skeleton.linear(block, name) for name in group]
@@ -217,28 +244,32 @@ def _quantize_group(
     solution = _solve(f"{prefix}.{group[0]}", weight, moments(), config)
     first = 0
     for name, layer in zip(group, layers, strict=True):
-        share = solution.rows(first, first + layer.out_features)
+        solutions[name] = solution.rows(first, first + layer.out_features)
         first += layer.out_features
-        packed = _pack(layer, share, config)
-        state = {f"{prefix}.{name}.{key}": t for key, t in packed.state_dict().items()}
-        # What later layers see is the stored words, never the solver's own matrix.
-        layer.weight.copy_(dequantize(packed.packed(), layer.weight.dtype).T)
-        seconds = time.perf_counter() - started
-        yield _report(index, name, share, seconds), _to_cpu(state)
+        _put(layer, solutions[name], config)
+        yield _report(index, name, solutions[name], time.perf_counter() - started)
         started = time.perf_counter()
+
+
+def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> None:
+    """Give a layer its quantized weight: what later layers see is the stored words."""
+    layer.weight.copy_(dequantize(_pack(layer, solution, config).packed(), layer.weight.dtype).T)
 
 
 def _solve(name: str, weight: Tensor, moments: _Moments | None, config: QuantConfig) -> Solution:
     if moments is None:
         return round_to_nearest(weight, None, config)
-    H, C = moments.H, moments.C
+    H = moments.H
     if not bool(torch.isfinite(H).all()):
         raise UserError(
             f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "
             "is needed"
         )
-    if C is not None:
-        weight = feed_back(weight, H, C, config.error_feedback, config.percdamp)
+    if moments.C is not None and config.error_feedback > 0:
+        missing = weight.float() @ moments.C
+        if moments.R is not None and config.residual_feedback:
+            missing += moments.R
+        weight = feed_back(weight, H, missing, config.error_feedback, config.percdamp)
     return solve(weight, H, config)
 
 
@@ -259,10 +290,6 @@ def _report(block: int, name: str, solution: Solution, seconds: float) -> LayerR
         damp=solution.damp,
         seconds=seconds,
     )
-
-
-def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _check_weights(block: nn.Module, prefix: str) -> None:

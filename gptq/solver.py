@@ -5,7 +5,7 @@ H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323, Algo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Solution:
     """bool (out,): rows that keep plain rounding, since its loss was lower."""
     damp: float
     """Share of the mean diagonal that was added to H."""
+    origin: Tensor | None = None
+    """float32 (out, in): what each integer was rounded from, kept where blocks are tuned."""
 
     def rows(self, start: int, stop: int) -> "Solution":
         """The solution of output rows start..stop alone."""
@@ -55,6 +57,7 @@ class Solution:
             self.energy[start:stop],
             self.kept_rtn[start:stop],
             self.damp,
+            None if self.origin is None else self.origin[start:stop],
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,24 +99,40 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
 
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
-    return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
+    solution = _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
+    if not config.tunes:
+        return solution
+    return replace(solution, origin=_origins(w, solution, U, order))
 
 
-def feed_back(W: Tensor, H: Tensor, C: Tensor, share: float, percdamp: float) -> Tensor:
-    """Correct a weight for the error that quantized layers before it bring into its input.
+def _origins(w: Tensor, solution: Solution, U: Tensor, order: Tensor) -> Tensor:
+    """What each integer was rounded from when its turn came, float32 (out, in).
+
+    w: (in, out) in the original order. The sweep's errors e, in solving order, are known from its
+    result: w - Q = U^T (e / diag U).
+    """
+    error = (w - solution.dequantize(w.dtype).T)[order]
+    error = torch.linalg.solve_triangular(U.T, error, upper=False) * U.diagonal()[:, None]
+    offset = error[torch.argsort(order)].T / solution.scales.float()[solution.g_idx.long()].T
+    # Clamped to the grid's ends, or kept rounded, an integer may lie further off than a half.
+    return (solution.q + offset.clamp_(-0.499, 0.499)).float()
+
+
+def feed_back(W: Tensor, H: Tensor, missing: Tensor, share: float, percdamp: float) -> Tensor:
+    """Correct a weight for the error that quantized layers before it have brought about.
 
     W: floating (out, in); H: (in, in), mean of x x^T over the quantized model's inputs x;
-    C: (in, in), mean of (x_full - x) x^T, where x_full is the full model's input.
-    share: 1 aims at the full model's output W x_full in full; a share below 1 shrinks the
-        correction, which few calibration tokens determine poorly.
-    Returns W + share * W C (H + damp)^-1 in H's dtype: for 1, the least-squares solution of
+    missing: (out, in), mean of d x^T, where d is what the layer's output W x lacks of what it
+        should be, given the full model's activations.
+    share: 1 makes up for all of d; a share below 1 shrinks the correction, which few calibration
+        tokens determine poorly.
+    Returns W + share * missing (H + damp)^-1 in H's dtype: for 1, the least-squares solution of
     asymmetric calibration (Li et al. 2025, GPTAQ, arXiv 2504.02692; LoaQ, arXiv 2509.06297).
     """
     H, dead = _mend_dead(H)
     U, _ = inverse_factor(H, dead, percdamp)
-    change = W.detach().to(H.device, H.dtype) @ C
-    change[:, dead] = 0
-    return W.to(H.device, H.dtype) + share * (change @ U.T) @ U
+    missing = missing.to(H.device, H.dtype).masked_fill(dead, 0)
+    return W.to(H.device, H.dtype) + share * (missing @ U.T) @ U
 
 
 def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:

@@ -6,6 +6,7 @@ block is run once however many groups it has.
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,18 @@ from torch import Tensor, nn
 from gptq import skeleton
 from gptq.models import Branch, ModelSpec
 
-Stages = Generator[Tensor, None, Tensor]
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a group of linear layers is about to receive."""
+
+    x: Tensor
+    """(batch, seq, in)."""
+    residual: Tensor | None
+    """(batch, seq, out): the hidden states that the group's output is added to, where it is."""
+
+
+Stages = Generator[Inputs, None, Tensor]
 
 
 def stages(
@@ -23,7 +35,7 @@ def stages(
     """Run `block` on hidden states (batch, seq, hidden), a group of linear layers at a time.
 
     arguments: the block's others: masks, rotary or ALiBi terms.
-    Yields what each of `spec.groups` receives, (batch, seq, in), and returns the block's output.
+    Yields what each of `spec.groups` receives, and returns the block's output.
     Between stages it holds the hidden states and what it has yielded, nothing else.
     """
     after_norm = getattr(block, "apply_residual_connection_post_layernorm", False)
@@ -31,14 +43,14 @@ def stages(
         x = _no_grad(block.get_submodule(branch.norm), hidden)
         if after_norm:
             hidden = x
-        yield x
+        yield Inputs(x, None)
         x = _before_output(block, branch, x, arguments)
-        yield x
+        yield Inputs(x, hidden)
         hidden = hidden + _no_grad(block.get_submodule(branch.output), x)
     return hidden
 
 
-def advance(runs: Iterable[Stages]) -> Iterator[Tensor]:
+def advance(runs: Iterable[Stages]) -> Iterator[Inputs]:
     """What the next group receives in each run, one at a time."""
     return (next(run) for run in runs)
 

@@ -9,7 +9,7 @@ import torch
 from oracles import Solved, obq, rtn
 
 from gptq.config import QuantConfig
-from gptq.solver import Solution, feed_back, round_to_nearest, solve
+from gptq.solver import Solution, column_order, feed_back, round_to_nearest, solve
 
 BITS = (2, 3, 4, 8)
 ORDERS = ("natural", "act", "gar")
@@ -409,17 +409,44 @@ def test_energy_and_rows():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_feed_back_is_regularised_least_squares(share):
-    """With a share of 1, min |W x_full - V x|^2 + damp |V - W|^2 over V, by stacked lstsq."""
+    """With a share of 1, min |W x_full + d - V x|^2 + damp |V - W|^2 over V, by stacked lstsq."""
     rng = np.random.default_rng(4)
     full = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12))
     x = full + 0.3 * rng.standard_normal(full.shape)
     x[:, 7] = 0  # never fires in the quantized model
     W = rng.standard_normal((5, 12))
-    H, C = x.T @ x / 200, (full - x).T @ x / 200
+    d = 0.2 * rng.standard_normal((200, 5))  # what the residual stream lacks already
+    H = x.T @ x / 200
+    missing = ((full - x) @ W.T + d).T @ x / 200
     damp = 0.02 * np.delete(np.diag(H), 7).mean()
     stacked = np.vstack([x / np.sqrt(200), np.sqrt(damp) * np.eye(12)])
-    target = np.vstack([full @ W.T / np.sqrt(200), np.sqrt(damp) * W.T])
+    target = np.vstack([(full @ W.T + d) / np.sqrt(200), np.sqrt(damp) * W.T])
     best = np.linalg.lstsq(stacked, target, rcond=None)[0].T
     expected = (1 - share) * W + share * best
-    found = feed_back(*map(torch.from_numpy, (W, H, C)), share, 0.02).numpy()
+    found = feed_back(*map(torch.from_numpy, (W, H, missing)), share, 0.02).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_origins_are_what_the_sweep_rounded(order):
+    """Sweeping again by hand with the solution's own grids meets the same numbers."""
+    W, H = layer(6, 40, seed=11)
+    config = QuantConfig(bits=3, group_size=16, order=order, quality="best")
+    solution = run(W, H, config)
+    diagonal = torch.from_numpy(np.diag(H).copy())
+    columns = column_order(diagonal, config)[0].numpy()
+    damped = H + config.percdamp * np.diag(H).mean() * np.eye(40)
+    U = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(columns, columns)])).T
+    scale, zero = (
+        t.double().numpy()[solution.g_idx.numpy()].T for t in (solution.scales, solution.zeros)
+    )
+    q, left, expected = solution.q.numpy(), W[:, columns].copy(), np.empty_like(W)
+    for j, column in enumerate(columns):
+        expected[:, column] = left[:, j] / scale[:, column] + zero[:, column]
+        number = (q[:, column] - zero[:, column]) * scale[:, column]
+        error = (left[:, j] - number) / U[j, j]
+        left[:, j:] -= np.outer(error, U[j, j:])
+    assert not solution.kept_rtn.any()
+    expected = q + np.clip(expected - q, -0.499, 0.499)
+    np.testing.assert_allclose(solution.origin.numpy(), expected, atol=1e-5)
+    assert torch.equal(solution.origin.round().to(torch.uint8), solution.q)

@@ -1,0 +1,1 @@
+"""Scripts that run in other toolkits' own environments, on the model and tokens they are given."""

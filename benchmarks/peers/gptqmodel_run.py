@@ -1,0 +1,29 @@
+"""Quantize with GPTQModel, in an environment that has it: MODEL TOKENS.json OUT SETTINGS.json.
+
+TOKENS.json: lists of token ids. SETTINGS: fields of its GPTQConfig. Prints the seconds that
+quantizing took, reading and writing left out.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from gptqmodel import GPTQModel
+from gptqmodel.quantization import GPTQConfig
+
+
+def main(model: str, tokens: str, out: str, settings: str) -> None:
+    windows = json.loads(Path(tokens).read_text())
+    config = GPTQConfig(**json.loads(settings))
+    loaded = GPTQModel.load(model, config, device="cpu")
+    samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows]
+    started = time.perf_counter()
+    loaded.quantize(samples, batch_size=1)
+    seconds = time.perf_counter() - started
+    loaded.save(out)
+    print(json.dumps({"seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
