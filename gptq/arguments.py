@@ -120,7 +120,7 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         "--percdamp",
         type=float,
         metavar="SHARE",
-        help="damping, a share of the Hessian's mean diagonal (default: 0.01)",
+        help="damping, a share of the Hessian's mean diagonal (default: chosen for each layer)",
     )
     add(
         "--error-feedback",
@@ -189,7 +189,8 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def quant_config(arguments: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for, defaults for what they leave open."""
     nearest = {"scale_search": "minmax"} if arguments.nearest else {}
-    return QuantConfig(**{**nearest, **given_settings(arguments)})
+    fixed = {} if arguments.percdamp is None else {"adaptive_damp": False}
+    return QuantConfig(**{**nearest, **fixed, **given_settings(arguments)})
 
 
 def default_name(name: str, config: QuantConfig, suffix: str) -> Path:

@@ -29,6 +29,8 @@ class QuantConfig:
     """Solve the layers of a block in turn, each on inputs that the ones before it produce."""
     percdamp: float = 0.01
     """Added to the diagonal of H, as a share of its mean."""
+    adaptive_damp: bool = True
+    """Raise percdamp, layer by layer, to what serves held-out calibration tokens best."""
     scale_search: str = "hessian"
     """How a group's range is shrunk: by its error under H, by |error|**2.4, or not at all."""
     error_feedback: float = 0.5
@@ -79,6 +81,11 @@ class QuantConfig:
     def feeds_back(self) -> bool:
         """Whether the full-precision model's activations are needed beside the quantized one's."""
         return self.method == "gptq" and (self.error_feedback > 0 or self.tunes)
+
+    @property
+    def adapts_damp(self) -> bool:
+        """Whether a part of the calibration tokens is held out to choose the damping."""
+        return self.method == "gptq" and self.adaptive_damp
 
     @property
     def tunes(self) -> bool:

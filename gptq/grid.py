@@ -20,7 +20,8 @@ _HALF_SMALLEST = 2.0**-24
 @dataclass(frozen=True)
 class Grid:
     scale: Tensor
-    """(out,), positive, in the working type but exactly a float16 number."""
+    """(out,), in the working type but exactly a float16 number; negative where a symmetric grid
+    has its one level more on the positive side."""
     zero: Tensor
     """(out,), whole numbers in 1..2**bits - 1, in the working type."""
 
@@ -43,26 +44,32 @@ def to_stored(scale: Tensor) -> Tensor:
     return scale.clamp(_HALF_SMALLEST, _HALF.max).to(torch.float16).to(scale.dtype)
 
 
+def search_factors(sym: bool) -> tuple[float, ...]:
+    """What a search multiplies the range by. A symmetric grid has one level more below zero than
+    above; with a negative factor its scale is negative, and the level lies above."""
+    return SHRINK_FACTORS + tuple(-factor for factor in SHRINK_FACTORS) if sym else SHRINK_FACTORS
+
+
 def find_grid(w: Tensor, bits: int, sym: bool, search: str, H: Tensor | None = None) -> Grid:
     """The grid of each output for one group of inputs.
 
     w: floating (g, out).
-    search: "minmax" takes the range of the weights; "mse" and "hessian" try SHRINK_FACTORS of it
-        and keep the one with the least sum of |error|**2.4, or the least error^T H error; then
+    search: "minmax" takes the range of the weights; "mse" and "hessian" try `search_factors` of
+        it and keep the one with the least sum of |error|**2.4, or the least error^T H error; then
         the zero point's two neighbours, where it is not fixed.
     H: (g, g), the group's block of the Hessian; needed by "hessian" alone.
     Zero points stay in 1..2**bits - 1, which every reader of the "gptq" format agrees on.
     """
     low, high = _range(w)
-    best = _grid(low, high, bits, sym)
+    best = _grid(low, high, 1.0, bits, sym)
     if search == "minmax":
         return best
     if search == "hessian" and H is None:
         raise ValueError('search "hessian" needs H')
     weight = H if search == "hessian" else None
     best_loss = torch.full_like(low, torch.inf)
-    for factor in SHRINK_FACTORS:
-        grid = _grid(low * factor, high * factor, bits, sym)
+    for factor in search_factors(sym):
+        grid = _grid(low, high, factor, bits, sym)
         best, best_loss = _better(w, grid, bits, weight, best, best_loss)
     if sym:
         return best
@@ -98,10 +105,12 @@ def _range(w: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
 
 
-def _grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> Grid:
+def _grid(low: Tensor, high: Tensor, factor: float, bits: int, sym: bool) -> Grid:
     maxq = 2**bits - 1
+    low, high = low * abs(factor), high * abs(factor)
     if sym:
         scale = to_stored(2 * torch.maximum(-low, high) / maxq)
+        scale = -scale if factor < 0 else scale
         return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
     scale = to_stored((high - low) / maxq)
     zero = torch.round(-low / scale)

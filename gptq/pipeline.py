@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from gptq.errors import UserError
 from gptq.files import Journal
 from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
-from gptq.solver import Solution, feed_back, round_to_nearest, solve
+from gptq.solver import Solution, choose_damp, feed_back, round_to_nearest, solve
 from gptq.source import ModelSource
 from gptq.stages import Inputs, advance, finish, stages
 from gptq.tune import tune
@@ -26,6 +26,8 @@ from quant_cuda.reference import dequantize
 
 # Tokens in a step of tuning: more steps on fewer tokens do more than fewer steps on more.
 TUNING_TOKENS = 2048
+# Share of the calibration tokens that only choose the damping; they count in the solve as well.
+HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def _solve_block(
     beside = [] if twin is None else [stages(twin, spec, *item) for item in full]
 
     def moments() -> _Moments | None:
-        return _moments(advance(runs), advance(beside) if beside else None)
+        beside_too = advance(beside) if beside else None
+        return _moments(advance(runs), beside_too, HELD_OUT if config.adapts_damp else 0.0)
 
     prefix = spec.block(index)
     # Where layers are not solved in turn, all inputs are those of the unquantized block.
@@ -200,13 +203,20 @@ class _Moments:
     """Of x x^T, x being the quantized model's inputs."""
     C: Tensor | None = None
     """Of (x_full - x) x^T, where the full model runs beside it."""
+    held: Tensor | None = None
+    """The part of H, in the same measure, that comes of held-out tokens."""
     R: Tensor | None = None
     """(out, in) of (h_full - h) x^T, h being the hidden states that the layer's output is added
     to, for a layer that has such."""
 
 
-def _moments(inputs: Iterator[Inputs], beside: Iterator[Inputs] | None) -> _Moments | None:
-    """Moments over batches of inputs, and of the full model's where it runs; None of none."""
+def _moments(
+    inputs: Iterator[Inputs], beside: Iterator[Inputs] | None, held_out: float
+) -> _Moments | None:
+    """Moments over batches of inputs, and of the full model's where it runs; None of none.
+
+    held_out: the share of each batch, at its end, whose part of H is kept apart too.
+    """
     sums: dict[str, Tensor] = {}
     tokens = 0
 
@@ -219,13 +229,20 @@ def _moments(inputs: Iterator[Inputs], beside: Iterator[Inputs] | None) -> _Mome
     for batch in inputs:
         x = batch.x.flatten(0, -2).float()
         tokens += len(x)
-        add("H", x, x)
+        cut = len(x) - int(held_out * len(x))
+        add("H", x[:cut], x[:cut])
+        if cut < len(x):
+            add("held", x[cut:], x[cut:])
         if beside is not None:
             full = next(beside)
             add("C", full.x - batch.x, x)
             if full.residual is not None and batch.residual is not None:
                 add("R", full.residual - batch.residual, x)
-    return _Moments(**{name: total.div_(tokens) for name, total in sums.items()}) if sums else None
+    if not sums:
+        return None
+    if "held" in sums:
+        sums["H"] += sums["held"]
+    return _Moments(**{name: total.div_(tokens) for name, total in sums.items()})
 
 
 def _quantize_group(
@@ -265,6 +282,9 @@ def _solve(name: str, weight: Tensor, moments: _Moments | None, config: QuantCon
             f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "
             "is needed"
         )
+    if moments.held is not None:
+        percdamp = choose_damp(weight, H - moments.held, moments.held, config)
+        config = replace(config, percdamp=percdamp)
     if moments.C is not None and config.error_feedback > 0:
         missing = weight.float() @ moments.C
         if moments.R is not None and config.residual_feedback:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
-from gptq.grid import SHRINK_FACTORS, Grid, dequantize, find_grid, quantize
+from gptq.grid import Grid, dequantize, find_grid, quantize, search_factors
 from quant_cuda import native
 
 # Columns whose error is spread one at a time before one matmul spreads it over all the rest.
 BLOCK = 128
 DAMP_STEP = 10.0
+# What choose_damp multiplies the damping by, and the most rows of W that it tries them on.
+DAMP_FACTORS = (1, 3, 10, 30, 100)
+DAMP_ROWS = 256
 DAMP_LIMIT = 1e4
 
 
@@ -83,8 +86,10 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     H, dead = _mend_dead(H)
     w[dead] = 0
     order, runs = column_order(H.diagonal(), config)
-    ordered = H if config.order == "natural" else H[order][:, order]
-    U, damp = inverse_factor(ordered, dead[order], config.percdamp)
+    U, damp = inverse_factor(H[order][:, order], dead[order], config.percdamp)
+    # Grids are found under the damped H too: what damping guards against misleads them as well.
+    damped = H.clone()
+    damped.diagonal().add_(damp * _mean_diagonal(H, dead))
 
     natural = natural_groups(w.shape[0], config.group_size).to(order.device)
     in_runs = torch.repeat_interleave(torch.arange(len(runs), device=order.device), _lengths(runs))
@@ -92,10 +97,10 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     labels = in_runs if config.needs_g_idx else natural[order]
     static = None
     if config.static_groups:
-        grids = static_grids(w, H, natural, config)
+        grids = static_grids(w, damped, natural, config)
         static = (torch.stack([g.scale for g in grids]), torch.stack([g.zero for g in grids]))
     sweep = _native_sweep if _runs_natively(w, config) else _sweep
-    q, scales, zeros = sweep(w[order], ordered, U, labels, runs, static, config)
+    q, scales, zeros = sweep(w[order], damped[order][:, order], U, labels, runs, static, config)
 
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
@@ -103,6 +108,26 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     if not config.tunes:
         return solution
     return replace(solution, origin=_origins(w, solution, U, order))
+
+
+def choose_damp(W: Tensor, H: Tensor, held: Tensor, config: QuantConfig) -> float:
+    """The damping with which W, solved for H, errs least on inputs that H has not seen.
+
+    W: floating (out, in), of which some rows are tried; H, held: (in, in), second moments of the
+    inputs to solve for and of others. Tries `percdamp` and more until more serves no longer.
+    With few tokens the small eigenvalues of H are too small, and a solve with little damping puts
+    its errors there.
+    """
+    rows = W[:: max(1, -(-len(W) // DAMP_ROWS))].detach().to(H.device, H.dtype)
+    best, least = config.percdamp, float("inf")
+    for factor in DAMP_FACTORS:
+        trial = replace(config, percdamp=factor * config.percdamp, quality="default")
+        error = rows - solve(rows, H, trial).dequantize(H.dtype)
+        loss = float(((error @ held) * error).sum())
+        if loss >= least:
+            break
+        best, least = trial.percdamp, loss
+    return best
 
 
 def _origins(w: Tensor, solution: Solution, U: Tensor, order: Tensor) -> Tensor:
@@ -194,9 +219,7 @@ def inverse_factor(H: Tensor, dead: Tensor, percdamp: float) -> tuple[Tensor, fl
     Damping starts at percdamp times the mean diagonal. With P the reversal of rows and L the
     Cholesky factor of P H P, U is P L^-1 P: one factorization and one triangular inverse.
     """
-    diagonal = H.diagonal()
-    live = diagonal[~dead]
-    mean = live.mean() if live.numel() else diagonal.mean()
+    mean = _mean_diagonal(H, dead)
     eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
     while True:
         flipped = H.flip(0, 1)
@@ -284,7 +307,7 @@ def _native_sweep(
     config: QuantConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_sweep` in compiled code; sums run in another order, so that ties may fall differently."""
-    factors = SHRINK_FACTORS if config.scale_search == "hessian" else ()
+    factors = search_factors(config.sym) if config.scale_search == "hessian" else ()
     blocks = list(_blocks(runs))
     q, scales, zeros = native.sweep(
         w, H, U, labels, runs, blocks, static, factors, config.bits, config.sym
@@ -365,6 +388,11 @@ def _mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
     live = H.diagonal()[~dead]
     H.diagonal()[dead] = live.mean() if live.numel() else H.new_ones(())
     return H, dead
+
+
+def _mean_diagonal(H: Tensor, dead: Tensor) -> Tensor:
+    live = H.diagonal()[~dead]
+    return live.mean() if live.numel() else H.diagonal().mean()
 
 
 def _lengths(runs: list[tuple[int, int]]) -> Tensor:

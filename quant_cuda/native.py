@@ -75,7 +75,8 @@ def sweep(
     labels: integer (in,), the group of each column; runs: (start, stop) of each group that is a
         run of columns; blocks: a partition of the columns that respects the runs.
     static: scales and zeros (groups, out) found beforehand; None to find them on the way.
-    factors: shares of a group's range to try under H; none for the range itself.
+    factors: shares of a group's range to try under H; none for the range itself. A negative one
+        makes the scale of a symmetric grid negative.
     Returns q uint8 (in, out), scales and zeros float32 (groups, out).
     Raises ValueError for an instruction set that does not run here.
     """

@@ -60,9 +60,9 @@ def row_grid(w: np.ndarray, bits: int, sym: bool, factor: float) -> tuple[float,
     xmin, xmax = min(float(w.min()), 0.0), max(float(w.max()), 0.0)
     if xmin == 0.0 and xmax == 0.0:
         xmin, xmax = -1.0, 1.0
-    xmin, xmax = xmin * factor, xmax * factor
+    xmin, xmax = xmin * abs(factor), xmax * abs(factor)
     if sym:
-        return to_half(2 * max(-xmin, xmax) / maxq), 2 ** (bits - 1)
+        return float(np.sign(factor)) * to_half(2 * max(-xmin, xmax) / maxq), 2 ** (bits - 1)
     scale = to_half((xmax - xmin) / maxq)
     zero = round(-xmin / scale)  # python rounds half to even
     if zero < 1:
@@ -90,7 +90,7 @@ def search_row(
     if search == "minmax":
         return row_grid(w, bits, sym, 1.0)
     best, best_error = None, np.inf
-    for factor in FACTORS:
+    for factor in [*FACTORS, *(-f for f in FACTORS)] if sym else FACTORS:
         scale, zero = row_grid(w, bits, sym, float(factor))
         e = w - scale * (round_on_grid(w, scale, zero, bits) - zero)
         error = row_error(e, search, H)
@@ -210,7 +210,7 @@ def obq(
     def set_grid(g: int, weights: np.ndarray) -> None:
         members = np.flatnonzero(g_idx == g)
         scales[g], zeros[g] = search_group(
-            weights[:, members].T, bits, sym, scale_search, H[np.ix_(members, members)]
+            weights[:, members].T, bits, sym, scale_search, damped[np.ix_(members, members)]
         )
 
     if static_groups:

@@ -139,7 +139,7 @@ def test_stored_types_and_ranges(dtype, bits, sym, search):
     assert grid.scale.dtype == grid.zero.dtype == dtype
     assert torch.equal(grid.scale.half().to(dtype), grid.scale)
     assert grid.scale.isfinite().all()
-    assert (grid.scale > 0).all()
+    assert (grid.scale.abs() if sym else grid.scale).gt(0).all()
     assert torch.equal(grid.zero, grid.zero.round())
     assert (grid.zero >= 1).all()
     assert (grid.zero <= maxq).all()
@@ -167,3 +167,15 @@ def test_quantizing_grid_points_changes_nothing():
     grid = Grid(torch.tensor([0.125, 3.0]), torch.tensor([5.0, 15.0]))
     q = torch.arange(16.0)[:, None].expand(16, 2)
     assert torch.equal(quantize(dequantize(q, grid), grid, 4), q)
+
+
+@pytest.mark.parametrize("search", ["mse", "hessian"])
+def test_a_symmetric_grid_has_its_extra_level_where_the_weights_are(search):
+    """-1 .. 7/8 and its mirror image are both on the grid: of one of them by a negative scale."""
+    w = torch.arange(-8, 8, dtype=torch.float64)[:, None] / 8
+    H = torch.eye(16, dtype=torch.float64)
+    for sign in (1, -1):
+        grid = find_grid(sign * w, 4, True, search, H)
+        assert grid.scale.item() == pytest.approx(sign * 0.125, rel=0.01)
+        error = dequantize(quantize(sign * w, grid, 4), grid) - sign * w
+        assert error.abs().max() < 0.01

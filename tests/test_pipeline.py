@@ -13,7 +13,7 @@ from gptq import QuantConfig, QuantLinear
 from gptq.calibration import calibration_windows
 from gptq.errors import UserError
 from gptq.files import open_journal
-from gptq.solver import solve
+from gptq.solver import choose_damp, solve
 from gptq.source import open_model
 from quant_cuda.reference import dequantize
 
@@ -82,7 +82,7 @@ def test_round_trip(fixture, config, request, tmp_path, text_file):
 
 def test_the_first_layers_are_what_the_solver_gives(llama_dir, text_file, tmp_path):
     """Capture and packing checked apart from the pipeline: inputs from Hugging Face's forward."""
-    config = QuantConfig(bits=4, group_size=32)
+    config = QuantConfig(bits=4, group_size=32, adaptive_damp=False)
     gptq.quantize(llama_dir, text_file, config, save=tmp_path / "m.pt", **RUN)
     model, tokenizer = gptq.load(llama_dir, tmp_path / "m.pt")
     whole = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval()
@@ -100,6 +100,23 @@ def test_the_first_layers_are_what_the_solver_gives(llama_dir, text_file, tmp_pa
         found = dequantize(packed.packed(), torch.float32).T
         difference = (found != expected.dequantize()).float().mean()
         assert difference < 0.02, f"{name}: {difference:.1%} of the weights differ"
+
+
+def test_damping_is_chosen_on_the_last_quarter_of_the_tokens(llama_dir, text_file, tmp_path):
+    config = QuantConfig(bits=4, group_size=32)
+    report = gptq.quantize(llama_dir, text_file, config, save=tmp_path / "m.pt", **RUN)
+    whole = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval()
+    tokenizer = gptq.load(llama_dir)[1]
+    attention, seen = whole.model.layers[0].self_attn, []
+    attention.q_proj.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    with torch.no_grad():
+        whole(calibration_windows(text_file, tokenizer, 6, 32, 0))
+    x = torch.cat(seen).reshape(-1, 64)
+    H, held = (part.T @ part / len(x) for part in (x[:144], x[144:]))
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weight = torch.cat([layer.weight for layer in layers])
+    assert report.layers[0].damp == choose_damp(weight, H, held, config)
+    assert report.layers[0].damp > config.percdamp
 
 
 def test_later_blocks_see_quantized_ones(llama_dir, text_file, tmp_path):

@@ -62,9 +62,11 @@ Grid make_grid(const Row& low, const Row& high, float factor, const SweepArgs& a
   Grid grid;
   const float maxq = static_cast<float>((1 << args.bits) - 1);
   for (int p = 0; p < PARTS; ++p) {
-    const vec a = low.part[p] * factor, b = high.part[p] * factor;
+    const float share = factor < 0 ? -factor : factor;
+    const vec a = low.part[p] * share, b = high.part[p] * share;
     if (args.sym) {
-      grid.scale.part[p] = stored(2 * greatest(-a, b) / maxq);
+      const vec scale = stored(2 * greatest(-a, b) / maxq);
+      grid.scale.part[p] = factor < 0 ? -scale : scale;
       grid.zero.part[p] = fill(static_cast<float>(1 << (args.bits - 1)));
       continue;
     }
