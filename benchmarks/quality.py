@@ -37,17 +37,22 @@ PEERS = Path(__file__).parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 EVALUATION_WINDOWS = 20
 
-PLAIN = {"order": "natural", "scale_search": "minmax", "error_feedback": 0.0}
+PLAIN = {
+    "order": "natural",
+    "scale_search": "minmax",
+    "adaptive_damp": False,
+    "error_feedback": 0.0,
+}
 # Each of ours after the second adds one idea to the one before it.
 METHODS: dict[str, dict[str, object]] = {
     "rounding": {"method": "rtn", "scale_search": "minmax"},
     "plain GPTQ": PLAIN,
     "act-order": {**PLAIN, "order": "act", "static_groups": True},
     "group-aware order": {**PLAIN, "order": "gar"},
-    "+ Hessian-aware grids": {"error_feedback": 0.0},
+    "+ Hessian-aware grids": {"adaptive_damp": False, "error_feedback": 0.0},
+    "+ damping by held-out loss": {"error_feedback": 0.0},
     "+ input feedback": {"residual_feedback": False},
     "default": {},
-    "best": {"quality": "best"},
 }
 PEER_METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "GPTQModel, its defaults": ("gptqmodel", {}),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptq.config import ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
+from gptq.config import ORDERS, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 
@@ -128,11 +128,6 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         metavar="SHARE",
         help="share of the error of layers before it that a layer makes up for (default: 0.5)",
     )
-    add(
-        "--quality",
-        choices=QUALITIES,
-        help="best: also tune each block as a whole, ten times slower (default: default)",
-    )
     add("--order", choices=ORDERS, help="in what order columns are solved (default: gar)")
     add("--act-order", action="store_true", help="the same as --order act")
     add("--static-groups", action="store_true", help="find all grids before solving")
@@ -180,7 +175,6 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "percdamp": arguments.percdamp,
         "scale_search": arguments.scale_search,
         "error_feedback": arguments.error_feedback,
-        "quality": arguments.quality,
         "method": "rtn" if arguments.nearest else None,
     }
     return {key: value for key, value in asked.items() if value is not None}

@@ -8,7 +8,6 @@ BITS = (2, 3, 4, 8)
 ORDERS = ("gar", "natural", "act")
 SCALE_SEARCHES = ("hessian", "mse", "minmax")
 METHODS = ("gptq", "rtn")
-QUALITIES = ("default", "best")
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ class QuantConfig:
     weights are corrected before it is solved; 0 aims at the layer's output on that input alone."""
     residual_feedback: bool = True
     """Whether layers that add to the residual stream are corrected for the error it has too."""
-    quality: str = "default"
-    """`best` tunes each solved block as a whole, for about ten times the time."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
 
@@ -48,7 +45,6 @@ class QuantConfig:
         _choice("--order", self.order, ORDERS)
         _choice("--scale-search", self.scale_search, SCALE_SEARCHES)
         _choice("method", self.method, METHODS)
-        _choice("--quality", self.quality, QUALITIES)
         if self.group_size != -1 and (type(self.group_size) is not int or self.group_size < 1):
             raise UserError(
                 f"--groupsize {self.group_size} is not possible: give a number of inputs such as "
@@ -80,17 +76,12 @@ class QuantConfig:
     @property
     def feeds_back(self) -> bool:
         """Whether the full-precision model's activations are needed beside the quantized one's."""
-        return self.method == "gptq" and (self.error_feedback > 0 or self.tunes)
+        return self.method == "gptq" and self.error_feedback > 0
 
     @property
     def adapts_damp(self) -> bool:
         """Whether a part of the calibration tokens is held out to choose the damping."""
         return self.method == "gptq" and self.adaptive_damp
-
-    @property
-    def tunes(self) -> bool:
-        """Whether solved blocks are tuned."""
-        return self.method == "gptq" and self.quality == "best"
 
 
 def check_packable(name: str, in_features: int, out_features: int, bits: int) -> None:

@@ -21,11 +21,8 @@ from gptq.qlinear import QuantLinear
 from gptq.solver import Solution, choose_damp, feed_back, round_to_nearest, solve
 from gptq.source import ModelSource
 from gptq.stages import Inputs, advance, finish, stages
-from gptq.tune import tune
 from quant_cuda.reference import dequantize
 
-# Tokens in a step of tuning: more steps on fewer tokens do more than fewer steps on more.
-TUNING_TOKENS = 2048
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
 HELD_OUT = 0.25
 
@@ -82,8 +79,7 @@ def quantize_blocks(
     check_layers(model, spec, config.bits)
     stream = skeleton.Stream([], {})
     if windows is not None:
-        batch = TUNING_TOKENS if config.tunes else skeleton.BATCH_TOKENS
-        stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype, batch)
+        stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype)
     # The full-precision model's activations, beside those of the model quantized so far.
     full = skeleton.Stream(list(stream.hidden), stream.arguments)
     for index in range(skeleton.block_count(model, spec)):
@@ -184,12 +180,7 @@ def _solve_block(
         yield from _quantize_group(block, prefix, index, group, its, config, solutions)
     if beside:
         full.hidden = finish(beside)
-    if config.tunes and beside:
-        tuned = tune(block, solutions, list(stream), full.hidden, config.bits, seed=index)
-        solutions.update(tuned)
-        for name, solution in tuned.items():
-            _put(skeleton.linear(block, name), solution, config)
-    if config.true_sequential and not config.tunes:
+    if config.true_sequential:
         stream.hidden = finish(runs)
     else:
         stream.through(block)

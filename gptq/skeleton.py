@@ -168,13 +168,12 @@ def embed(
     windows: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-    batch_tokens: int = BATCH_TOKENS,
 ) -> Stream:
     """Fill the embeddings, run them on every window, and free them."""
     for name in spec.embed:
         fill(model, spec, name, tensors, device, dtype)
     stream = Stream([], {})
-    for tokens in windows.split(max(1, batch_tokens // windows.shape[1])):
+    for tokens in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         hidden, arguments = first_hidden(model, spec, tokens.to(device))
         stream.hidden.append(hidden)
         stream.arguments[len(hidden)] = arguments

@@ -19,7 +19,7 @@ BLOCK = 128
 DAMP_STEP = 10.0
 # What choose_damp multiplies the damping by, and the most rows of W that it tries them on.
 DAMP_FACTORS = (1, 3, 10, 30, 100)
-DAMP_ROWS = 256
+DAMP_ROWS = 128
 DAMP_LIMIT = 1e4
 
 
@@ -45,8 +45,6 @@ class Solution:
     """bool (out,): rows that keep plain rounding, since its loss was lower."""
     damp: float
     """Share of the mean diagonal that was added to H."""
-    origin: Tensor | None = None
-    """float32 (out, in): what each integer was rounded from, kept where blocks are tuned."""
 
     def rows(self, start: int, stop: int) -> "Solution":
         """The solution of output rows start..stop alone."""
@@ -60,7 +58,6 @@ class Solution:
             self.energy[start:stop],
             self.kept_rtn[start:stop],
             self.damp,
-            None if self.origin is None else self.origin[start:stop],
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,43 +101,25 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
 
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
-    solution = _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
-    if not config.tunes:
-        return solution
-    return replace(solution, origin=_origins(w, solution, U, order))
+    return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
 
 
 def choose_damp(W: Tensor, H: Tensor, held: Tensor, config: QuantConfig) -> float:
     """The damping with which W, solved for H, errs least on inputs that H has not seen.
 
     W: floating (out, in), of which some rows are tried; H, held: (in, in), second moments of the
-    inputs to solve for and of others. Tries `percdamp` and more until more serves no longer.
+    inputs to solve for and of others. Tries `percdamp` and DAMP_FACTORS times as much.
     With few tokens the small eigenvalues of H are too small, and a solve with little damping puts
     its errors there.
     """
     rows = W[:: max(1, -(-len(W) // DAMP_ROWS))].detach().to(H.device, H.dtype)
-    best, least = config.percdamp, float("inf")
-    for factor in DAMP_FACTORS:
-        trial = replace(config, percdamp=factor * config.percdamp, quality="default")
+
+    def loss(percdamp: float) -> float:
+        trial = replace(config, percdamp=percdamp)
         error = rows - solve(rows, H, trial).dequantize(H.dtype)
-        loss = float(((error @ held) * error).sum())
-        if loss >= least:
-            break
-        best, least = trial.percdamp, loss
-    return best
+        return float(((error @ held) * error).sum())
 
-
-def _origins(w: Tensor, solution: Solution, U: Tensor, order: Tensor) -> Tensor:
-    """What each integer was rounded from when its turn came, float32 (out, in).
-
-    w: (in, out) in the original order. The sweep's errors e, in solving order, are known from its
-    result: w - Q = U^T (e / diag U).
-    """
-    error = (w - solution.dequantize(w.dtype).T)[order]
-    error = torch.linalg.solve_triangular(U.T, error, upper=False) * U.diagonal()[:, None]
-    offset = error[torch.argsort(order)].T / solution.scales.float()[solution.g_idx.long()].T
-    # Clamped to the grid's ends, or kept rounded, an integer may lie further off than a half.
-    return (solution.q + offset.clamp_(-0.499, 0.499)).float()
+    return min((factor * config.percdamp for factor in DAMP_FACTORS), key=loss)
 
 
 def feed_back(W: Tensor, H: Tensor, missing: Tensor, share: float, percdamp: float) -> Tensor:

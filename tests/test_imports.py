@@ -16,7 +16,7 @@ FLOORS = (
     ("gptq.source", "gptq.solver"),
     ("gptq.qlinear",),
     ("gptq.skeleton",),
-    ("gptq.stages", "gptq.tune"),
+    ("gptq.stages",),
     ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate"),
     ("gptq.export", "gptq.report"),
     ("gptq.api",),

@@ -13,7 +13,6 @@ from gptq.config import QuantConfig
 from gptq.solver import (
     Solution,
     choose_damp,
-    column_order,
     feed_back,
     round_to_nearest,
     solve,
@@ -433,31 +432,6 @@ def test_feed_back_is_regularised_least_squares(share):
     expected = (1 - share) * W + share * best
     found = feed_back(*map(torch.from_numpy, (W, H, missing)), share, 0.02).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_origins_are_what_the_sweep_rounded(order):
-    """Sweeping again by hand with the solution's own grids meets the same numbers."""
-    W, H = layer(6, 40, seed=11)
-    config = QuantConfig(bits=3, group_size=16, order=order, quality="best")
-    solution = run(W, H, config)
-    diagonal = torch.from_numpy(np.diag(H).copy())
-    columns = column_order(diagonal, config)[0].numpy()
-    damped = H + config.percdamp * np.diag(H).mean() * np.eye(40)
-    U = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(columns, columns)])).T
-    scale, zero = (
-        t.double().numpy()[solution.g_idx.numpy()].T for t in (solution.scales, solution.zeros)
-    )
-    q, left, expected = solution.q.numpy(), W[:, columns].copy(), np.empty_like(W)
-    for j, column in enumerate(columns):
-        expected[:, column] = left[:, j] / scale[:, column] + zero[:, column]
-        number = (q[:, column] - zero[:, column]) * scale[:, column]
-        error = (left[:, j] - number) / U[j, j]
-        left[:, j:] -= np.outer(error, U[j, j:])
-    assert not solution.kept_rtn.any()
-    expected = q + np.clip(expected - q, -0.499, 0.499)
-    np.testing.assert_allclose(solution.origin.numpy(), expected, atol=1e-5)
-    assert torch.equal(solution.origin.round().to(torch.uint8), solution.q)
 
 
 def test_damping_grows_where_tokens_are_few():
