@@ -60,7 +60,7 @@ def quantize(
     for path in outputs:
         check_writable(path, folder=path is outputs[-1] and save_dir is not None)
     source = open_model(model)
-    if getattr(source.config, "quantization_config", None) is not None:
+    if source.quantized:
         raise UserError(f"{model}: is quantized already; give the full model")
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
@@ -117,12 +117,15 @@ def open_weights(
 
     A `model` folder that is itself quantized needs no `checkpoint`.
     """
-    source = open_model(model)
+    source = open_model(model, weights=False)
+    path = Path(checkpoint) if checkpoint is not None else None
+    if path is None and source.quantized:
+        path = source.folder
+    if path is None:
+        source = open_model(model)
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
     bare = skeleton.build(source.config, source.spec, where)
-    quantized = getattr(source.config, "quantization_config", None) is not None
-    path = Path(checkpoint) if checkpoint is not None else source.folder if quantized else None
     attached = None
     if path is not None:
         attached = attach(bare, source.spec, path, bits, group_size)

@@ -1,6 +1,7 @@
 """Quantized checkpoints: what is in one, and how it takes its place in a model."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +9,14 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gptq.eras import PackedLayer, group_size, normal_form
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
 from gptq.skeleton import replace
-from gptq.source import to_todays_names
+from gptq.source import open_weight_files, to_todays_names
 from gptq.tensors import LazyTensors, open_tensors
-from quant_cuda.packing import BITS, words_for
-from quant_cuda.weight import group_count
 
-# Sizes that quantizers offer, tried in this order where a file does not say which it used.
-GROUP_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 CONFIG_NAME = "quantize_config.json"
 SETTINGS_KEY = "quantize_config"
 
@@ -29,8 +27,12 @@ class Checkpoint:
 
     path: Path
     tensors: LazyTensors
+    """In the normal form of `eras`."""
+    layers: tuple[PackedLayer, ...]
     bits: int
+    """Of the layers that say nothing else; a file can name exceptions."""
     group_size: int
+    """Likewise."""
     zero_offset: int
     settings: Mapping[str, object]
     """What the file says of itself, in the words of quantize_config.json; empty if nothing."""
@@ -46,24 +48,50 @@ def attach(
     """Open a `.pt`, `.safetensors` or Hugging Face folder and make room for it in `model`.
 
     model: without weights, from `skeleton.build`; a QuantLinear takes the place of every linear
-        layer that the checkpoint has packed. No weight is read.
+        layer that the checkpoint has packed. Of the weights only scales and zero points are read.
     bits, group_size: taken from the file where it says them, else from its tensors' shapes.
     Raises UserError where an argument disagrees with the file, nothing tells, or the file holds
     tensors that the model has no place for.
     """
-    raw, settings = _open(path)
+    raw, settings = open_checkpoint(path)
     tensors = raw.renamed(to_todays_names(spec))
+    checkpoint = place(model, path, tensors, settings, bits, group_size)
+    _check_all_placed(model, checkpoint)
+    return checkpoint
+
+
+def place(
+    model: nn.Module,
+    path: Path,
+    tensors: LazyTensors,
+    settings: Mapping[str, object],
+    bits: int | None = None,
+    group_size: int | None = None,
+    keep_bias: bool = False,
+) -> Checkpoint:
+    """Put a QuantLinear, on the meta device, in the place of every packed layer of `model`.
+
+    tensors: by the model's own names. keep_bias: give every layer that has a bias in the file one,
+        also where it is all zeros and the model has none.
+    Raises UserError as `attach`.
+    """
     linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.qweight" in tensors
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    if not linears:
-        packed = any(name.endswith((".qweight", ".zeros")) for name in tensors)
+    sizes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    packed = normal_form(path, tensors, settings, sizes)
+    if not packed.layers:
+        others = any(name.endswith(".qweight") for name in tensors)
         raise UserError(
             f"{path}: "
-            + ("its packed layers are another model's" if packed else "holds no packed weights")
+            + ("its packed layers are another model's" if others else "holds no packed weights")
             + "; give a checkpoint that was made from this model"
+        )
+    if packed.lost_zeros:
+        warnings.warn(
+            f"{path}: the tool that wrote it destroyed {packed.lost_zeros} zero points, which are "
+            "read as 0; quantize the model again",
+            stacklevel=2,
         )
     said_bits, said_size = _integer(path, settings, "bits"), _integer(path, settings, "group_size")
     for flag, given, said in (("--wbits", bits, said_bits), ("--groupsize", group_size, said_size)):
@@ -71,43 +99,115 @@ def attach(
             raise UserError(
                 f"{flag} {given} disagrees with {path}, which says {said}; leave it out"
             )
-    shapes = [_shape(path, name, module, tensors) for name, module in linears.items()]
-    checkpoint = Checkpoint(
-        path,
-        tensors,
-        _bits(path, shapes, said_bits if said_bits is not None else bits),
-        _group_size(path, shapes, said_size if said_size is not None else group_size, tensors),
-        0 if settings.get("checkpoint_format", settings.get("format")) == "gptq_v2" else 1,
-        settings,
+    # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
+    mixed = bool(settings.get("dynamic"))
+    base_bits = _bits(path, packed.layers, bits if said_bits is None else said_bits, mixed)
+    base_size, group_sizes = _group_sizes(
+        path, packed, group_size if said_size is None else said_size, mixed
     )
-    for (name, module), shape in zip(linears.items(), shapes, strict=True):
-        layer = QuantLinear(
-            module.in_features,
-            module.out_features,
-            checkpoint.bits,
-            checkpoint.group_size,
-            groups=shape.groups,
-            bias=_has_bias(tensors, name, module),
-            g_idx=f"{name}.g_idx" in tensors,
-            zero_offset=checkpoint.zero_offset,
+    for layer in packed.layers:
+        _check_g_idx(path, layer, packed.tensors)
+        linear = linears[layer.name]
+        quantized = QuantLinear(
+            layer.inputs,
+            layer.outputs,
+            layer.bits,
+            group_sizes[layer.name],
+            groups=layer.groups,
+            bias=(keep_bias
+            and f"{layer.name}.bias" in tensors)
+            or _has_bias(packed.tensors, layer.name, linear),
+            g_idx=f"{layer.name}.g_idx" in packed.tensors,
+            zero_offset=packed.zero_offset,
             device="meta",
         )
-        replace(model, name, layer)
-        _check_g_idx(checkpoint, name, shape.groups)
-    _check_all_placed(model, checkpoint)
-    return checkpoint
+        replace(model, layer.name, quantized)
+    return Checkpoint(
+        path, packed.tensors, packed.layers, base_bits, base_size, packed.zero_offset, settings
+    )
 
 
-def _check_g_idx(checkpoint: Checkpoint, name: str, groups: int) -> None:
-    g_idx = checkpoint.tensors.get(f"{name}.g_idx")
-    if (
-        g_idx is not None
-        and g_idx.numel()
-        and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups
-    ):
+def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
+    """Tensors and settings of a file or folder, as they are stored."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
+    if not path.is_dir():
+        opened = open_tensors([path])
+        said = opened.metadata.get(SETTINGS_KEY)
+        # A folder's configuration tells of its files, for what they do not say themselves.
+        return opened, folder_settings(path.parent) if said is None else _parse(path, said)
+    return open_weight_files(path), folder_settings(path)
+
+
+def folder_settings(folder: Path) -> dict[str, object]:
+    """What a folder's quantize_config.json, or else its config.json, says; empty if nothing."""
+    for name in (CONFIG_NAME, "quant_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            settings = _parse(file, file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as text; copy it again") from error
+        if name == "config.json":
+            inner = settings.get("quantization_config", {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{file}: its quantization_config is no JSON object; copy it again")
+            settings = inner
+        if settings:
+            return settings
+    return {}
+
+
+def _parse(path: Path, text: object) -> dict[str, object]:
+    try:
+        parsed = json.loads(text if isinstance(text, str) else "")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its settings are not JSON ({error}); make it again") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path}: its settings are not a JSON object; make it again")
+    return parsed
+
+
+def _integer(path: Path, settings: Mapping[str, object], key: str) -> int | None:
+    value = settings.get(key)
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise UserError(f"{path}: says {key} is {value!r}, which is not a whole number")
+    return value
+
+
+def _bits(path: Path, layers: tuple[PackedLayer, ...], bits: int | None, mixed: bool) -> int:
+    if bits is None:
+        return layers[0].bits
+    for layer in layers:
+        if layer.bits != bits and not mixed:
+            raise UserError(f"{path}: {layer.name} holds {layer.bits}-bit weights, not {bits}-bit")
+    return bits
+
+
+def _group_sizes(path: Path, packed, size: int | None, mixed: bool) -> tuple[int, dict[str, int]]:
+    """The group size, and each layer's."""
+    names = [layer.name for layer in packed.layers]
+    if not mixed:
+        found = group_size(path, packed.layers, size, packed.tensors)
+        return found, dict.fromkeys(names, found)
+    sizes = {}
+    for layer in packed.layers:
+        try:
+            sizes[layer.name] = group_size(path, [layer], size, packed.tensors)
+        except UserError:
+            sizes[layer.name] = group_size(path, [layer], None, packed.tensors)
+    return (sizes[names[0]] if size is None else size), sizes
+
+
+def _check_g_idx(path: Path, layer: PackedLayer, tensors: LazyTensors) -> None:
+    g_idx = tensors.get(f"{layer.name}.g_idx")
+    if g_idx is not None and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < layer.groups:
         raise UserError(
-            f"{checkpoint.path}: {name}.g_idx: holds groups {int(g_idx.min())}..{int(g_idx.max())} "
-            f"where there are 0..{groups - 1}; the file is damaged"
+            f"{path}: {layer.name}.g_idx: holds groups {int(g_idx.min())}..{int(g_idx.max())} "
+            f"where there are 0..{layer.groups - 1}; the file is damaged"
         )
 
 
@@ -124,108 +224,6 @@ def _check_all_placed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             + (f", nor have {len(extra) - 1} more tensors" if len(extra) > 1 else "")
             + "; the checkpoint is another model's"
         )
-
-
-def _open(path: Path) -> tuple[LazyTensors, dict[str, object]]:
-    """Tensors and settings of a file or folder."""
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
-    if not path.is_dir():
-        opened = open_tensors([path])
-        said = opened.metadata.get(SETTINGS_KEY, "{}")
-        return opened, _parse(path, said)
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
-    if not files:
-        raise UserError(f"{path}: holds no .safetensors file; give the folder of a checkpoint")
-    for name in (CONFIG_NAME, "config.json"):
-        if (path / name).exists():
-            settings = _parse(path / name, (path / name).read_text(encoding="utf-8"))
-            if name == "config.json":
-                settings = settings.get("quantization_config", {})  # type: ignore[assignment]
-            if isinstance(settings, dict) and settings:
-                return open_tensors(files), settings
-    return open_tensors(files), {}
-
-
-def _parse(path: Path, text: str) -> dict[str, object]:
-    try:
-        parsed = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: its settings are not JSON ({error}); make it again") from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path}: its settings are not a JSON object; make it again")
-    return parsed
-
-
-def _integer(path: Path, settings: Mapping[str, object], key: str) -> int | None:
-    value = settings.get(key)
-    if value is not None and type(value) is not int:
-        raise UserError(f"{path}: says {key} is {value!r}, which is not a whole number")
-    return value
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What the shapes of one packed layer tell."""
-
-    name: str
-    inputs: int
-    words: int
-    groups: int
-
-
-def _shape(path: Path, name: str, linear: nn.Linear, tensors: LazyTensors) -> _Shape:
-    for key in ("scales", "qzeros"):
-        if f"{name}.{key}" not in tensors:
-            raise UserError(f"{path}: {name}.{key} is absent; the file is incomplete or too old")
-    qweight, scales = tensors.shape(f"{name}.qweight"), tensors.shape(f"{name}.scales")
-    if len(qweight) != 2 or len(scales) != 2:
-        raise UserError(f"{path}: {name}.qweight or {name}.scales is not a matrix; make it again")
-    return _Shape(name, linear.in_features, qweight[0], scales[0])
-
-
-def _bits(path: Path, shapes: list[_Shape], bits: int | None) -> int:
-    fitting = [b for b in BITS if all(s.words == words_for(s.inputs, b) for s in shapes)]
-    if not fitting:
-        raise UserError(f"{path}: its packed layers do not fit this model; it is another model's")
-    if bits is not None and bits not in fitting:
-        raise UserError(f"{path}: holds {fitting[0]}-bit weights, not {bits}-bit")
-    return fitting[0]
-
-
-def _group_size(
-    path: Path,
-    shapes: list[_Shape],
-    given: int | None,
-    tensors: Mapping[str, Tensor],
-) -> int:
-    """The size that explains every layer's number of groups."""
-
-    def fits(size: int) -> bool:
-        return all(group_count(s.inputs, size) == s.groups for s in shapes)
-
-    if given is not None:
-        if given != -1 and given < 1:
-            raise UserError(f"{path}: says group_size is {given}, which cannot be")
-        if not fits(given):
-            odd = next(s for s in shapes if group_count(s.inputs, given) != s.groups)
-            raise UserError(
-                f"{path}: {odd.name} has {odd.groups} groups of {odd.inputs} inputs, not what "
-                f"groups of {given} give; leave --groupsize out or correct it"
-            )
-        return given
-    if fits(-1):
-        return -1
-    # Each group but the last is full, so that group 0 shows the size, whatever the order.
-    counted = {
-        int((tensors[f"{s.name}.g_idx"] == 0).sum())
-        for s in shapes
-        if s.groups > 1 and f"{s.name}.g_idx" in tensors
-    }
-    sizes = [size for size in (*sorted(counted), *GROUP_SIZES) if size > 0 and fits(size)]
-    if not sizes:
-        raise UserError(f"{path}: does not say its group size; give --groupsize")
-    return sizes[0]
 
 
 def _has_bias(tensors: Mapping[str, Tensor], name: str, module: nn.Linear) -> bool:

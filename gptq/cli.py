@@ -66,7 +66,7 @@ def _run(spec: ModelSpec, arguments: argparse.Namespace) -> None:
     # The heavy imports wait until the command line makes sense.
     from gptq.source import open_model
 
-    source = open_model(arguments.model)
+    source = open_model(arguments.model, weights=quantizing)
     kind = source.spec.model_type
     if kind != spec.model_type:
         raise UserError(f"{arguments.model}: is a {kind} model; use {kind}.py")

@@ -26,6 +26,7 @@ from gptq.tensors import LazyTensors, cause, open_binary, open_tensors
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",
+    "quantize_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,6 +38,12 @@ _SMALL_FILES = (
 _WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
+)
+# What quantizers have called their files besides.
+_PACKED_FILES = (
+    ("model.safetensors", "*.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin", "*.bin.index.json", "*.bin"),
+    ("model.pt", "*.pt.index.json", "*.pt"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaMA's special tokens; its earliest conversions left them empty.
@@ -56,6 +63,12 @@ class ModelSource:
     """By the names of today's Hugging Face class; read when asked for, each the caller's own."""
     gguf: str | None = None
     """Name of the .gguf file inside `folder`, where it is one."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the folder is a quantized checkpoint itself."""
+        said = getattr(self.config, "quantization_config", None) is not None
+        return self.gguf is None and (said or (self.folder / "quantize_config.json").is_file())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; UserError where there is none or it cannot be read."""
@@ -78,22 +91,24 @@ class ModelSource:
             ) from error
 
 
-def open_model(model: str | Path) -> ModelSource:
+def open_model(model: str | Path, weights: bool = True) -> ModelSource:
     """Open a Hugging Face folder, a .gguf file, or a name on the hub.
 
     A bare `BELLE-...` name means `BelleGroup/BELLE-...`. Headers of all weight files are read, so
     that a file that is missing or cut short is found now. Raises UserError for that, and for what
     is no LLaMA or BLOOM model.
+    weights: without them the configuration and the tokenizer are enough, and of a name on the hub
+        nothing else is fetched; of a quantized checkpoint's folder, `tensors` are then empty too.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _open_folder(path, path.resolve().name)
+        return _open_folder(path, path.resolve().name, weights)
     if path.is_file():
         return _open_gguf(path)
     if isinstance(model, Path) or _looks_like_path(model):
         raise UserError(f"{model} does not exist: pass a model's folder, .gguf file or hub name")
     hub_name = f"BelleGroup/{model}" if model.startswith("BELLE-") else model
-    return _open_folder(_download(hub_name), hub_name.rpartition("/")[2])
+    return _open_folder(_download(hub_name, weights), hub_name.rpartition("/")[2], weights)
 
 
 def _looks_like_path(text: str) -> bool:
@@ -122,12 +137,23 @@ def _open_gguf(path: Path) -> ModelSource:
 # A Hugging Face folder -----------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, name: str) -> ModelSource:
+def _open_folder(folder: Path, name: str, weights: bool) -> ModelSource:
     config = _read_config(folder)
     spec = SPECS[config.model_type]
-    return ModelSource(
-        name, folder, config, spec, _open_weights(folder).renamed(to_todays_names(spec))
-    )
+    tensors = _open_weights(folder, _WEIGHT_FILES) if weights else LazyTensors({})
+    return ModelSource(name, folder, config, spec, tensors.renamed(to_todays_names(spec)))
+
+
+# Beyond any model there is; building from such a number would fill the memory.
+_MOST = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 1_000_000_000,
+}
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -142,12 +168,17 @@ def _read_config(folder: Path) -> PretrainedConfig:
             f"{folder}: it is a '{model_type}' model; {' and '.join(SPECS)} are supported"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # transformers checks values with several exceptions that share no base.
     except Exception as error:
         raise UserError(
             f"{path} is no usable {model_type} configuration: {cause(error)}"
         ) from error
+    for key, most in _MOST.items():
+        value = getattr(config, key, 1)
+        if value is not None and not (type(value) is int and 0 < value <= most):
+            raise UserError(f"{path}: says {key} is {value!r}, which cannot be; copy it again")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -160,17 +191,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_weights(folder: Path) -> LazyTensors:
-    for single, index, parts in _WEIGHT_FILES:
+def open_weight_files(folder: Path) -> LazyTensors:
+    """The tensors of a quantized checkpoint's folder, by the names they have in its files."""
+    return _open_weights(folder, _PACKED_FILES)
+
+
+def _open_weights(folder: Path, kinds: tuple[tuple[str, str, str], ...]) -> LazyTensors:
+    for single, index, parts in kinds:
         if (folder / single).is_file():
             return open_tensors([folder / single])
-        if (folder / index).is_file():
-            return _open_indexed(folder / index)
+        if indices := sorted(folder.glob(index)):
+            return _open_indexed(indices[0])
         files = sorted(f for f in folder.glob(parts) if not f.name.startswith("adapter_"))
         if files:
             _check_numbering(files)
             return open_tensors(files)
-    wanted = " or ".join(single for single, _, _ in _WEIGHT_FILES)
+    wanted = " or ".join(single for single, _, _ in kinds)
     original = any(folder.glob("consolidated*.pth"))
     hint = (
         "convert Meta's original files to Hugging Face's" if original else "copy the weights there"
@@ -253,10 +289,16 @@ def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedToken
 # The hub -------------------------------------------------------------------------------------
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     # The small files come first: another kind of model is refused before gigabytes are fetched.
     folder = _snapshot(name, _SMALL_FILES)
-    _read_config(folder)
+    config = _read_config(folder)
+    quantized = getattr(config, "quantization_config", None) is not None
+    quantized = quantized or (folder / "quantize_config.json").is_file()
+    if not (weights or quantized):
+        return folder
+    if quantized:
+        return _snapshot(name, (*_SMALL_FILES, "*.safetensors*"))
     folder = _snapshot(name, (*_SMALL_FILES, "model*.safetensors*"))
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(name, (*_SMALL_FILES, "pytorch_model*"))

@@ -58,9 +58,11 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         reads: Mapping[str, Read],
         metadata: Mapping[str, Any] | None = None,
         shapes: Mapping[str, Shape] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ):
         self._reads = dict(reads)
         self._shapes = dict(shapes or {})
+        self._dtypes = dict(dtypes or {})
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -80,10 +82,26 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         """The shape of a tensor, which is not read where its file's header tells."""
         return self._shapes[name] if name in self._shapes else tuple(self[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor, which is not read where its file's header tells."""
+        return self._dtypes[name] if name in self._dtypes else self[name].dtype
+
+    def changed(self, changes: Mapping[str, Read | None]) -> "LazyTensors":
+        """The same with some tensors read in another way, or left out where that is None."""
+        reads = {**self._reads, **changes}
+        kept = {name: read for name, read in reads.items() if read is not None}
+        return LazyTensors(
+            kept,
+            self.metadata,
+            {name: shape for name, shape in self._shapes.items() if name not in changes},
+            {name: dtype for name, dtype in self._dtypes.items() if name not in changes},
+        )
+
     def renamed(self, rename: Callable[[str], str | None]) -> "LazyTensors":
         """The same tensors by other names; a name that becomes None is left out."""
         reads: dict[str, Read] = {}
         shapes: dict[str, Shape] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for old, read in self._reads.items():
             new = rename(old)
             if new is None:
@@ -93,7 +111,9 @@ class LazyTensors(Mapping[str, torch.Tensor]):
             reads[new] = read
             if old in self._shapes:
                 shapes[new] = self._shapes[old]
-        return LazyTensors(reads, self.metadata, shapes)
+            if old in self._dtypes:
+                dtypes[new] = self._dtypes[old]
+        return LazyTensors(reads, self.metadata, shapes, dtypes)
 
 
 def open_tensors(paths: Sequence[Path]) -> LazyTensors:
@@ -104,6 +124,7 @@ def open_tensors(paths: Sequence[Path]) -> LazyTensors:
     """
     reads: dict[str, Read] = {}
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, torch.dtype] = {}
     origin: dict[str, Path] = {}
     metadata: dict[str, Any] = {}
     for path in paths:
@@ -117,8 +138,9 @@ def open_tensors(paths: Sequence[Path]) -> LazyTensors:
             origin[name] = path
         reads.update(opened._reads)
         shapes.update(opened._shapes)
+        dtypes.update(opened._dtypes)
         metadata.update(opened.metadata)
-    return LazyTensors(reads, metadata, shapes)
+    return LazyTensors(reads, metadata, shapes, dtypes)
 
 
 def read_span(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
@@ -196,7 +218,8 @@ def _open_safetensors(path: Path) -> LazyTensors:
         start = 8 + length + entry["data_offsets"][0]
         reads[name] = partial(read_span, path, start, dtype, entry["shape"])
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return LazyTensors(reads, metadata, shapes)
+    dtypes = {name: _SAFETENSORS_DTYPES[entry["dtype"]] for name, entry in header.items()}
+    return LazyTensors(reads, metadata, shapes, dtypes)
 
 
 # torch.save ----------------------------------------------------------------------------------
@@ -243,7 +266,8 @@ def _open_torch(path: Path, mapped: bool) -> LazyTensors:
         _check_tensor(path, name, tensor)
         reads[name] = partial(file.read, name)
     shapes = {name: tuple(state[name].shape) for name in reads}
-    return LazyTensors(reads, dict(getattr(state, "_metadata", {})), shapes)
+    dtypes = {name: state[name].dtype for name in reads}
+    return LazyTensors(reads, dict(getattr(state, "_metadata", {})), shapes, dtypes)
 
 
 def _check_zip(path: Path) -> None:

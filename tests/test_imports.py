@@ -13,7 +13,7 @@ FLOORS = (
     ("gptq", "gptq.errors", "gptq.models"),
     ("gptq.config", "gptq.files", "gptq.machine", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.gguf_reader", "gptq.calibration"),
-    ("gptq.source", "gptq.solver"),
+    ("gptq.source", "gptq.solver", "gptq.eras"),
     ("gptq.qlinear",),
     ("gptq.skeleton",),
     ("gptq.stages",),
