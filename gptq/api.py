@@ -13,6 +13,7 @@ from gptq import evaluate, export, skeleton
 from gptq.calibration import calibration_windows, text_fingerprint
 from gptq.checkpoint import Checkpoint, attach
 from gptq.config import QuantConfig
+from gptq.eras import FORMATS
 from gptq.errors import UserError
 from gptq.files import check_writable, open_journal
 from gptq.machine import peak_memory, pick_device, pick_dtype
@@ -31,6 +32,7 @@ def quantize(
     save: str | Path | None = None,
     save_safetensors: str | Path | None = None,
     save_dir: str | Path | None = None,
+    format: str | None = None,
     nsamples: int = DEFAULT_NSAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
@@ -46,6 +48,7 @@ def quantize(
         method "rtn" can do without.
     save, save_safetensors, save_dir: a `.pt`, a `.safetensors`, a Hugging Face folder; at least
         one. Each appears complete or not at all.
+    format: of the folder, "gptq" or "gptq_v2"; by default "gptq" where symmetric, else "gptq_v2".
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
@@ -57,6 +60,8 @@ def quantize(
     outputs = [Path(path) for path in (save, save_safetensors, save_dir) if path is not None]
     if not outputs:
         raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
+    if format not in (None, *FORMATS):
+        raise UserError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
     for path in outputs:
         check_writable(path, folder=path is outputs[-1] and save_dir is not None)
     source = open_model(model)
@@ -82,7 +87,7 @@ def quantize(
         if save_safetensors is not None:
             export.write_safetensors(Path(save_safetensors), tensors, said)
         if save_dir is not None:
-            export.write_folder(Path(save_dir), source, tensors, config, meta)
+            export.write_folder(Path(save_dir), source, tensors, config, meta, format)
         journal.remove()
     seconds = perf_counter() - started
     return Report(config, tuple(layers), tuple(outputs), seconds, peak_memory(where))

@@ -14,6 +14,7 @@ from gptq.models import ModelSpec
 # Flags whose value may be left out: the next word is theirs only if it ends like this.
 OPTIONAL_VALUES = {"--save": ".pt", "--save_safetensors": ".safetensors"}
 DEFAULT_NAME = ""
+FORMATS = ("gptq", "gptq_v2")
 OUTPUTS = ("--save", "--save_safetensors", "--save-dir")
 # Flags that do nothing unless one of the others is there.
 NEEDS = {
@@ -22,8 +23,9 @@ NEEDS = {
     "--max-new-tokens": ("--text", "--chat"),
     "--check": ("--benchmark",),
     "--resume": OUTPUTS,
+    "--format": ("--save-dir",),
 }
-QUANTIZING_ONLY = (*OUTPUTS, "--nsamples", "--seed", "--resume")
+QUANTIZING_ONLY = (*OUTPUTS, "--format", "--nsamples", "--seed", "--resume")
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
     "--nsamples": 1,
@@ -144,6 +146,11 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add("--save", metavar="PATH.pt", help="write a .pt state dict; PATH may be left out")
     add("--save_safetensors", metavar="PATH.safetensors", help="the same as safetensors")
     add("--save-dir", metavar="DIR", help="write a Hugging Face folder")
+    add(
+        "--format",
+        choices=FORMATS,
+        help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
+    )
     add("--resume", action="store_true", help="continue a quantization that was stopped")
     add("--load", metavar="PATH", help="a quantized .pt, .safetensors or folder made from MODEL")
 

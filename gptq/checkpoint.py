@@ -36,6 +36,8 @@ class Checkpoint:
     zero_offset: int
     settings: Mapping[str, object]
     """What the file says of itself, in the words of quantize_config.json; empty if nothing."""
+    as_stored: bool
+    """Whether the file's own tensors are in the normal form already."""
 
 
 def attach(
@@ -114,8 +116,7 @@ def place(
             layer.bits,
             group_sizes[layer.name],
             groups=layer.groups,
-            bias=(keep_bias
-            and f"{layer.name}.bias" in tensors)
+            bias=(keep_bias and f"{layer.name}.bias" in tensors)
             or _has_bias(packed.tensors, layer.name, linear),
             g_idx=f"{layer.name}.g_idx" in packed.tensors,
             zero_offset=packed.zero_offset,
@@ -123,7 +124,14 @@ def place(
         )
         replace(model, layer.name, quantized)
     return Checkpoint(
-        path, packed.tensors, packed.layers, base_bits, base_size, packed.zero_offset, settings
+        path,
+        packed.tensors,
+        packed.layers,
+        base_bits,
+        base_size,
+        packed.zero_offset,
+        settings,
+        packed.as_stored,
     )
 
 

@@ -120,6 +120,7 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
     from rich.console import Console
 
     from gptq.api import DEFAULT_NSAMPLES, quantize
+    from gptq.readers import facts, lines
     from gptq.report import layer_table, progress_bar, totals_table
 
     paths = {
@@ -144,6 +145,7 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
                 arguments.dataset,
                 config,
                 **paths,
+                format=arguments.format,
                 nsamples=arguments.nsamples or DEFAULT_NSAMPLES,
                 seqlen=arguments.seqlen,
                 seed=arguments.seed or 0,
@@ -160,6 +162,8 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
     console = Console()
     console.print(layer_table(report))
     console.print(totals_table(report))
+    if paths["save_dir"] is not None:
+        print("\n".join(lines(facts(paths["save_dir"]))))
     return report.written[0]
 
 

@@ -51,6 +51,8 @@ class Packed:
     """1 where `qzeros` hold the zero point less 1 ("gptq"), 0 where as it is ("gptq_v2")."""
     lost_zeros: int
     """Zero points that the tool which wrote the file destroyed; they read as 0."""
+    as_stored: bool
+    """Whether the file's own tensors are in the normal form already."""
 
 
 def normal_form(
@@ -70,7 +72,8 @@ def normal_form(
     names = [name for name in sizes if f"{name}.qweight" in tensors]
     layers = tuple(_layer(path, name, sizes[name], tensors) for name in names)
     floating = {layer.name for layer in layers if f"{layer.name}.qzeros" not in tensors}
-    tensors = tensors.changed(_modern_reads(path, layers, tensors))
+    changes = _modern_reads(path, layers, tensors)
+    tensors = tensors.changed(changes)
     ranges = {}
     for layer in layers:
         _check_scales(path, layer, tensors)
@@ -81,12 +84,12 @@ def normal_form(
     if floating and len(floating) < len(layers):
         raise UserError(f"{path}: has both 'zeros' and 'qzeros', of two tools; {_CONVERT}")
     if offset == 0 or not under:
-        return Packed(tensors, layers, offset, 0)
+        return Packed(tensors, layers, offset, 0, not changes)
     reads = {
         f"{layer.name}.qzeros": partial(_without_underflow, layer, tensors) for layer in layers
     }
     lost = sum(_lost_zeros(layer, tensors) for layer in under)
-    return Packed(tensors.changed(reads), layers, 0, lost)
+    return Packed(tensors.changed(reads), layers, 0, lost, as_stored=False)
 
 
 def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object]) -> None:

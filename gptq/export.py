@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq import __version__, skeleton
@@ -16,9 +15,12 @@ from gptq.config import QuantConfig
 from gptq.files import Journal, whole_file, whole_folder
 from gptq.machine import half_dtype
 from gptq.source import ModelSource
+from gptq.tensor_files import as_lazy, nbytes, shards, write_tensors
+from gptq.tensors import LazyTensors
 from quant_cuda.packing import pack_zeros, unpack_zeros
 
 QUANTIZER = f"belle-gptq:{__version__}"
+SHARD_BYTES = 5_000_000_000
 # Copied into a Hugging Face folder as they are, from where the model came from.
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -52,14 +54,15 @@ def settings(
         "format": layout,
         "pack_dtype": "int32",
         "lm_head": False,
-        "damp_percent": config.percdamp,
+        # transformers refuses shares of 1 and more; the true one is under `meta`.
+        "damp_percent": min(config.percdamp, 0.99),
         "true_sequential": config.true_sequential,
         "static_groups": config.static_groups,
         "meta": {"quantizer": [QUANTIZER], **own, **meta},
     }
 
 
-_STANDARD = ("bits", "group_size", "sym", "percdamp", "true_sequential", "static_groups")
+_STANDARD = ("bits", "group_size", "sym", "true_sequential", "static_groups")
 
 
 def assemble(source: ModelSource, journal: Journal) -> "OrderedDict[str, Tensor]":
@@ -111,9 +114,13 @@ def write_safetensors(
 ) -> None:
     """The same tensors as safetensors, a tied head left out; the settings are in the header."""
     with whole_file(path) as temporary:
-        save_file(
-            _untied(tensors), temporary, metadata={"format": "pt", SETTINGS_KEY: json.dumps(said)}
-        )
+        state = as_lazy(_untied(tensors))
+        write_tensors(temporary, state, list(state), header(said))
+
+
+def header(said: Mapping[str, object]) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    return {"format": "pt", SETTINGS_KEY: json.dumps(said)}
 
 
 def write_folder(
@@ -122,28 +129,59 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     config: QuantConfig,
     meta: Mapping[str, object],
+    layout: str | None = None,
 ) -> None:
-    """A Hugging Face folder: weights, both configuration files, tokenizer.
+    """A Hugging Face folder of what `assemble` returned.
 
-    Symmetric checkpoints are of format "gptq", which every reader takes; others "gptq_v2".
+    layout: "gptq" or "gptq_v2"; by default symmetric checkpoints are of format "gptq", which every
+        reader takes, and others "gptq_v2".
     """
-    v2 = not config.sym
-    said = settings(config, meta, v2)
+    v2 = not config.sym if layout is None else layout == "gptq_v2"
+    state = _untied(_without_offset(tensors, config.bits) if v2 else tensors)
     with whole_folder(folder) as temporary:
-        weights = temporary / "model.safetensors"
-        state = _untied(_without_offset(tensors, config.bits) if v2 else tensors)
-        save_file(state, weights, metadata={"format": "pt", SETTINGS_KEY: json.dumps(said)})
-        (temporary / CONFIG_NAME).write_text(json.dumps(said, indent=2) + "\n")
-        described = {**_config_of(source), "quantization_config": said}
-        (temporary / "config.json").write_text(
-            json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-        )
-        if source.gguf is not None:
-            source.tokenizer().save_pretrained(temporary)
-            return
-        for pattern in TOKENIZER_FILES:
-            for file in source.folder.glob(pattern):
-                shutil.copyfile(file, temporary / file.name)
+        fill_folder(temporary, source, as_lazy(state), settings(config, meta, v2))
+
+
+def fill_folder(
+    folder: Path,
+    source: ModelSource,
+    tensors: LazyTensors,
+    said: Mapping[str, object] | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write weights, both configuration files and the tokenizer into a folder.
+
+    said: the settings of quantize_config.json; None for a full model.
+    shard_bytes: more than this goes into several files with an index.
+    """
+    parts = list(shards(tensors, list(tensors), shard_bytes))
+    about = {"format": "pt"} if said is None else header(said)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        file = "model.safetensors" if len(parts) == 1 else file
+        write_tensors(folder / file, tensors, names, about)
+        weight_map |= dict.fromkeys(names, file)
+    if len(parts) > 1:
+        total = sum(nbytes(tensors, name) for name in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    described = _config_of(source)
+    described.pop("quantization_config", None)
+    if said is not None:
+        _write_json(folder / CONFIG_NAME, said)
+        described["quantization_config"] = said
+    _write_json(folder / "config.json", described)
+    if source.gguf is not None:
+        source.tokenizer().save_pretrained(folder)
+        return
+    for pattern in TOKENIZER_FILES:
+        for original in source.folder.glob(pattern):
+            shutil.copyfile(original, folder / original.name)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _of_layer(packed: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from gptq.errors import UserError
 Read = Callable[[], torch.Tensor]
 Shape = tuple[int, ...]
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -210,7 +210,7 @@ def _open_safetensors(path: Path) -> LazyTensors:
     header.pop("__metadata__", None)
     reads: dict[str, Read] = {}
     for name, entry in header.items():
-        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             raise UserError(
                 f"{path}: tensor '{name}' is of type {entry['dtype']}, which is unknown"
@@ -218,7 +218,7 @@ def _open_safetensors(path: Path) -> LazyTensors:
         start = 8 + length + entry["data_offsets"][0]
         reads[name] = partial(read_span, path, start, dtype, entry["shape"])
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    dtypes = {name: _SAFETENSORS_DTYPES[entry["dtype"]] for name, entry in header.items()}
+    dtypes = {name: SAFETENSORS_DTYPES[entry["dtype"]] for name, entry in header.items()}
     return LazyTensors(reads, metadata, shapes, dtypes)
 
 

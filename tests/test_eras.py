@@ -180,8 +180,14 @@ def test_an_autogptq_folder(arch, name, dirs, tmp_path):
 def test_a_gptqmodel_folder(layout, dirs, tmp_path):
     made = write(dirs["llama"], "v1" if layout == "gptq" else "v2", 4, 64, act=True)
     said = {
-        "bits": 4, "group_size": 64, "desc_act": True, "sym": False, "lm_head": False,
-        "quant_method": "gptq", "checkpoint_format": layout, "pack_dtype": "int32",
+        "bits": 4,
+        "group_size": 64,
+        "desc_act": True,
+        "sym": False,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": layout,
+        "pack_dtype": "int32",
         "meta": {"quantizer": ["gptqmodel:4.2.0"], "damp_percent": 0.05, "mse": 0.0},
     }
     config = json.loads((dirs["llama"] / "config.json").read_text())

@@ -1,0 +1,69 @@
+"""`python -m gptq.serve DIR`: transformers' own OpenAI-compatible server on a quantized model.
+
+Takes the options of `transformers serve`. `transformers chat` and OpenAI clients talk to it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptq.errors import UserError
+
+EXIT_BAD_INPUT = 2
+NEEDED = "serving needs more packages: pip install 'belle-gptq[serve]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until interrupted; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and not words[0].startswith("-"):
+            check_folder(Path(words[0]))
+        _serve(words)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError for a folder that could not answer a conversation."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is no model's folder; give one that --save-dir wrote")
+    if not has_chat_template(folder):
+        raise UserError(
+            f"{folder}: its tokenizer has no chat template; write one to "
+            f"{folder / 'chat_template.jinja'}"
+        )
+
+
+def has_chat_template(folder: Path) -> bool:
+    file = folder / "tokenizer_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON ({error}); copy it again") from error
+    told = isinstance(said, dict) and bool(said.get("chat_template"))
+    return told or any(folder.glob("chat_template.*"))
+
+
+def _serve(words: list[str]) -> None:
+    try:
+        import typer
+        from transformers.cli.serve import Serve
+        from transformers.utils.import_utils import is_serve_available
+    except ImportError as error:
+        raise UserError(NEEDED) from error
+    if not is_serve_available():
+        raise UserError(NEEDED)
+    from gptq import hf
+
+    hf.register()
+    app = typer.Typer(add_completion=False)
+    app.command(name="python -m gptq.serve")(Serve)
+    app(words, standalone_mode=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
