@@ -20,7 +20,7 @@ FLOORS = (
     ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate"),
     ("gptq.export", "gptq.readers", "gptq.report"),
     ("gptq.api",),
-    ("gptq.cli", "gptq.hf"),
+    ("gptq.cli", "gptq.convert", "gptq.hf"),
     ("gptq.serve",),
     ("llama", "bloom", "benchmarks"),
 )

@@ -1,0 +1,380 @@
+"""`python -m gptq.convert CHECKPOINT OUT`: any checkpoint that can be read, written as another."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gptq import skeleton
+from gptq.checkpoint import Checkpoint, attach
+from gptq.eras import FORMATS, PackedLayer
+from gptq.errors import UserError
+from gptq.export import QUANTIZER, SHARD_BYTES, fill_folder, header, write_pt
+from gptq.files import check_writable, whole_file, whole_folder
+from gptq.machine import half_dtype
+from gptq.qlinear import QuantLinear
+from gptq.readers import facts, lines
+from gptq.source import ModelSource, open_model
+from gptq.tensor_files import mapped, write_tensors
+from gptq.tensors import LazyTensors, Read, open_tensors
+from quant_cuda import PackedWeight
+from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
+from quant_cuda.reference import dequantize
+
+EXIT_BAD_INPUT = 2
+DENSE = "dense"
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    format: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write a checkpoint anew and compare what was written with what was read.
+
+    checkpoint: a `.pt`, `.safetensors` or folder of any era and tool that `gptq.load` takes.
+    out: a `.pt` or `.safetensors` file, or a folder.
+    model: where the configuration and tokenizer are; needed where `checkpoint` is a file.
+    format: "gptq", "gptq_v2", or "dense" for a full model in 16 bits; by default "gptq" for what is
+        symmetric and for `.pt`, else "gptq_v2".
+    bits, group_size: only for files that do not say them.
+    One tensor is in memory at a time. Returns the number of layers. Raises UserError for input that
+    cannot be read or that the format cannot hold.
+    """
+    opened = _open(Path(checkpoint), model, bits, group_size)
+    target = Path(out)
+    is_folder = target.suffix not in (".pt", ".safetensors")
+    if format not in (None, DENSE, *FORMATS):
+        raise UserError(f"--format {format}: choose one of {', '.join((*FORMATS, DENSE))}")
+    check_writable(target, folder=is_folder)
+    if target.exists() and target.samefile(checkpoint):
+        raise UserError(f"{target}: is the checkpoint itself; give another name")
+    sym = _is_symmetric(opened.checkpoint)
+    chosen = format or ("gptq" if sym or target.suffix == ".pt" else "gptq_v2")
+    said = None if chosen == DENSE else _settings(opened.checkpoint, chosen, sym)
+    tensors = _dense(opened) if said is None else _packed(opened, 0 if chosen == "gptq_v2" else 1)
+    if is_folder:
+        with whole_folder(target) as temporary:
+            fill_folder(temporary, opened.source, _untied(opened, tensors), said, shard_bytes)
+    elif target.suffix == ".safetensors":
+        with whole_file(target) as temporary:
+            _write_file(temporary, _untied(opened, tensors), said)
+    else:
+        _write_pt(target, opened, tensors, said)
+    _verify(opened, target, chosen)
+    return len(opened.checkpoint.layers)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    source: ModelSource
+    model: PreTrainedModel
+    """Without weights; packed layers are in place."""
+    checkpoint: Checkpoint
+
+    def layer(self, layer: PackedLayer) -> QuantLinear:
+        module = self.model.get_submodule(layer.name)
+        assert isinstance(module, QuantLinear)
+        return module
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of what is not packed."""
+        return half_dtype(self.source.config.dtype)
+
+
+def _open(
+    path: Path, model: str | Path | None, bits: int | None, group_size: int | None
+) -> _Opened:
+    if model is None and not path.is_dir():
+        raise UserError(
+            f"{path}: add --model, the folder or hub name of the model it was made from"
+        )
+    source = open_model(path if model is None else model, weights=False)
+    bare = skeleton.build(source.config, source.spec, torch.device("cpu"))
+    return _Opened(source, bare, attach(bare, source.spec, path, bits, group_size))
+
+
+# What is written -----------------------------------------------------------------------------
+
+
+def _settings(checkpoint: Checkpoint, layout: str, sym: bool) -> dict[str, object]:
+    """What the checkpoint said of itself, brought up to date."""
+    meta = checkpoint.settings.get("meta")
+    kept = dict(meta) if isinstance(meta, dict) else {}
+    kept["quantizer"] = [QUANTIZER]
+    known: dict[str, object] = {
+        "damp_percent": 0.01,
+        "true_sequential": True,
+        "static_groups": False,
+    }
+    known |= {key: checkpoint.settings.get(key, value) for key, value in known.items()}
+    dynamic = checkpoint.settings.get("dynamic")
+    return {
+        "quant_method": "gptq",
+        "bits": checkpoint.bits,
+        "group_size": checkpoint.group_size,
+        "desc_act": any(_unnatural(checkpoint, layer) for layer in checkpoint.layers),
+        "sym": sym,
+        "checkpoint_format": layout,
+        "format": layout,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        **known,
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": kept,
+    }
+
+
+def _is_symmetric(checkpoint: Checkpoint) -> bool:
+    return all(
+        bool((_zeros(checkpoint, layer) == 2 ** (layer.bits - 1)).all())
+        for layer in checkpoint.layers
+    )
+
+
+def _zeros(checkpoint: Checkpoint, layer: PackedLayer) -> Tensor:
+    words = checkpoint.tensors[f"{layer.name}.qzeros"]
+    return unpack_zeros(words, layer.bits, layer.outputs, checkpoint.zero_offset)
+
+
+def _unnatural(checkpoint: Checkpoint, layer: PackedLayer) -> bool:
+    g_idx = checkpoint.tensors.get(f"{layer.name}.g_idx")
+    return g_idx is not None and bool((g_idx[1:] < g_idx[:-1]).any())
+
+
+# How each tensor is found when its turn comes, and the shape and type it then has.
+_Plan = dict[str, tuple[Read, tuple[int, ...], torch.dtype]]
+
+
+def _packed(opened: _Opened, zero_offset: int) -> LazyTensors:
+    """Every tensor as today's files have it."""
+    checkpoint, plan = opened.checkpoint, _others(opened)
+    for layer in checkpoint.layers:
+        name, half, whole = layer.name, torch.float16, torch.int32
+        rows, columns = words_for(layer.inputs, layer.bits), words_for(layer.outputs, layer.bits)
+        stored = partial(checkpoint.tensors.__getitem__, f"{name}.qweight")
+        zeros = partial(_stored_zeros, checkpoint, layer, zero_offset)
+        scales = partial(_half, checkpoint, f"{name}.scales")
+        plan[f"{name}.qweight"] = (stored, (rows, layer.outputs), whole)
+        plan[f"{name}.qzeros"] = (zeros, (layer.groups, columns), whole)
+        plan[f"{name}.scales"] = (scales, (layer.groups, layer.outputs), half)
+        plan[f"{name}.g_idx"] = (partial(_g_idx, opened, layer), (layer.inputs,), whole)
+        if opened.layer(layer).bias is not None:
+            bias = partial(_half, checkpoint, f"{name}.bias")
+            plan[f"{name}.bias"] = (bias, (layer.outputs,), half)
+    return _lazy(opened, plan)
+
+
+def _dense(opened: _Opened) -> LazyTensors:
+    """Every tensor of the full model, in 16 bits."""
+    plan, dtype = _others(opened), opened.stored
+    for layer in opened.checkpoint.layers:
+        weight = partial(_weight, opened, layer, dtype)
+        plan[f"{layer.name}.weight"] = (weight, (layer.outputs, layer.inputs), dtype)
+        if opened.layer(layer).bias is not None:
+            bias = partial(_cast, opened, f"{layer.name}.bias", (layer.outputs,))
+            plan[f"{layer.name}.bias"] = (bias, (layer.outputs,), dtype)
+    return _lazy(opened, plan)
+
+
+def _others(opened: _Opened) -> _Plan:
+    """What is not packed. A tied head is read from the embedding."""
+    packed = tuple(f"{layer.name}." for layer in opened.checkpoint.layers)
+    return {
+        name: (partial(_cast, opened, name, expected.shape), tuple(expected.shape), opened.stored)
+        for name, expected in opened.model.state_dict().items()
+        if not name.startswith(packed)
+    }
+
+
+def _lazy(opened: _Opened, plan: _Plan) -> LazyTensors:
+    """By the model's own order of modules."""
+    places = {name: place for place, (name, _) in enumerate(opened.model.named_modules())}
+    ordered = sorted(plan, key=lambda name: places[name.rpartition(".")[0]])
+    return LazyTensors(
+        {name: plan[name][0] for name in ordered},
+        shapes={name: plan[name][1] for name in ordered},
+        dtypes={name: plan[name][2] for name in ordered},
+    )
+
+
+def _untied(opened: _Opened, tensors: LazyTensors) -> LazyTensors:
+    tied = opened.model.config.tie_word_embeddings
+    return tensors.changed({f"{opened.source.spec.head}.weight": None}) if tied else tensors
+
+
+def _cast(opened: _Opened, name: str, expected: tuple[int, ...]) -> Tensor:
+    tensors = opened.checkpoint.tensors
+    found = skeleton.stored_name(opened.model, opened.source.spec, name, tensors)
+    if found not in tensors:
+        raise UserError(f"{opened.checkpoint.path}: {found} is absent; the file is incomplete")
+    tensor = tensors[found]
+    if tensor.shape != expected:
+        raise UserError(
+            f"{opened.checkpoint.path}: {found} has shape {tuple(tensor.shape)} where the model's "
+            f"configuration wants {tuple(expected)}"
+        )
+    return tensor.to(opened.stored)
+
+
+def _half(checkpoint: Checkpoint, name: str) -> Tensor:
+    tensor = checkpoint.tensors[name].to(torch.float16)
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{checkpoint.path}: {name} exceeds what 16 bits can hold")
+    return tensor
+
+
+def _stored_zeros(checkpoint: Checkpoint, layer: PackedLayer, zero_offset: int) -> Tensor:
+    zeros = _zeros(checkpoint, layer)
+    if zero_offset == 1 and bool((zeros < 1).any()):
+        raise UserError(
+            f"{checkpoint.path}: {layer.name} has a zero point of 0, which format gptq cannot "
+            "hold; use --format gptq_v2 and a folder or .safetensors"
+        )
+    return pack_zeros(zeros, layer.bits, zero_offset)
+
+
+def _g_idx(opened: _Opened, layer: PackedLayer) -> Tensor:
+    g_idx = opened.checkpoint.tensors.get(f"{layer.name}.g_idx")
+    if g_idx is not None:
+        return g_idx
+    size = opened.layer(layer).group_size
+    inputs = torch.arange(layer.inputs, dtype=torch.int32)
+    return inputs // (layer.inputs if size == -1 else size)
+
+
+def _weight(opened: _Opened, layer: PackedLayer, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight (out, in)."""
+    tensors = opened.checkpoint.tensors
+    weight = PackedWeight(
+        tensors[f"{layer.name}.qweight"],
+        tensors[f"{layer.name}.qzeros"],
+        tensors[f"{layer.name}.scales"],
+        tensors.get(f"{layer.name}.g_idx"),
+        layer.bits,
+        opened.layer(layer).group_size,
+        layer.inputs,
+        opened.checkpoint.zero_offset,
+    )
+    return dequantize(weight, dtype).T.contiguous()
+
+
+def _write_file(path: Path, tensors: LazyTensors, said: dict[str, object] | None) -> None:
+    about = {"format": "pt"} if said is None else header(said)
+    write_tensors(path, tensors, list(tensors), about)
+
+
+def _write_pt(
+    path: Path, opened: _Opened, tensors: LazyTensors, said: dict[str, object] | None
+) -> None:
+    """By way of a safetensors file beside it, whose memory torch.save then writes from."""
+    with whole_file(path.with_suffix(".converting")) as temporary:
+        _write_file(temporary, _untied(opened, tensors), said)
+        state = mapped(temporary)
+        spec = opened.source.spec
+        if opened.model.config.tie_word_embeddings:
+            state[f"{spec.head}.weight"] = state[f"{spec.embed[0]}.weight"]
+        write_pt(path, {name: state[name] for name in tensors}, said or {})
+    path.with_suffix(".converting").unlink()
+
+
+# Whether it is right -------------------------------------------------------------------------
+
+
+def _verify(opened: _Opened, target: Path, layout: str) -> None:
+    """Read what was written and compare every weight. Raises RuntimeError where one differs."""
+    if layout == DENSE:
+        again = _dense_weights(target)
+        wanted = partial(_weight, opened, dtype=opened.stored)
+        for layer in opened.checkpoint.layers:
+            _same(layer, wanted(layer), again[f"{layer.name}.weight"], 0.0)
+        return
+    source = opened.source
+    bare = skeleton.build(source.config, source.spec, torch.device("cpu"))
+    written = _Opened(source, bare, attach(bare, source.spec, target))
+    for layer in opened.checkpoint.layers:
+        half = opened.checkpoint.tensors.dtype(f"{layer.name}.scales") == torch.float16
+        # Wider scales are rounded to 16 bits, by one part in 2048 at most.
+        tolerance = 0.0 if half else 2.0**-10
+        _same(
+            layer,
+            _weight(opened, layer, torch.float32),
+            _weight(written, layer, torch.float32),
+            tolerance,
+        )
+
+
+def _dense_weights(target: Path) -> LazyTensors:
+    return open_tensors(sorted(target.glob("*.safetensors")) if target.is_dir() else [target])
+
+
+def _same(layer: PackedLayer, before: Tensor, after: Tensor, tolerance: float) -> None:
+    if not bool(((before - after).abs() <= tolerance * before.abs()).all()):
+        raise RuntimeError(f"{layer.name} was not written as it was read")
+
+
+# The command line ----------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    command = _Parser(
+        prog="python -m gptq.convert",
+        description="Write a quantized checkpoint in another form, and compare the two.",
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or folder of any era")
+    add("out", metavar="OUT", help="a .pt or .safetensors file, or else a folder")
+    add("--model", help="folder or hub name of the model, where CHECKPOINT is a file")
+    add(
+        "--format",
+        choices=(*FORMATS, DENSE),
+        help="zero points of gptq or gptq_v2, or a full model of 16 bits "
+        "(default: gptq for .pt and what is symmetric, else gptq_v2)",
+    )
+    add("--wbits", type=int, choices=(2, 3, 4, 8), help="where CHECKPOINT does not say")
+    add("--groupsize", type=int, metavar="N", help="where CHECKPOINT does not say")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    try:
+        given = parser().parse_args(argv)
+        count = convert(
+            given.checkpoint,
+            given.out,
+            model=given.model,
+            format=given.format,
+            bits=given.wbits,
+            group_size=given.groupsize,
+        )
+    except UserError as error:
+        print("error:", *str(error).splitlines(), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"{given.out}: {count} layers, the same weights as in {given.checkpoint}")
+    if given.format != DENSE and Path(given.out).is_dir():
+        print("\n".join(lines(facts(Path(given.out)))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
