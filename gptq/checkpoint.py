@@ -15,7 +15,7 @@ from gptq.models import ModelSpec
 from gptq.qlinear import QuantLinear
 from gptq.skeleton import replace
 from gptq.source import open_weight_files, to_todays_names
-from gptq.tensors import LazyTensors, open_tensors
+from gptq.tensors import LazyTensors, check_sums, open_tensors
 
 CONFIG_NAME = "quantize_config.json"
 SETTINGS_KEY = "quantize_config"
@@ -141,6 +141,7 @@ def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
         raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
     if not path.is_dir():
         opened = open_tensors([path])
+        check_sums(path)
         said = opened.metadata.get(SETTINGS_KEY)
         # A folder's configuration tells of its files, for what they do not say themselves.
         return opened, folder_settings(path.parent) if said is None else _parse(path, said)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 from gptq.qlinear import STORED_AS_IS
+from gptq.tensors import cause
 
 # Tokens that go through a block at once: enough to keep matrix units busy, little memory.
 BATCH_TOKENS = 4096
@@ -29,10 +30,17 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
     # BLOOM's way to repeat the sums of tensor-parallel training; it reads weights past the layer.
     if hasattr(config, "slow_but_exact"):
         config.slow_but_exact = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    for name in spec.computed:
-        replace(model, name, type(model.get_submodule(name))(config=model.config).to(device))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        for name in spec.computed:
+            replace(model, name, type(model.get_submodule(name))(config=model.config).to(device))
+    # Each architecture's code fails in its own way on values that do not go together.
+    except Exception as error:
+        raise UserError(
+            f"the configuration of this {spec.model_type} model makes no model "
+            f"({type(error).__name__}: {cause(error)}): copy its config.json again"
+        ) from error
     return model.eval().requires_grad_(False)
 
 

@@ -138,10 +138,12 @@ def write(
     act: bool = False,
     least_zero: int = 1,
     other: Mapping[str, int] | None = None,
+    probe: bool = True,
 ) -> Fixture:
     """The model of `folder` as a tool of that era would have written it.
 
-    other: bits of some layers, by the ends of their names.
+    other: bits of some layers, by the ends of their names. probe: whether to run the model, whose
+        vocabulary PROBE must fit.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = {}
@@ -151,7 +153,7 @@ def write(
             layers[name] = round_layer(module, own, size, sym, act, least_zero)
             module.weight.data = torch.from_numpy(layers[name].dense().T).float()
     with torch.no_grad():
-        logits = model(PROBE, use_cache=False).logits
+        logits = model(PROBE, use_cache=False).logits if probe else torch.empty(0)
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in model.state_dict().items():
         prefix, _, kind = name.rpartition(".")
