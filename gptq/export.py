@@ -12,6 +12,7 @@ from torch import Tensor
 from gptq import __version__, skeleton
 from gptq.checkpoint import CONFIG_NAME, SETTINGS_KEY
 from gptq.config import QuantConfig
+from gptq.errors import UserError
 from gptq.files import Journal, whole_file, whole_folder
 from gptq.machine import half_dtype
 from gptq.source import ModelSource
@@ -20,6 +21,13 @@ from gptq.tensors import LazyTensors
 from quant_cuda.packing import pack_zeros, unpack_zeros
 
 QUANTIZER = f"belle-gptq:{__version__}"
+# What generate.chat_prompt writes, for programs that ask the tokenizer.
+BELLE_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
+)
 SHARD_BYTES = 5_000_000_000
 # Copied into a Hugging Face folder as they are, from where the model came from.
 TOKENIZER_FILES = (
@@ -178,6 +186,19 @@ def fill_folder(
     for pattern in TOKENIZER_FILES:
         for original in source.folder.glob(pattern):
             shutil.copyfile(original, folder / original.name)
+    if source.name.upper().startswith("BELLE-") and not has_chat_template(folder):
+        (folder / "chat_template.jinja").write_text(BELLE_TEMPLATE, encoding="utf-8")
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder's tokenizer knows how to write a conversation down."""
+    file = folder / "tokenizer_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON ({error}); copy it again") from error
+    told = isinstance(said, dict) and bool(said.get("chat_template"))
+    return told or any(folder.glob("chat_template.*"))
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -3,12 +3,12 @@
 Takes the options of `transformers serve`. `transformers chat` and OpenAI clients talk to it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptq.errors import UserError
+from gptq.export import has_chat_template
 
 EXIT_BAD_INPUT = 2
 NEEDED = "serving needs more packages: pip install 'belle-gptq[serve]'"
@@ -36,16 +36,6 @@ def check_folder(folder: Path) -> None:
             f"{folder}: its tokenizer has no chat template; write one to "
             f"{folder / 'chat_template.jinja'}"
         )
-
-
-def has_chat_template(folder: Path) -> bool:
-    file = folder / "tokenizer_config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: is not JSON ({error}); copy it again") from error
-    told = isinstance(said, dict) and bool(said.get("chat_template"))
-    return told or any(folder.glob("chat_template.*"))
 
 
 def _serve(words: list[str]) -> None:
