@@ -214,10 +214,15 @@ def _named_parts(dataset: str | Path) -> tuple[Part, Part] | tuple[None, None]:
     return None, None
 
 
+_MISSING = "reading it needs more packages: pip install 'belle-gptq[data]'"
+
+
 def _load(part: Part, name: str | Path) -> Any:
     """A `datasets.Dataset` of one split."""
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{name}: {_MISSING}, or pass the path of a local text file") from error
     hub = part.hub
     try:
         return datasets.load_dataset(
@@ -365,9 +370,11 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
 
 
 def _parquet_records(path: Path, order: Order) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"{path}: {_MISSING}") from error
     try:
         with ParquetFile(path) as file:
             for group in order(file.num_row_groups):

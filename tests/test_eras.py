@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import bloom_config, llama_config, make_model
+from conftest import ROOT, bloom_config, llama_config, make_model
 from old_tools import PROBE, Fixture, words, write
 from safetensors.torch import save_file
 
 import gptq
 from gptq import QuantLinear
+from gptq.api import load_weights, open_weights
 from gptq.errors import UserError
 
 
@@ -231,6 +232,22 @@ def test_shards_with_an_index(dirs, tmp_path):
     check(made, folder)
     (folder / "b.safetensors").unlink()
     refused(folder, None, "b.safetensors, which .* names, is missing")
+
+
+def test_a_folder_that_gptqmodel_made():
+    """Of GPTQModel 7.4.0 itself: 4 bit, asymmetric, act-order, "gptq_v2"; its logits in bfloat16.
+
+    tests/run_gptqmodel.py made it from a random model, of which nothing else is kept.
+    """
+    folder = ROOT / "tests" / "data" / "gptqmodel"
+    expected = torch.tensor(json.loads((folder.parent / "gptqmodel_logits.json").read_text()))
+    model = load_weights(open_weights(folder))
+    with torch.no_grad():
+        logits = model(torch.arange(2, 34).view(2, 16), use_cache=False).logits[:, -1]
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.bits, layer.group_size, layer.zero_offset) == (4, 32, 0)
+    assert (layer.g_idx[1:] < layer.g_idx[:-1]).any()
+    assert (logits - expected).pow(2).mean().sqrt() < 0.02 * expected.std()
 
 
 # What has gone wrong in the field ------------------------------------------------------------

@@ -69,7 +69,10 @@ def test_the_keys_that_readers_look_for(name, written):
     types = {
         **dict.fromkeys(("quant_method", "checkpoint_format", "format", "pack_dtype"), str),
         **dict.fromkeys(("desc_act", "sym", "lm_head", "true_sequential", "static_groups"), bool),
-        "bits": int, "group_size": int, "damp_percent": float, "meta": dict,
+        "bits": int,
+        "group_size": int,
+        "damp_percent": float,
+        "meta": dict,
     }
     assert {key: type(said[key]) for key in types} == types
     assert set(said) == set(types)

@@ -24,7 +24,8 @@ else:
 PACKAGES = {"gptq", "gptq.models", "quant_cuda"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Everything that building reads.
-PARTS = ("gptq", "quant_cuda", "pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
+PARTS = ("gptq", "quant_cuda", *FILES)
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
@@ -46,7 +47,7 @@ def imported(package: str) -> Iterator[tuple[Path, str]]:
 
 
 def install(folder: Path, **environment: str) -> Path:
-    """What `pip install .` makes of a copy of the source; nothing is fetched."""
+    """What pip makes of a source distribution that is built here; nothing is fetched."""
     source, target, blocked = (folder / name for name in ("source", "installed", "blocked"))
     source.mkdir()
     for part in PARTS:
@@ -58,11 +59,24 @@ def install(folder: Path, **environment: str) -> Path:
     # Building must do without torch.
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(blocked), **environment}
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("belle_gptq-*.tar.gz")
+    shutil.unpack_archive(archive, folder)
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile"]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, "--target", str(target), "."],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(blocked), **environment},
+        cwd=folder / archive.name.removesuffix(".tar.gz"),
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -126,15 +140,65 @@ def test_compiled_code_is_there_where_there_is_a_compiler(installed, tmp_path):
     assert run(bare, code, tmp_path) == "False\n"
 
 
+# What is imported only where it is used, and the extra that brings it.
+EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "train", "typer": "serve"}
+
+
 def test_what_is_imported_is_required():
     known = requirements(PROJECT["dependencies"])
     homes = packages_distributions()
     for package in ("gptq", "quant_cuda"):
         for path, name in imported(package):
-            if name in sys.stdlib_module_names or name in ("gptq", "quant_cuda"):
+            if name in sys.stdlib_module_names or name in ("gptq", "quant_cuda") or name in EXTRAS:
                 continue
             found = {normal(home) for home in homes[name]}
             assert found & set(known), f"{path.name} imports {name}, which is not required"
+
+
+def test_what_extras_bring_is_not_imported_with_the_package():
+    found = {name for package in ("gptq", "quant_cuda") for _, name in imported(package)}
+    assert set(EXTRAS) <= found
+    optional = PROJECT["optional-dependencies"]
+    for name, extra in EXTRAS.items():
+        # transformers itself brings typer, for its own command line.
+        assert name == "typer" or name in requirements(optional[extra]), name
+    code = "import sys, gptq.api, gptq.hf, gptq.convert, gptq.serve, gptq.cli, gptq.report; "
+    code += f"print([name for name in {sorted(set(EXTRAS) - {'typer'})} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        (
+            "datasets",
+            "from gptq.calibration import _load, NAMED_SETS; _load(NAMED_SETS['c4'][0], 'c4')",
+            "data",
+        ),
+        (
+            "pyarrow",
+            "from gptq.calibration import _parquet_records as r; next(r('x.parquet', range))",
+            "data",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(module, call, extra):
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+from gptq.errors import UserError
+try:
+    {call}
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert f"pip install 'belle-gptq[{extra}]'" in done.stdout, done.stderr
 
 
 def test_what_is_required_is_here():

@@ -20,12 +20,13 @@ from gptq import QuantConfig
 pytestmark = pytest.mark.peers
 
 
-def in_gptqmodel(**task) -> None:
+def in_gptqmodel(where: Path, **task) -> None:
     python = os.environ.get("GPTQMODEL_PYTHON")
     assert python, "GPTQMODEL_PYTHON must name the Python of an environment with GPTQModel"
     done = subprocess.run(
         [python, str(ROOT / "tests" / "run_gptqmodel.py")],
         input=json.dumps({"probe": PROBE.tolist(), "dtype": "bfloat16", **task}),
+        cwd=where,  # It leaves a folder of logs there.
         env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
@@ -69,7 +70,7 @@ def written(models, text_file, tmp_path_factory) -> Path:
     for name, (arch, settings) in CASES.items():
         config = QuantConfig(**{"group_size": 64, **settings})
         gptq.quantize(models[arch], text_file, config, save_dir=where / name, nsamples=4, seqlen=32)
-    in_gptqmodel(load=[str(where / name) for name in CASES])
+    in_gptqmodel(where, load=[str(where / name) for name in CASES])
     return where
 
 
@@ -112,7 +113,7 @@ def theirs(models, text_file, tmp_path_factory) -> Path:
         }
         for name, config in wanted.items()
     ]
-    in_gptqmodel(make=make)
+    in_gptqmodel(where, make=make)
     return where
 
 
