@@ -234,6 +234,40 @@ def test_lm_eval(folder, tmp_path):
     assert results["results"]["local_words"]["acc,none"] == right / len(questions)
 
 
-def test_the_readmes_lm_eval_lines_are_these():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"HFLM\(pretrained=model, tokenizer=tokenizer\)", text)
+# The documentation ---------------------------------------------------------------------------
+
+
+def test_the_python_of_the_page_runs(folder, tmp_path, monkeypatch):
+    """In one go, so that each part goes on from those before."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model-4bit").symlink_to(folder)
+    text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    exec("\n".join(blocks), names)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert type(names["evaluated"]).__name__ == "HFLM"
+
+
+def test_the_lora_example(folder, tmp_path):
+    """Both of BELLE's record shapes; the loss falls."""
+    shapes = [
+        {"instruction": "the cat", "input": "", "output": "sat on a mat"},
+        {"input": "one dog", "target": "run over hills"},
+    ]
+    records = tmp_path / "records.jsonl"
+    records.write_text("\n".join(map(json.dumps, shapes)))
+    script = str(ROOT / "examples" / "lora.py")
+    done = subprocess.run(
+        [sys.executable, script, str(folder), str(records), str(tmp_path / "adapter")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
