@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from gptq import convert
 from gptq.cli import main
 from gptq.models import SPECS
 
@@ -76,10 +77,15 @@ def test_every_command_runs(tmp_path, stand_ins, monkeypatch, capsys):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in commands():
         program, *words = shlex.split(line)
-        if line == "pip install .":
-            continue  # Run by test_packaging.py.
+        if line == "pip install ." or "gptq.serve" in words:
+            continue  # Run by test_packaging.py and test_extras.py.
         if program == "make":
             assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), line
+            continue
+        if words[:2] == ["-m", "gptq.convert"]:
+            arguments = [stand_ins["llama"].get(word, word) for word in words[2:]]
+            assert convert.main(arguments) == 0, line
+            assert "the same weights" in capsys.readouterr().out
             continue
         arch, _, ending = words[0].partition(".")
         known = program == "python" and arch in SPECS and ending == "py"
