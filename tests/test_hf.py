@@ -122,8 +122,9 @@ def test_torch_compile(folders):
 
 
 def test_without_the_head(folders):
-    model = AutoModel.from_pretrained(folders / "llama-asym", dtype="float32")
-    whole = AutoModelForCausalLM.from_pretrained(folders / "llama-asym", dtype="float32")
+    # In the file's own type: transformers 5.17 casts nothing that it finds by a longer name.
+    model = AutoModel.from_pretrained(folders / "llama-asym")
+    whole = AutoModelForCausalLM.from_pretrained(folders / "llama-asym")
     assert len(packed(model)) == len(packed(whole)) == 14
     with torch.no_grad():
         assert torch.equal(model(PROBE)[0], whole.model(PROBE)[0])
