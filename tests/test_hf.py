@@ -67,7 +67,9 @@ def test_from_pretrained(name, dtype, folders):
     # Scales keep what the file has, whatever the model computes in.
     assert {layer.scales.dtype for layer in packed(model)} == {torch.float16}
     expected, _ = gptq.load(folders / name, dtype=dtype)
-    assert torch.equal(logits(model), logits(expected))
+    # gptq.load rounds a float16 bias to the model's type, which only bfloat16 is too narrow for.
+    spread = 0.02 if dtype == "bfloat16" else 0.0
+    torch.testing.assert_close(logits(model), logits(expected), rtol=spread, atol=spread)
 
 
 def test_the_type_is_the_files_where_none_is_given(folders):
