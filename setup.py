@@ -21,20 +21,25 @@ COMMON = [
     "-Wno-psabi",
 ]
 # One file per instruction set, each with its own flags; the code picks one when it runs.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+    "-mprefer-vector-width=512",
+]
 X86_FLAGS = {
-    "sweep_avx512.cpp": [
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
-    "sweep_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "sweep_avx512.cpp": AVX512,
+    "sweep_avx2.cpp": AVX2,
+    "product_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "product_avx512.cpp": AVX512,
+    "product_avx2.cpp": AVX2,
 }
+PORTABLE = ("sweep_generic.cpp", "product_generic.cpp", "tiles.cpp", "parallel.cpp", "dispatch.cpp")
 
 
 def sources() -> dict[str, list[str]]:
     """File names of what this machine's processor can run, with the flags of each."""
-    portable: dict[str, list[str]] = {"sweep_generic.cpp": [], "dispatch.cpp": []}
     x86 = platform.machine() in ("x86_64", "AMD64")
-    return {**(X86_FLAGS if x86 else {}), **portable}
+    return {**(X86_FLAGS if x86 else {}), **{name: [] for name in PORTABLE}}
 
 
 class BuildNative(build_ext):
@@ -59,7 +64,7 @@ class BuildNative(build_ext):
 
         with ThreadPoolExecutor() as pool:
             made = list(pool.map(compile_one, sources().items()))
-        standalone = ["-static-libstdc++", "-static-libgcc", "-pthread"]
+        standalone = ["-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
         run([compiler, "-shared", *made, "-o", str(target), *standalone])
 
 

@@ -1,4 +1,4 @@
-"""The packed weight of one linear layer."""
+"""The packed weight of one linear layer, as checkpoints keep it and as kernels read it."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from quant_cuda.packing import BITS, words_for
+
+# Where activations are rounded to fewer bits, they share a scale over a group of inputs, and over
+# this many where a group has more.
+MAX_RUN = 512
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,43 @@ class PackedWeight:
     def groups(self) -> int:
         """Number of groups that `group_size` makes of the inputs."""
         return group_count(self.in_features, self.group_size)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """The same weight in the order that a backend's kernels read, made by `quant_cuda.prepare`.
+
+    Nothing of the original is kept: `quant_cuda.restore` makes it again, bit for bit (bits that no
+    field uses come back as zeros).
+    """
+
+    layout: str
+    """Whose order it is; backends of the same layout can share it."""
+    tensors: tuple[Tensor, ...]
+    """What the layout says it is made of; the first one holds the integers."""
+    g_idx: Tensor | None
+    """As in `PackedWeight`."""
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    zero_offset: int
+    scale_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+AnyWeight = PackedWeight | PreparedWeight
 
 
 def group_count(in_features: int, group_size: int) -> int:
