@@ -2,12 +2,16 @@
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("quant_cuda/csrc/cpu")
 COMMON = [
@@ -56,26 +60,51 @@ class BuildNative(build_ext):
         for folder in (target.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
 
-        def compile_one(item: tuple[str, list[str]]) -> str:
-            name, flags = item
-            made = str(objects / f"{name}.o")
-            run([compiler, *COMMON, *flags, "-c", str(SOURCES / name), "-o", made])
-            return made
-
-        with ThreadPoolExecutor() as pool:
-            made = list(pool.map(compile_one, sources().items()))
+        common = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        steps = [
+            Step(objects / f"{name}.o", [SOURCES / name], [compiler, *common, *flags, "-c"])
+            for name, flags in sources().items()
+        ]
         standalone = ["-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
-        run([compiler, "-shared", *made, "-o", str(target), *standalone])
+        shared = [compiler, *common, "-shared", *standalone]
+        try:
+            build(objects, steps, Step(target, [step.output for step in steps], shared))
+        except (OSError, subprocess.CalledProcessError) as error:
+            # An optional extension that fails this way is left out, with a warning.
+            raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
 
 
-def run(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        # An optional extension that fails this way is left out, with a warning.
-        from setuptools.errors import CompileError
+@dataclass(frozen=True)
+class Step:
+    """One call of the compiler."""
 
-        raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
+    output: Path
+    inputs: list[Path]
+    command: list[str]
+
+    @property
+    def line(self) -> list[str]:
+        return [*self.command, *map(str, self.inputs), "-o", str(self.output)]
+
+
+def build(folder: Path, steps: list[Step], last: Step) -> None:
+    """Run all steps, those but the last at once: by ninja, which leaves out what is up to date."""
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda step: subprocess.run(step.line, check=True), steps))
+        subprocess.run(last.line, check=True)
+        return
+    headers = sorted(map(str, SOURCES.glob("*.h")))
+    text = ["rule run", "  command = $line"]
+    for step in [*steps, last]:
+        text += [
+            f"build {step.output}: run {' '.join(map(str, step.inputs))} | {' '.join(headers)}",
+            f"  line = {shlex.join(step.line)}",
+        ]
+    file = folder / "build.ninja"
+    file.write_text("\n".join([*text, ""]))
+    subprocess.run([ninja, "-f", str(file)], check=True)
 
 
 setup(

@@ -3,22 +3,29 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <functional>
+#include <vector>
 
 #include "parallel.h"
 
 namespace {
 
-// Whether the places of a run are 32-bit words of the checkpoint as they are.
-bool is_verbatim(const Plan& plan, int run) {
-  if (plan.bits == 3) return false;
-  const int32_t* order = plan.order + UNIT * plan.start[run];
-  const int first = order[0], units = plan.start[run + 1] - plan.start[run];
-  if (first * plan.bits % 32 != 0 || first + units * UNIT > plan.inputs) return false;
-  for (int unit = 0; unit < units; ++unit)
-    for (int place = 0; place < UNIT; ++place)
-      if (order[unit * UNIT + place] != first + unit * UNIT + input_of(plan.bits, place / 4, place % 4))
-        return false;
-  return true;
+constexpr int STRIP = 8;  // tiles that are copied together, so that rows are read in longer pieces
+
+// For each run, whether its places are 32-bit words of the checkpoint as they are.
+std::vector<char> verbatim_runs(const Plan& plan) {
+  std::vector<char> verbatim(plan.runs, plan.bits != 3);
+  for (int run = 0; run < plan.runs; ++run) {
+    const int32_t* order = plan.order + UNIT * plan.start[run];
+    const int first = order[0], places = UNIT * (plan.start[run + 1] - plan.start[run]);
+    if (first * plan.bits % 32 != 0 || first + places > plan.inputs) verbatim[run] = false;
+    for (int place = 0; place < places && verbatim[run]; ++place) {
+      const int in_unit = place % UNIT;
+      verbatim[run] = order[place] == first + place - in_unit +
+                                          input_of(plan.bits, in_unit / 4, in_unit % 4);
+    }
+  }
+  return verbatim;
 }
 
 // Field `i` of a stream of bits whose words are `stride` apart.
@@ -108,11 +115,9 @@ void for_each_place(const Plan& plan, int run, const Each& each) {
     }
 }
 
-void pack_tile(const Plan& plan, const uint32_t* qweight, const uint32_t* qzeros,
-               const uint8_t* scales, uint8_t* data, int index) {
-  const Tile tile(plan, data, index);
-  const size_t stride = plan.outputs, zero_words = (static_cast<size_t>(plan.outputs) * plan.bits + 31) / 32;
-  std::memset(tile.head, 0, plan.tile_bytes());
+void pack_heads(const Plan& plan, const uint32_t* qzeros, const uint8_t* scales, const Tile& tile) {
+  const size_t stride = plan.outputs, zero_words = (stride * plan.bits + 31) / 32;
+  std::memset(tile.head, 0, plan.words_at());
   for (int g = 0; g < plan.groups; ++g) {
     uint8_t* head = tile.head + plan.head_bytes() * g;
     std::memcpy(head, scales + (g * stride + tile.first) * plan.scale_bytes,
@@ -121,49 +126,68 @@ void pack_tile(const Plan& plan, const uint32_t* qweight, const uint32_t* qzeros
       head[TILE * plan.scale_bytes + l] =
           static_cast<uint8_t>(field(qzeros + g * zero_words, 1, plan.bits, tile.first + l));
   }
-  const uint32_t* column = qweight + tile.first;
-  for (int run = 0; run < plan.runs; ++run) {
-    if (is_verbatim(plan, run)) {
-      const size_t row = static_cast<size_t>(plan.order[UNIT * plan.start[run]]) * plan.bits / 32;
-      const int rows = (plan.start[run + 1] - plan.start[run]) * plan.bits;
-      for (int i = 0; i < rows; ++i)
-        std::memcpy(tile.words + (static_cast<size_t>(plan.start[run]) * plan.bits + i) * TILE,
-                    column + (row + i) * stride, 4 * static_cast<size_t>(tile.lanes));
-      continue;
-    }
-    for_each_place(plan, run, [&](int unit, int place, int input) {
-      uint32_t values[TILE];
-      get_input(column, stride, plan.bits, input, tile.lanes, values);
-      add_place(tile.words + static_cast<size_t>(unit) * plan.bits * TILE, plan.bits, place,
-                tile.lanes, values);
-    });
-  }
 }
 
-void unpack_tile(const Plan& plan, uint8_t* data, uint32_t* qweight, uint8_t* scales, int index) {
-  const Tile tile(plan, data, index);
-  const size_t stride = plan.outputs;
-  for (int g = 0; g < plan.groups; ++g)
-    std::memcpy(scales + (g * stride + tile.first) * plan.scale_bytes,
-                tile.head + plan.head_bytes() * g, static_cast<size_t>(tile.lanes) * plan.scale_bytes);
-  uint32_t* column = qweight + tile.first;
-  for (int run = 0; run < plan.runs; ++run) {
-    if (is_verbatim(plan, run)) {
-      const size_t row = static_cast<size_t>(plan.order[UNIT * plan.start[run]]) * plan.bits / 32;
-      const int rows = (plan.start[run + 1] - plan.start[run]) * plan.bits;
-      for (int i = 0; i < rows; ++i)
-        std::memcpy(column + (row + i) * stride,
-                    tile.words + (static_cast<size_t>(plan.start[run]) * plan.bits + i) * TILE,
-                    4 * static_cast<size_t>(tile.lanes));
-      continue;
+// Copies a verbatim run of some tiles from the checkpoint's rows, or back.
+template <bool PACK>
+void copy_run(const Plan& plan, int run, const std::vector<Tile>& tiles, uint32_t* qweight) {
+  const size_t first = static_cast<size_t>(plan.order[UNIT * plan.start[run]]) * plan.bits / 32;
+  const size_t at = static_cast<size_t>(plan.start[run]) * plan.bits;
+  const size_t rows = static_cast<size_t>(plan.start[run + 1] - plan.start[run]) * plan.bits;
+  for (size_t i = 0; i < rows; ++i)
+    for (const Tile& tile : tiles) {
+      uint32_t* packed = tile.words + (at + i) * TILE;
+      uint32_t* plain = qweight + (first + i) * plan.outputs + tile.first;
+      const size_t bytes = 4 * static_cast<size_t>(tile.lanes);
+      if (!PACK) {
+        std::memcpy(plain, packed, bytes);
+      } else if (tile.lanes == TILE) {
+        std::memcpy(packed, plain, 4 * TILE);
+      } else {
+        std::memset(packed, 0, 4 * TILE);
+        std::memcpy(packed, plain, bytes);
+      }
     }
-    for_each_place(plan, run, [&](int unit, int place, int input) {
-      uint32_t values[TILE];
-      get_place(tile.words + static_cast<size_t>(unit) * plan.bits * TILE, plan.bits, place,
-                tile.lanes, values);
+}
+
+// Moves a run whose inputs stand in another order, one value at a time.
+template <bool PACK>
+void move_run(const Plan& plan, int run, const Tile& tile, uint32_t* qweight) {
+  uint32_t* column = qweight + tile.first;
+  const size_t stride = plan.outputs;
+  uint32_t* words = tile.words + static_cast<size_t>(plan.start[run]) * plan.bits * TILE;
+  if (PACK)
+    std::memset(words, 0, plan.unit_bytes() * (plan.start[run + 1] - plan.start[run]));
+  for_each_place(plan, run, [&](int unit, int place, int input) {
+    uint32_t values[TILE];
+    uint32_t* packed = tile.words + static_cast<size_t>(unit) * plan.bits * TILE;
+    if (PACK) {
+      get_input(column, stride, plan.bits, input, tile.lanes, values);
+      add_place(packed, plan.bits, place, tile.lanes, values);
+    } else {
+      get_place(packed, plan.bits, place, tile.lanes, values);
       add_input(column, stride, plan.bits, input, tile.lanes, values);
-    });
-  }
+    }
+  });
+}
+
+template <bool PACK>
+void move_words(const Plan& plan, uint8_t* data, uint32_t* qweight, int threads,
+                const std::function<void(const Tile&)>& move_heads) {
+  const std::vector<char> verbatim = verbatim_runs(plan);
+  parallel_for(threads, (plan.tiles() + STRIP - 1) / STRIP, [&](int strip) {
+    std::vector<Tile> tiles;
+    for (int i = strip * STRIP; i < std::min((strip + 1) * STRIP, plan.tiles()); ++i)
+      tiles.emplace_back(plan, data, i);
+    for (const Tile& tile : tiles) move_heads(tile);
+    for (int run = 0; run < plan.runs; ++run) {
+      if (verbatim[run]) {
+        copy_run<PACK>(plan, run, tiles, qweight);
+        continue;
+      }
+      for (const Tile& tile : tiles) move_run<PACK>(plan, run, tile, qweight);
+    }
+  });
 }
 
 void numbers_of_tile(const Plan& plan, uint8_t* data, float* w, int index) {
@@ -202,16 +226,21 @@ int64_t quant_cuda_tiles_bytes(const int32_t* plan) {
 void quant_cuda_tiles_pack(const int32_t* plan, const uint32_t* qweight, const uint32_t* qzeros,
                            const uint8_t* scales, uint8_t* data, int threads) {
   const Plan p(plan);
-  parallel_for(threads, p.tiles(),
-               [&](int tile) { pack_tile(p, qweight, qzeros, scales, data, tile); });
+  move_words<true>(p, data, const_cast<uint32_t*>(qweight), threads,
+                   [&](const Tile& tile) { pack_heads(p, qzeros, scales, tile); });
 }
 
 // The opposite; qweight and qzeros come zeroed.
 void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweight,
                              uint32_t* qzeros, uint8_t* scales, int threads) {
   const Plan p(plan);
-  parallel_for(threads, p.tiles(),
-               [&](int tile) { unpack_tile(p, data, qweight, scales, tile); });
+  const size_t row = static_cast<size_t>(p.outputs) * p.scale_bytes;
+  move_words<false>(p, data, qweight, threads, [&](const Tile& tile) {
+    for (int g = 0; g < p.groups; ++g)
+      std::memcpy(scales + g * row + static_cast<size_t>(tile.first) * p.scale_bytes,
+                  tile.head + p.head_bytes() * g,
+                  static_cast<size_t>(tile.lanes) * p.scale_bytes);
+  });
   // Words of zero points lie across tiles, so that one thread writes them all.
   const size_t zero_words = (static_cast<size_t>(p.outputs) * p.bits + 31) / 32;
   for (int output = 0; output < p.outputs; ++output) {
