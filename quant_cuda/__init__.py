@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda import backends
-from quant_cuda.weight import AnyWeight, PackedWeight, PreparedWeight
+from quant_cuda.weight import AnyWeight, PackedWeight, PreparedWeight, facts
 
 __all__ = ["PackedWeight", "PreparedWeight", "available", "matmul", "prepare", "restore"]
 
@@ -21,7 +21,7 @@ def prepare(weight: PackedWeight, backend: str | None = None) -> AnyWeight:
     backend: one of `available()`; None takes the best for the weight's device. Where that is
     "torch", the weight itself comes back.
     """
-    return backends.to_layout(weight, backends.choose(weight, torch.float32, backend).layout)
+    return backends.to_layout(weight, backends.choose(facts(weight, torch.float32), backend).layout)
 
 
 def restore(weight: AnyWeight) -> PackedWeight:
@@ -58,10 +58,10 @@ def matmul(
         )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
-    chosen = backends.choose(weight, x.dtype, backend)
+    chosen = backends.choose(facts(weight, x.dtype), backend)
     return chosen.matmul(x, backends.to_layout(weight, chosen.layout), bias, int8)
 
 
 def backend_for(weight: AnyWeight, dtype: torch.dtype) -> str:
     """Name of the backend that `matmul` takes for activations of this type."""
-    return backends.choose(weight, dtype).name
+    return backends.choose(facts(weight, dtype)).name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda import cpu, native, reference
-from quant_cuda.weight import AnyWeight, PackedWeight, PreparedWeight
+from quant_cuda.weight import AnyWeight, Facts, PackedWeight, PreparedWeight
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Backend:
     name: str
     layout: str | None
     """A key of `LAYOUTS`; None for the checkpoint's own."""
-    refuses: Callable[[AnyWeight, torch.dtype], str | None]
-    """Why it cannot multiply activations of this type by this weight; None if it can."""
+    refuses: Callable[[Facts], str | None]
+    """Why it cannot multiply; None if it can."""
     matmul: Callable[..., Tensor]
     """(x, weight in its layout, bias or None, int8) -> y, differentiable in x."""
 
@@ -41,44 +41,47 @@ LAYOUTS = {cpu.LAYOUT: Layout(cpu.prepare, cpu.restore)}
 def table() -> dict[str, Backend]:
     """Backends that can run on this machine by name, the best first."""
     rows = [
-        Backend(
-            name,
-            cpu.LAYOUT,
-            cpu.refuses,
-            functools.partial(cpu.matmul, instruction_set=name),
-        )
-        for name in native.instruction_sets()
+        Backend(name, cpu.LAYOUT, cpu.refuses, functools.partial(cpu.matmul, instruction_set=index))
+        for index, name in enumerate(native.compiled())
+        if name in native.instruction_sets()
     ]
-    rows.append(Backend("torch", None, lambda weight, dtype: None, reference.matmul))
+    rows.append(Backend("torch", None, lambda product: None, reference.matmul))
     return {row.name: row for row in rows}
 
 
-def choose(weight: AnyWeight, dtype: torch.dtype, name: str | None = None) -> Backend:
+# A traced program keeps what was chosen while it was traced.
+@torch.compiler.assume_constant_result
+def choose(product: tuple, name: str | None = None) -> Backend:
     """The backend of that name, or the first that can.
 
     Falling back on plain torch is said in a warning, once for each reason.
+    product: the fields of a `Facts`.
     Raises ValueError where the one named is not there or cannot.
     """
+    return _choose(product, name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(fields: tuple, name: str | None) -> Backend:
+    product = Facts(*fields)
     rows = table()
     if name is not None:
         if name not in rows:
             raise ValueError(f"backend {name!r} is not available; choose one of {tuple(rows)}")
-        reason = rows[name].refuses(weight, dtype)
+        reason = rows[name].refuses(product)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot multiply here: {reason}")
         return rows[name]
-    reasons: dict[str, str] = {}
+    reasons: dict[str, None] = {}
     for row in rows.values():
-        reason = row.refuses(weight, dtype)
+        reason = row.refuses(product)
         if reason is None:
             break
-        reasons.setdefault(reason, row.name)
+        reasons[reason] = None
     if row.layout is None:
-        if native.library() is None and weight.device.type == "cpu":
-            reasons["the compiled CPU code was not built: pip install . with a C++ compiler"] = (
-                "cpu"
-            )
-        _warn("; ".join(reasons) or f"no kernel for {weight.device.type}")
+        if product.device == "cpu" and not native.compiled():
+            reasons[cpu.NOT_BUILT] = None
+        _warn("; ".join(reasons) or f"there is no kernel for a {product.device} device")
     return row
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda import native
-from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight, PreparedWeight
+from quant_cuda.weight import MAX_RUN, Facts, PackedWeight, PreparedWeight
 
 LAYOUT = "cpu"
 NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compiler"
@@ -20,15 +20,14 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 
 
-def refuses(weight: AnyWeight, dtype: torch.dtype) -> str | None:
-    """Why this weight and activations of `dtype` have no native product; None if they have."""
-    if weight.device.type != "cpu":
-        return f"the weight is on {weight.device}"
-    if dtype not in _KINDS:
-        return f"activations are {dtype}, not float32, bfloat16 or float16"
-    if weight.scale_dtype not in _KINDS:
-        return f"scales are {weight.scale_dtype}, not float32, bfloat16 or float16"
-    if weight.in_features == 0 or weight.out_features == 0:
+def refuses(product: Facts) -> str | None:
+    """Why there is no native product of this kind; None if there is."""
+    if product.device != "cpu":
+        return f"the weight is on a {product.device} device"
+    for what, dtype in (("activations", product.dtype), ("scales", product.scale_dtype)):
+        if dtype not in _KINDS:
+            return f"{what} are {dtype}, not float32, bfloat16 or float16"
+    if product.in_features == 0 or product.out_features == 0:
         return "the weight is empty"
     return None
 
@@ -96,19 +95,25 @@ def matmul(
     weight: PreparedWeight,
     bias: Tensor | None = None,
     int8: bool = False,
-    instruction_set: str | None = None,
+    instruction_set: int = 0,
 ) -> Tensor:
     """x float32, bfloat16 or float16 (..., in) times the weight, plus bias float32 (out,).
 
     int8: round activations to 8 bits with a scale for each group.
-    instruction_set: one of `native.instruction_sets()`; None for the best.
+    instruction_set: index in `native.compiled()` of one that runs here.
     Differentiable in x and bias.
     """
     data, plan = weight.tensors
     if bias is not None:
         bias = bias.float()
     product = _product if _is_plain(x) else torch.ops.quant_cuda.cpu_product
-    return product(x, data, plan, bias, weight.out_features, int8, _index(instruction_set))
+    return product(x, data, plan, bias, weight.out_features, int8, instruction_set)
+
+
+def numbers(weight: PreparedWeight) -> Tensor:
+    """What the weight stands for, float32 (out, in)."""
+    data, plan = weight.tensors
+    return _numbers(data, plan, weight.in_features, weight.out_features)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -166,11 +171,6 @@ def _library():
             "the compiled CPU code is not there: run pip install . with a C++ compiler"
         )
     return found
-
-
-@functools.cache
-def _index(instruction_set: str | None) -> int:
-    return native.compiled().index(instruction_set or native.instruction_sets()[0])
 
 
 # The plan -------------------------------------------------------------------------------------

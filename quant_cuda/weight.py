@@ -1,6 +1,7 @@
 """The packed weight of one linear layer, as checkpoints keep it and as kernels read it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +107,35 @@ class PreparedWeight:
 
 
 AnyWeight = PackedWeight | PreparedWeight
+
+
+class Facts(NamedTuple):
+    """What a backend may want to know of a product before it takes it: plain values, no tensors."""
+
+    device: str
+    """The device's type."""
+    dtype: torch.dtype
+    """Of the activations."""
+    scale_dtype: torch.dtype
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    has_g_idx: bool
+
+
+def facts(weight: AnyWeight, dtype: torch.dtype) -> tuple:
+    """The fields of `Facts`; a plain tuple, which torch.compile can take as a constant."""
+    return (
+        weight.device.type,
+        dtype,
+        weight.scale_dtype,
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+        weight.g_idx is not None,
+    )
 
 
 def group_count(in_features: int, group_size: int) -> int:
