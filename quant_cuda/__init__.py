@@ -58,6 +58,8 @@ def matmul(
         )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
+    if torch.compiler.is_compiling():
+        return backends.traced(x, weight, backend, bias, int8)
     chosen = backends.choose(facts(weight, x.dtype), backend)
     return chosen.matmul(x, backends.to_layout(weight, chosen.layout), bias, int8)
 

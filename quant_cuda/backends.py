@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quant_cuda import cpu, native, reference
@@ -21,6 +20,8 @@ class Layout:
 
     prepare: Callable[[PackedWeight], PreparedWeight]
     restore: Callable[[PreparedWeight], PackedWeight]
+    matmul: Callable[..., Tensor]
+    """As `Backend.matmul`, by the best of those that read it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Backend:
     """(x, weight in its layout, bias or None, int8) -> y, differentiable in x."""
 
 
-LAYOUTS = {cpu.LAYOUT: Layout(cpu.prepare, cpu.restore)}
+LAYOUTS = {cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.matmul)}
 
 
 @functools.cache
@@ -49,21 +50,13 @@ def table() -> dict[str, Backend]:
     return {row.name: row for row in rows}
 
 
-# A traced program keeps what was chosen while it was traced.
-@torch.compiler.assume_constant_result
-def choose(product: tuple, name: str | None = None) -> Backend:
+@functools.lru_cache(maxsize=4096)
+def choose(product: Facts, name: str | None = None) -> Backend:
     """The backend of that name, or the first that can.
 
     Falling back on plain torch is said in a warning, once for each reason.
-    product: the fields of a `Facts`.
     Raises ValueError where the one named is not there or cannot.
     """
-    return _choose(product, name)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(fields: tuple, name: str | None) -> Backend:
-    product = Facts(*fields)
     rows = table()
     if name is not None:
         if name not in rows:
@@ -91,6 +84,18 @@ def _warn(reasons: str) -> None:
         f"slow: packed weights are unpacked on every call and multiplied by torch ({reasons})",
         stacklevel=4,
     )
+
+
+def traced(
+    x: Tensor, weight: AnyWeight, name: str | None, bias: Tensor | None, int8: bool
+) -> Tensor:
+    """`matmul` for torch.compile and export, which cannot look into the table: the weight's layout
+    says who multiplies, and one that is not prepared is unpacked by torch."""
+    if name not in (None, "torch"):
+        raise ValueError(f"backend {name!r} cannot be named where torch traces; leave it out")
+    if isinstance(weight, PackedWeight):
+        return reference.matmul(x, weight, bias, int8)
+    return LAYOUTS[weight.layout].matmul(x, weight, bias, int8)
 
 
 def to_layout(weight: AnyWeight, layout: str | None) -> AnyWeight:

@@ -95,12 +95,12 @@ def matmul(
     weight: PreparedWeight,
     bias: Tensor | None = None,
     int8: bool = False,
-    instruction_set: int = 0,
+    instruction_set: int = -1,
 ) -> Tensor:
     """x float32, bfloat16 or float16 (..., in) times the weight, plus bias float32 (out,).
 
     int8: round activations to 8 bits with a scale for each group.
-    instruction_set: index in `native.compiled()` of one that runs here.
+    instruction_set: index in `native.compiled()` of one that runs here; -1 for the best.
     Differentiable in x and bias.
     """
     data, plan = weight.tensors
@@ -141,7 +141,7 @@ def _product(
     y = x.new_empty((*x.shape[:-1], out_features))
     dtype = x.dtype
     _library().quant_cuda_product(
-        index,
+        _best() if index < 0 else index,
         x.data_ptr(),
         data.data_ptr(),
         plan.data_ptr(),
@@ -153,6 +153,11 @@ def _product(
         torch.get_num_threads(),
     )
     return y
+
+
+@functools.cache
+def _best() -> int:
+    return native.compiled().index(native.instruction_sets()[0])
 
 
 def _numbers(data: Tensor, plan: Tensor, in_features: int, out_features: int) -> Tensor:

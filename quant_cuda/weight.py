@@ -124,9 +124,8 @@ class Facts(NamedTuple):
     has_g_idx: bool
 
 
-def facts(weight: AnyWeight, dtype: torch.dtype) -> tuple:
-    """The fields of `Facts`; a plain tuple, which torch.compile can take as a constant."""
-    return (
+def facts(weight: AnyWeight, dtype: torch.dtype) -> Facts:
+    return Facts(
         weight.device.type,
         dtype,
         weight.scale_dtype,

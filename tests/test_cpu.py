@@ -275,11 +275,12 @@ def test_export():
     assert torch.equal(program.module()(x), Product()(x))
 
 
-def test_compiled_whole():
-    prepared = quant_cuda.prepare(packed(4)[0])
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_compiled_whole(backend):
+    prepared = packed(4)[0] if backend == "torch" else quant_cuda.prepare(packed(4)[0])
 
     def product(x):
-        return quant_cuda.matmul(x * 2, prepared, int8=False).relu()
+        return quant_cuda.matmul(x * 2, prepared, backend).relu()
 
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (1, 5, 9):
@@ -318,7 +319,7 @@ def test_falling_back_is_said_once():
     weight, matrix = packed(4)
     x = activations(2, 96, dtype=torch.float64)
     backends._warn.cache_clear()
-    backends._choose.cache_clear()
+    backends.choose.cache_clear()
     with pytest.warns(UserWarning, match=r"^[^\n]*slow[^\n]*torch[^\n]*float64[^\n]*$"):
         y = quant_cuda.matmul(x, weight)
     np.testing.assert_allclose(y.numpy(), x.numpy() @ matrix)
@@ -331,7 +332,7 @@ def test_without_the_compiled_code(monkeypatch):
     weight, matrix = packed(4)
     x = activations(2, 96)
     monkeypatch.setattr(native, "compiled", lambda: ())
-    caches = (backends.table, backends._choose, backends._warn)
+    caches = (backends.table, backends.choose, backends._warn)
     for cached in caches:
         cached.cache_clear()
     try:
