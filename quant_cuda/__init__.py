@@ -6,7 +6,15 @@ from torch import Tensor
 from quant_cuda import backends
 from quant_cuda.weight import AnyWeight, PackedWeight, PreparedWeight, facts
 
-__all__ = ["PackedWeight", "PreparedWeight", "available", "matmul", "prepare", "restore"]
+__all__ = [
+    "PackedWeight",
+    "PreparedWeight",
+    "available",
+    "backend_for",
+    "matmul",
+    "prepare",
+    "restore",
+]
 
 
 def available() -> tuple[str, ...]:
@@ -60,8 +68,17 @@ def matmul(
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
     if torch.compiler.is_compiling():
         return backends.traced(x, weight, backend, bias, int8)
-    chosen = backends.choose(facts(weight, x.dtype), backend)
-    return chosen.matmul(x, backends.to_layout(weight, chosen.layout), bias, int8)
+    if isinstance(weight, PackedWeight):
+        chosen = backends.choose(facts(weight, x.dtype), backend)
+        return chosen.matmul(x, backends.to_layout(weight, chosen.layout), bias, int8)
+    # Hundreds of small layers make a token, so that looking up who is chosen would show.
+    known = weight.chosen.get((x.dtype, backend))
+    if known is None:
+        known = backends.choose(facts(weight, x.dtype), backend)
+        weight.chosen[x.dtype, backend] = known
+    if known.layout != weight.layout:
+        return known.matmul(x, backends.to_layout(weight, known.layout), bias, int8)
+    return known.matmul(x, weight, bias, int8)
 
 
 def backend_for(weight: AnyWeight, dtype: torch.dtype) -> str:

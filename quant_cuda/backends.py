@@ -20,8 +20,8 @@ class Layout:
 
     prepare: Callable[[PackedWeight], PreparedWeight]
     restore: Callable[[PreparedWeight], PackedWeight]
-    matmul: Callable[..., Tensor]
-    """As `Backend.matmul`, by the best of those that read it."""
+    traced: Callable[..., Tensor]
+    """As `Backend.matmul`, by the best of those that read it, in operators that torch knows."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Backend:
     """(x, weight in its layout, bias or None, int8) -> y, differentiable in x."""
 
 
-LAYOUTS = {cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.matmul)}
+LAYOUTS = {cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.traced)}
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def traced(
         raise ValueError(f"backend {name!r} cannot be named where torch traces; leave it out")
     if isinstance(weight, PackedWeight):
         return reference.matmul(x, weight, bias, int8)
-    return LAYOUTS[weight.layout].matmul(x, weight, bias, int8)
+    return LAYOUTS[weight.layout].traced(x, weight, bias, int8)
 
 
 def to_layout(weight: AnyWeight, layout: str | None) -> AnyWeight:

@@ -103,11 +103,26 @@ def matmul(
     instruction_set: index in `native.compiled()` of one that runs here; -1 for the best.
     Differentiable in x and bias.
     """
+    if not _is_plain(x):
+        return traced(x, weight, bias, int8, instruction_set)
     data, plan = weight.tensors
-    if bias is not None:
-        bias = bias.float()
-    product = _product if _is_plain(x) else torch.ops.quant_cuda.cpu_product
-    return product(x, data, plan, bias, weight.out_features, int8, instruction_set)
+    bias = bias if bias is None else bias.detach().float().contiguous()
+    return _product(x, data, plan, bias, weight.out_features, int8, instruction_set)
+
+
+def traced(
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None = None,
+    int8: bool = False,
+    instruction_set: int = -1,
+) -> Tensor:
+    """`matmul` as an operator that torch knows."""
+    data, plan = weight.tensors
+    bias = bias if bias is None else bias.float().contiguous()
+    return torch.ops.quant_cuda.cpu_product(
+        x, data, plan, bias, weight.out_features, int8, instruction_set
+    )
 
 
 def numbers(weight: PreparedWeight) -> Tensor:
@@ -117,12 +132,11 @@ def numbers(weight: PreparedWeight) -> Tensor:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nothing watches: no tracing, no gradient, no mode. The dispatcher then adds nothing
-    but its time, which is more than that of a small layer's product."""
+    """Whether nothing watches: no gradient, no mode, no tensor of another kind. The dispatcher then
+    adds nothing but its time, which is more than that of a small layer's product."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
     )

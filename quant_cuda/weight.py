@@ -1,6 +1,6 @@
 """The packed weight of one linear layer, as checkpoints keep it and as kernels read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,8 @@ class PreparedWeight:
     out_features: int
     zero_offset: int
     scale_dtype: torch.dtype
+    chosen: dict = field(default_factory=dict, compare=False, repr=False)
+    """Who multiplies it, by activations' type and the name asked for; `quant_cuda.matmul`'s own."""
 
     @property
     def device(self) -> torch.device:
