@@ -37,7 +37,10 @@ X86_FLAGS = {
     "product_avx512.cpp": AVX512,
     "product_avx2.cpp": AVX2,
 }
-PORTABLE = ("sweep_generic.cpp", "product_generic.cpp", "tiles.cpp", "parallel.cpp", "dispatch.cpp")
+PORTABLE = (
+    *("sweep_generic.cpp", "product_generic.cpp"),
+    *("tiles.cpp", "reader.cpp", "parallel.cpp", "dispatch.cpp"),
+)
 
 
 def sources() -> dict[str, list[str]]:

@@ -103,7 +103,7 @@ def matmul(
     instruction_set: index in `native.compiled()` of one that runs here; -1 for the best.
     Differentiable in x and bias.
     """
-    if not _is_plain(x):
+    if not _is_plain(x, bias):
         return traced(x, weight, bias, int8, instruction_set)
     data, plan = weight.tensors
     bias = bias if bias is None else bias.detach().float().contiguous()
@@ -131,12 +131,15 @@ def numbers(weight: PreparedWeight) -> Tensor:
     return _numbers(data, plan, weight.in_features, weight.out_features)
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing watches: no gradient, no mode, no tensor of another kind. The dispatcher then
     adds nothing but its time, which is more than that of a small layer's product."""
     return (
         type(x) is Tensor
-        and not torch.is_grad_enabled()
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or (bias is not None and bias.requires_grad))
+        )
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
     )

@@ -46,6 +46,8 @@ def library() -> ctypes.CDLL | None:
         *(number, pointer, pointer, pointer, pointer, pointer),
         *(long, number, number, number),
     )
+    found.quant_cuda_read.restype = ctypes.c_uint64
+    found.quant_cuda_read.argtypes = (pointer, long, number)
     found.quant_cuda_tiles_bytes.restype = long
     found.quant_cuda_tiles_bytes.argtypes = (pointer,)
     for name, count in (("pack", 5), ("unpack", 5), ("numbers", 3)):
@@ -137,3 +139,14 @@ def sweep(
     arguments = _SweepArgs(**pointers, **numbers)
     found.quant_cuda_sweep(ctypes.byref(arguments), chosen.encode())
     return tensors["q"], scales, zeros
+
+
+def read(data: Tensor) -> int:
+    """The exclusive or of a tensor's 64-bit words, which takes as long as reading them does.
+
+    data: contiguous, of a multiple of 64 bytes.
+    """
+    found = library()
+    if found is None or data.nbytes % 64 or not data.is_contiguous():
+        raise ValueError("reading needs the compiled code and a contiguous multiple of 64 bytes")
+    return found.quant_cuda_read(data.data_ptr(), data.nbytes, torch.get_num_threads())

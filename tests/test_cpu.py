@@ -299,6 +299,14 @@ def test_fake_tensors():
         assert quant_cuda.matmul(torch.empty(2, 3, 96), prepared).shape == (2, 3, 24)
 
 
+@pytest.mark.parametrize("words", [8, 8 * 1024, 8 * 5000])
+def test_read(words):
+    data = torch.randint(-(2**62), 2**62, (words,))
+    assert native.read(data) == int(np.bitwise_xor.reduce(data.numpy().astype(np.uint64)))
+    with pytest.raises(ValueError, match="64 bytes"):
+        native.read(torch.zeros(3))
+
+
 # Who is chosen --------------------------------------------------------------------------------
 
 

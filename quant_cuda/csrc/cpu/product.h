@@ -35,6 +35,7 @@ constexpr int MAX_LENGTH = MAX_RUN * UNIT;
 constexpr int MAX_ROWS = 64;             // of x that are laid out at once
 constexpr size_t ROWS_BYTES = 512 << 10; // which should stay in a core's own cache
 constexpr size_t WORTH_A_THREAD = 1 << 16;
+constexpr int AHEAD = 1024 / 4;          // words; what will be read soon is asked for now
 
 typedef float vecf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -49,6 +50,12 @@ inline vecu four_inputs(const uint32_t* unit, int step) {
   const vecu low = (row(step / 4) >> 2 * (step % 4)) & 0x03030303u;
   if constexpr (BITS == 2) return low;
   return low | ((row(2) >> step) & 0x01010101u) << 2;
+}
+
+// Asks for the unit that lies AHEAD of this one; it may be the next tile's, or past the end.
+template <int BITS>
+inline void fetch_ahead(const uint32_t* unit) {
+  for (int i = 0; i < 2 * BITS; ++i) __builtin_prefetch(unit + AHEAD + 16 * i);
 }
 
 // Scales and zero points of a tile's group.
@@ -199,6 +206,7 @@ void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
                           static_cast<size_t>(first_row) * length) * DIGITS;
   __m512i sum[ROWS][DIGITS][PARTS] = {};
   for (int unit = 0; unit < units; ++unit, words += TILE * BITS, digits += UNIT) {
+    fetch_ahead<BITS>(words);
     _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
       __m512i w[PARTS];
       _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
@@ -250,6 +258,7 @@ void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
     for (int p = 0; p < PARTS; ++p)
       zero[p] = *reinterpret_cast<const vecf*>(head.zero + lane + p * LANES);
     for (int unit = 0; unit < units; ++unit) {
+      if (lane == 0) fetch_ahead<BITS>(words + unit * TILE * BITS);
       vecf of_unit[ROWS][PARTS] = {};  // a sum of short sums rounds less
       _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
         vecu four[PARTS];
