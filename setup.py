@@ -99,7 +99,8 @@ def build(folder: Path, steps: list[Step], last: Step) -> None:
         subprocess.run(last.line, check=True)
         return
     headers = sorted(map(str, SOURCES.glob("*.h")))
-    text = ["rule run", "  command = $line"]
+    # Its log goes beside the objects.
+    text = [f"builddir = {folder}", "rule run", "  command = $line"]
     for step in [*steps, last]:
         text += [
             f"build {step.output}: run {' '.join(map(str, step.inputs))} | {' '.join(headers)}",
