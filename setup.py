@@ -2,12 +2,16 @@
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("quant_cuda/csrc/cpu")
 COMMON = [
@@ -21,20 +25,28 @@ COMMON = [
     "-Wno-psabi",
 ]
 # One file per instruction set, each with its own flags; the code picks one when it runs.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+    "-mprefer-vector-width=512",
+]
 X86_FLAGS = {
-    "sweep_avx512.cpp": [
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
-    "sweep_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "sweep_avx512.cpp": AVX512,
+    "sweep_avx2.cpp": AVX2,
+    "product_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "product_avx512.cpp": AVX512,
+    "product_avx2.cpp": AVX2,
 }
+PORTABLE = (
+    *("sweep_generic.cpp", "product_generic.cpp"),
+    *("tiles.cpp", "reader.cpp", "parallel.cpp", "dispatch.cpp"),
+)
 
 
 def sources() -> dict[str, list[str]]:
     """File names of what this machine's processor can run, with the flags of each."""
-    portable: dict[str, list[str]] = {"sweep_generic.cpp": [], "dispatch.cpp": []}
     x86 = platform.machine() in ("x86_64", "AMD64")
-    return {**(X86_FLAGS if x86 else {}), **portable}
+    return {**(X86_FLAGS if x86 else {}), **{name: [] for name in PORTABLE}}
 
 
 class BuildNative(build_ext):
@@ -51,26 +63,52 @@ class BuildNative(build_ext):
         for folder in (target.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
 
-        def compile_one(item: tuple[str, list[str]]) -> str:
-            name, flags = item
-            made = str(objects / f"{name}.o")
-            run([compiler, *COMMON, *flags, "-c", str(SOURCES / name), "-o", made])
-            return made
+        common = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        steps = [
+            Step(objects / f"{name}.o", [SOURCES / name], [compiler, *common, *flags, "-c"])
+            for name, flags in sources().items()
+        ]
+        standalone = ["-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
+        shared = [compiler, *common, "-shared", *standalone]
+        try:
+            build(objects, steps, Step(target, [step.output for step in steps], shared))
+        except (OSError, subprocess.CalledProcessError) as error:
+            # An optional extension that fails this way is left out, with a warning.
+            raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
 
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the compiler."""
+
+    output: Path
+    inputs: list[Path]
+    command: list[str]
+
+    @property
+    def line(self) -> list[str]:
+        return [*self.command, *map(str, self.inputs), "-o", str(self.output)]
+
+
+def build(folder: Path, steps: list[Step], last: Step) -> None:
+    """Run all steps, those but the last at once: by ninja, which leaves out what is up to date."""
+    ninja = shutil.which("ninja")
+    if ninja is None:
         with ThreadPoolExecutor() as pool:
-            made = list(pool.map(compile_one, sources().items()))
-        standalone = ["-static-libstdc++", "-static-libgcc", "-pthread"]
-        run([compiler, "-shared", *made, "-o", str(target), *standalone])
-
-
-def run(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        # An optional extension that fails this way is left out, with a warning.
-        from setuptools.errors import CompileError
-
-        raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
+            list(pool.map(lambda step: subprocess.run(step.line, check=True), steps))
+        subprocess.run(last.line, check=True)
+        return
+    headers = sorted(map(str, SOURCES.glob("*.h")))
+    # Its log goes beside the objects.
+    text = [f"builddir = {folder}", "rule run", "  command = $line"]
+    for step in [*steps, last]:
+        text += [
+            f"build {step.output}: run {' '.join(map(str, step.inputs))} | {' '.join(headers)}",
+            f"  line = {shlex.join(step.line)}",
+        ]
+    file = folder / "build.ninja"
+    file.write_text("\n".join([*text, ""]))
+    subprocess.run([ninja, "-f", str(file)], check=True)
 
 
 setup(

@@ -18,6 +18,7 @@ from gptq.errors import UserError
 from gptq.files import check_writable, open_journal
 from gptq.machine import peak_memory, pick_device, pick_dtype
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
+from gptq.qlinear import QuantLinear
 from gptq.source import ModelSource, open_model
 
 DEFAULT_NSAMPLES = 128
@@ -137,14 +138,22 @@ def open_weights(
     return Opened(source, bare, attached, where, kind)
 
 
-def load_weights(opened: Opened) -> PreTrainedModel:
-    """Fill every part of an opened model; it is then an ordinary transformers model."""
+def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedModel:
+    """Fill every part of an opened model; it is then an ordinary transformers model.
+
+    Packed layers are put in the order that kernels read, one part after another, and what was read
+    from disk is let go: never more than the file's bytes and one part are held.
+    """
     model, spec = opened.model, opened.source.spec
     for name in skeleton.parts(model, spec):
         if name == spec.head and model.config.tie_word_embeddings:
             model.get_submodule(spec.head).weight = model.get_submodule(spec.embed[0]).weight
         else:
-            skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
+            part = skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
+            for layer in part.modules():
+                if isinstance(layer, QuantLinear):
+                    layer.int8_activations = int8_activations
+                    layer.prepare()
     if (opened.source.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
     return model
@@ -158,6 +167,7 @@ def load(
     group_size: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    int8_activations: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model ready to run, and its tokenizer.
 
@@ -165,13 +175,15 @@ def load(
     checkpoint: a `.pt`, `.safetensors` or folder made from it; None for the full model, or where
         `model` is a quantized folder.
     bits, group_size: only for files that do not say them.
+    int8_activations: packed layers round what they are given to 8 bits, with a scale for each
+        group of inputs: faster on most CPUs, a little less exact.
     Raises gptq.errors.UserError for files that are damaged, disagree or belong to another model.
     """
     opened = open_weights(
         model, checkpoint, bits=bits, group_size=group_size, device=device, dtype=dtype
     )
     tokenizer = opened.source.tokenizer()
-    return load_weights(opened), tokenizer
+    return load_weights(opened, int8_activations), tokenizer
 
 
 def perplexity(

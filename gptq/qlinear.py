@@ -5,12 +5,14 @@ from torch import Tensor, nn
 
 import quant_cuda
 from gptq.solver import Solution
-from quant_cuda import PackedWeight
+from quant_cuda import PackedWeight, PreparedWeight
 from quant_cuda.packing import pack, pack_zeros, words_for
-from quant_cuda.weight import group_count
+from quant_cuda.weight import AnyWeight, group_count
 
 # Tensors of a QuantLinear that keep their own type whatever the model's.
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
+# Those that are let go while the layer is prepared.
+PREPARED = ("qweight", "qzeros", "scales")
 
 
 class QuantLinear(nn.Module):
@@ -19,6 +21,10 @@ class QuantLinear(nn.Module):
     Buffers, as docs/format.md defines them: `qweight` int32 (in*bits/32, out), `qzeros` int32
     (groups, out*bits/32), `scales` float16 (groups, out), and where the layer has them `g_idx`
     int32 (in,) and `bias` (out,).
+
+    The first forward, or `prepare`, puts the integers in the order that the device's kernels read
+    and lets the buffers go. What asks for them (an attribute, state_dict, a move to another device)
+    gets them back bit for bit.
     """
 
     qweight: Tensor
@@ -55,7 +61,11 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", zeros(in_features) if g_idx else None)
         self.register_buffer("bias", zeros(out_features, dtype=torch.float16) if bias else None)
-        self._packed: PackedWeight | None = None
+        self.int8_activations = False
+        """Round activations to 8 bits a group where the product is taken; see quant_cuda.matmul."""
+        self.backend: str | None = None
+        """One of quant_cuda.available(); None takes the best."""
+        self._prepared: PreparedWeight | None = None
 
     @classmethod
     def from_solution(
@@ -72,25 +82,37 @@ class QuantLinear(nn.Module):
         return layer
 
     def packed(self) -> PackedWeight:
-        """The weight as `quant_cuda` takes it."""
-        known = self._packed
-        if known is None or known.qweight is not self.qweight or known.scales is not self.scales:
-            known = self._packed = PackedWeight(
-                self.qweight,
-                self.qzeros,
-                self.scales,
-                self._unnatural_g_idx(),
-                self.bits,
-                self.group_size,
-                self.in_features,
-                self.zero_offset,
-            )
-        return known
+        """The weight in the checkpoint's layout."""
+        if self._prepared is not None:
+            return quant_cuda.restore(self._prepared)
+        return PackedWeight(
+            self.qweight,
+            self.qzeros,
+            self.scales,
+            self._unnatural_g_idx(),
+            self.bits,
+            self.group_size,
+            self.in_features,
+            self.zero_offset,
+        )
+
+    def prepare(self) -> AnyWeight:
+        """The weight as the kernels read it, ready for many products."""
+        if self._prepared is None:
+            prepared = quant_cuda.prepare(self.packed())
+            if not isinstance(prepared, PreparedWeight):
+                return prepared
+            self._prepared = prepared
+            for name in PREPARED:
+                self._buffers[name] = None
+        return self._prepared
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
-        y = quant_cuda.matmul(x, self.packed())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        weight = self._prepared or self.prepare()
+        return quant_cuda.matmul(
+            x, weight, self.backend, bias=self._buffers["bias"], int8=self.int8_activations
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -106,6 +128,40 @@ class QuantLinear(nn.Module):
         inputs = torch.arange(self.in_features, device=self.g_idx.device, dtype=self.g_idx.dtype)
         return None if torch.equal(self.g_idx, inputs // size) else self.g_idx
 
+    # What follows makes the buffers whole again before something looks at them.
+
+    def _restore(self) -> None:
+        if self._prepared is not None:
+            packed, self._prepared = quant_cuda.restore(self._prepared), None
+            for name in PREPARED:
+                self._buffers[name] = getattr(packed, name)
+
+    def __getattr__(self, name: str):
+        if name in PREPARED and self.__dict__.get("_prepared") is not None:
+            self._restore()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in PREPARED and self.__dict__.get("_prepared") is not None:
+            self._restore()
+        super().__setattr__(name, value)
+
+    def _apply(self, *args, **kwargs):
+        self._restore()
+        return super()._apply(*args, **kwargs)
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._packed = None
+        self._restore()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._prepared is not None:
+            packed = quant_cuda.restore(self._prepared)
+            # In the order that the buffers were registered in.
+            rest = {name: destination.pop(prefix + name, None) for name in ("g_idx", "bias")}
+            for name in PREPARED:
+                destination[prefix + name] = getattr(packed, name)
+            for name, tensor in rest.items():
+                if tensor is not None:
+                    destination[prefix + name] = tensor

@@ -33,26 +33,47 @@ class _SweepArgs(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not built."""
     if not LIBRARY.exists():
         return None
-    library = ctypes.CDLL(str(LIBRARY))
-    library.quant_cuda_instruction_set.restype = ctypes.c_char_p
-    library.quant_cuda_sweep.argtypes = (ctypes.POINTER(_SweepArgs), ctypes.c_char_p)
-    return library
+    found = ctypes.CDLL(str(LIBRARY))
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    found.quant_cuda_instruction_set.restype = ctypes.c_char_p
+    found.quant_cuda_sweep.argtypes = (pointer, ctypes.c_char_p)
+    found.quant_cuda_product.restype = None
+    found.quant_cuda_product.argtypes = (
+        *(number, pointer, pointer, pointer, pointer, pointer),
+        *(long, number, number, number),
+    )
+    found.quant_cuda_read.restype = ctypes.c_uint64
+    found.quant_cuda_read.argtypes = (pointer, long, number)
+    found.quant_cuda_tiles_bytes.restype = long
+    found.quant_cuda_tiles_bytes.argtypes = (pointer,)
+    for name, count in (("pack", 5), ("unpack", 5), ("numbers", 3)):
+        function = getattr(found, f"quant_cuda_tiles_{name}")
+        function.restype = None
+        function.argtypes = (*[pointer] * count, number)
+    return found
+
+
+@functools.cache
+def compiled() -> tuple[str, ...]:
+    """Names of the instruction sets there is code for, best first; empty where none was built."""
+    found = library()
+    names: list[str] = []
+    while found is not None and (name := found.quant_cuda_instruction_set(len(names))):
+        names.append(name.decode())
+    return tuple(names)
 
 
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
-    """Those that were compiled and run on this processor, best first; empty where none was."""
-    library = _library()
-    if library is None:
+    """Those of `compiled()` that run on this processor."""
+    found = library()
+    if found is None:
         return ()
-    names = iter(lambda: library.quant_cuda_instruction_set(len(found)), None)
-    found: list[str] = []
-    for name in names:
-        found.append(name.decode())
-    return tuple(found)
+    return tuple(name for i, name in enumerate(compiled()) if found.quant_cuda_runs_here(i))
 
 
 def sweep(
@@ -80,9 +101,9 @@ def sweep(
     Returns q uint8 (in, out), scales and zeros float32 (groups, out).
     Raises ValueError for an instruction set that does not run here.
     """
-    library = _library()
+    found = library()
     chosen = instruction_set or next(iter(instruction_sets()), None)
-    if library is None or chosen not in instruction_sets():
+    if found is None or chosen not in instruction_sets():
         raise ValueError(f"instruction set {chosen!r} does not run here: {instruction_sets()}")
     inputs, outputs = w.shape
     groups = int(labels.max()) + 1
@@ -116,5 +137,16 @@ def sweep(
     }
     pointers = {name: tensors[name].data_ptr() for name in _POINTERS}
     arguments = _SweepArgs(**pointers, **numbers)
-    library.quant_cuda_sweep(ctypes.byref(arguments), chosen.encode())
+    found.quant_cuda_sweep(ctypes.byref(arguments), chosen.encode())
     return tensors["q"], scales, zeros
+
+
+def read(data: Tensor) -> int:
+    """The exclusive or of a tensor's 64-bit words, which takes as long as reading them does.
+
+    data: contiguous, of a multiple of 64 bytes.
+    """
+    found = library()
+    if found is None or data.nbytes % 64 or not data.is_contiguous():
+        raise ValueError("reading needs the compiled code and a contiguous multiple of 64 bytes")
+    return found.quant_cuda_read(data.data_ptr(), data.nbytes, torch.get_num_threads())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda.packing import unpack, unpack_zeros
-from quant_cuda.weight import PackedWeight
+from quant_cuda.weight import MAX_RUN, PackedWeight
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -34,6 +34,38 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return q.to(dtype).T
 
 
-def matmul(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x (..., in) times the dequantized weight (in, out), in x's dtype; differentiable in x."""
-    return x @ dequantize(weight, x.dtype)
+def matmul(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, int8: bool = False
+) -> Tensor:
+    """x (..., in) times the dequantized weight (in, out), plus bias, in x's dtype.
+
+    int8: round activations first, see `to_int8`. Differentiable in x.
+    """
+    y = (to_int8(x, weight) if int8 else x) @ dequantize(weight, x.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def to_int8(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Round x (..., in) to integers in -127..127 times a scale, as x's dtype.
+
+    Inputs of one group of the weight share a scale, by the largest of them; a group of more than
+    MAX_RUN inputs is cut, in the order of its inputs, into runs of that many. The gradient is
+    passed on as it is.
+    """
+    groups = weight.g_idx
+    if groups is None:
+        size = weight.in_features if weight.group_size == -1 else weight.group_size
+        groups = torch.arange(weight.in_features, device=x.device) // size
+    order = torch.argsort(groups.long(), stable=True)
+    counts = torch.bincount(groups.long())
+    first = (counts.cumsum(0) - counts)[groups.long()[order]]
+    within = torch.arange(weight.in_features, device=x.device) - first
+    # A run begins where a group does, and MAX_RUN inputs after one has begun.
+    label = torch.empty_like(order)
+    label[order] = (within % MAX_RUN == 0).cumsum(0) - 1
+    work = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    largest = work.new_zeros((*x.shape[:-1], int(label.max()) + 1 if label.numel() else 0))
+    largest.scatter_reduce_(-1, label.expand(x.shape), work.abs(), "amax")
+    scale = (largest.clamp_min(1e-30) / 127)[..., label]
+    rounded = (torch.round(work / scale) * scale).to(x.dtype)
+    return x + (rounded - x.detach())

@@ -1,11 +1,16 @@
-"""The packed weight of one linear layer."""
+"""The packed weight of one linear layer, as checkpoints keep it and as kernels read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quant_cuda.packing import BITS, words_for
+
+# Where activations are rounded to fewer bits, they share a scale over a group of inputs, and over
+# this many where a group has more.
+MAX_RUN = 512
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,73 @@ class PackedWeight:
     def groups(self) -> int:
         """Number of groups that `group_size` makes of the inputs."""
         return group_count(self.in_features, self.group_size)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """The same weight in the order that a backend's kernels read, made by `quant_cuda.prepare`.
+
+    Nothing of the original is kept: `quant_cuda.restore` makes it again, bit for bit (bits that no
+    field uses come back as zeros).
+    """
+
+    layout: str
+    """Whose order it is; backends of the same layout can share it."""
+    tensors: tuple[Tensor, ...]
+    """What the layout says it is made of; the first one holds the integers."""
+    g_idx: Tensor | None
+    """As in `PackedWeight`."""
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    zero_offset: int
+    scale_dtype: torch.dtype
+    chosen: dict = field(default_factory=dict, compare=False, repr=False)
+    """Who multiplies it, by activations' type and the name asked for; `quant_cuda.matmul`'s own."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+AnyWeight = PackedWeight | PreparedWeight
+
+
+class Facts(NamedTuple):
+    """What a backend may want to know of a product before it takes it: plain values, no tensors."""
+
+    device: str
+    """The device's type."""
+    dtype: torch.dtype
+    """Of the activations."""
+    scale_dtype: torch.dtype
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    has_g_idx: bool
+
+
+def facts(weight: AnyWeight, dtype: torch.dtype) -> Facts:
+    return Facts(
+        weight.device.type,
+        dtype,
+        weight.scale_dtype,
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+        weight.g_idx is not None,
+    )
 
 
 def group_count(in_features: int, group_size: int) -> int:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import quant_cuda
 from gptq.config import QuantConfig
 from gptq.qlinear import QuantLinear
 from gptq.solver import solve
@@ -78,3 +79,55 @@ def test_gradients_reach_the_input():
     x = torch.randn(3, 96, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, solved(4).dequantize().sum(0).expand(3, 96))
+
+
+def bytes_of(state):
+    return {name: (t.dtype, tuple(t.shape), t.numpy().tobytes()) for name, t in state.items()}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("order", ["natural", "act"])
+def test_prepared_layers_give_back_every_byte(bits, order, tmp_path):
+    layer = QuantLinear.from_solution(solved(bits, order), bits, 64, torch.randn(64))
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        expected = layer(x)
+        assert not any(name in dict(layer.named_buffers()) for name in ("qweight", "scales"))
+        assert list(layer.state_dict()) == list(state)
+        assert bytes_of(layer.state_dict()) == bytes_of(state)
+        torch.save(layer.state_dict(), tmp_path / "layer.pt")
+        assert bytes_of(torch.load(tmp_path / "layer.pt", weights_only=True)) == bytes_of(state)
+        copied = copy.deepcopy(layer)
+        assert bytes_of(copied.state_dict()) == bytes_of(state)
+        assert torch.equal(copied(x), expected)
+        assert torch.equal(layer.qweight, state["qweight"])  # asked for, it is there again
+        assert torch.equal(layer(x), expected)
+        moved = layer.to("meta")
+        assert moved.qweight.device.type == moved.scales.device.type == "meta"
+        assert moved.qweight.shape == state["qweight"].shape
+
+
+def test_a_new_weight_takes_the_place_of_a_prepared_one():
+    first, second = (
+        QuantLinear.from_solution(solved(4, order), 4, 64, None) for order in ("natural", "act")
+    )
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        first(x)
+        for name in ("qweight", "qzeros", "scales", "g_idx"):
+            setattr(first, name, getattr(second, name))
+        assert torch.equal(first(x), second(x))
+
+
+def test_a_named_backend_and_int8_activations():
+    layer = QuantLinear.from_solution(solved(4), 4, 64, None)
+    x = torch.randn(3, 96)
+    exact = layer(x)
+    for name in quant_cuda.available():
+        layer.backend = name
+        torch.testing.assert_close(layer(x), exact, rtol=1e-5, atol=1e-5)
+    layer.backend, layer.int8_activations = None, True
+    rounded = layer(x)
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()

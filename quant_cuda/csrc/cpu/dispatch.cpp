@@ -2,59 +2,77 @@
 
 #include <cstring>
 
+#include "product_args.h"
 #include "sweep_args.h"
 
 #if defined(__x86_64__)
 void sweep_avx512(const SweepArgs&);
 void sweep_avx2(const SweepArgs&);
+void product_avx512vnni(const ProductArgs&);
+void product_avx512(const ProductArgs&);
+void product_avx2(const ProductArgs&);
 #endif
 void sweep_generic(const SweepArgs&);
+void product_generic(const ProductArgs&);
 
 namespace {
 
 struct Choice {
   const char* name;
   void (*sweep)(const SweepArgs&);
+  void (*product)(const ProductArgs&);
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 const Choice choices[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     sweep_avx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-     }},
-    {"avx2",
-     sweep_avx2,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     }},
+    {"avx512vnni", sweep_avx512, product_avx512vnni,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
+    {"avx512", sweep_avx512, product_avx512, has_avx512},
+    {"avx2", sweep_avx2, product_avx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"generic", sweep_generic, [] { return true; }},
+    {"generic", sweep_generic, product_generic, [] { return true; }},
 };
+constexpr int COUNT = sizeof choices / sizeof choices[0];
 
 }  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Name of the i-th instruction set that runs here, best first; null past the last.
+// Name of the i-th instruction set that was compiled, best first; null past the last.
 const char* quant_cuda_instruction_set(int index) {
-  for (const Choice& choice : choices)
-    if (choice.runs_here() && index-- == 0) return choice.name;
-  return nullptr;
+  return index < COUNT ? choices[index].name : nullptr;
+}
+
+// Whether it runs on this processor.
+int quant_cuda_runs_here(int index) {
+  return index >= 0 && index < COUNT && choices[index].runs_here();
 }
 
 // 0, or 1 where no such instruction set runs here.
 int quant_cuda_sweep(const SweepArgs* args, const char* instruction_set) {
   for (const Choice& choice : choices)
-    if (choice.runs_here() && std::strcmp(choice.name, instruction_set) == 0) {
+    if (std::strcmp(choice.name, instruction_set) == 0 && choice.runs_here()) {
       choice.sweep(*args);
       return 0;
     }
   return 1;
+}
+
+// product_args.h and tiles.h say what the arguments are; `index` is one that runs here.
+void quant_cuda_product(int index, const void* x, const uint8_t* data, const int32_t* plan,
+                        const float* bias, void* y, int64_t rows, int kind, int digits,
+                        int threads) {
+  choices[index].product({x, data, plan, bias, y, rows, kind, digits, threads});
 }
 
 }

@@ -1,0 +1,378 @@
+// x times a packed weight, for a CPU. tiles.h says how the weight lies in memory.
+//
+// Each product_*.cpp includes this file once with its own instruction set and PRODUCT_NAME.
+//
+// With VNNI, activations become fixed-point numbers of 1, 2 or 3 signed bytes, scaled to the
+// largest of their run, and products are exact integers: four inputs of 16 outputs an instruction
+// and byte. Three bytes keep the 24 bits of a float32, two more than bfloat16 and float16 have.
+// Without it, integers become floats as they are read, and products are those of float32.
+// Either way a run's sum is scaled once and added up in float32.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "parallel.h"
+#include "product_args.h"
+#include "tiles.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int MAX_LENGTH = MAX_RUN * UNIT;
+constexpr int MAX_ROWS = 64;             // of x that are laid out at once
+constexpr size_t ROWS_BYTES = 512 << 10; // which should stay in a core's own cache
+constexpr size_t WORTH_A_THREAD = 1 << 16;
+constexpr int AHEAD = 1024 / 4;          // words; what will be read soon is asked for now
+
+typedef float vecf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t veci __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t vecu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+// Four inputs of LANES outputs as bytes of a word each: step 0..7 of the unit that begins at `unit`.
+template <int BITS>
+inline vecu four_inputs(const uint32_t* unit, int step) {
+  const auto row = [unit](int i) { return *reinterpret_cast<const vecu*>(unit + i * TILE); };
+  if constexpr (BITS == 8) return row(step);
+  if constexpr (BITS == 4) return (row(step / 2) >> 4 * (step % 2)) & 0x0f0f0f0fu;
+  const vecu low = (row(step / 4) >> 2 * (step % 4)) & 0x03030303u;
+  if constexpr (BITS == 2) return low;
+  return low | ((row(2) >> step) & 0x01010101u) << 2;
+}
+
+// Asks for the unit that lies AHEAD of this one; it may be the next tile's, or past the end.
+template <int BITS>
+inline void fetch_ahead(const uint32_t* unit) {
+  for (int i = 0; i < 2 * BITS; ++i) __builtin_prefetch(unit + AHEAD + 16 * i);
+}
+
+// Scales and zero points of a tile's group.
+struct Head {
+  float scale[TILE], zero[TILE];
+
+  Head(const Plan& plan, const uint8_t* at) {
+    if (plan.scale_bytes == 4) {
+      std::memcpy(scale, at, sizeof scale);
+    } else {
+#if defined(__F16C__)
+      for (int i = 0; i < TILE; i += 8) {
+        const auto* halves = reinterpret_cast<const __m128i*>(at + 2 * i);
+        _mm256_storeu_ps(scale + i, _mm256_cvtph_ps(_mm_loadu_si128(halves)));
+      }
+#else
+      for (int i = 0; i < TILE; ++i) scale[i] = scale_at(plan, at, i);
+#endif
+    }
+    const uint8_t* zeros = at + TILE * plan.scale_bytes;
+    for (int i = 0; i < TILE; ++i) zero[i] = static_cast<float>(zeros[i] + plan.zero_offset);
+  }
+};
+
+// Rows of x, laid out as the kernels read them: for each run, for each row, its inputs (for each
+// digit, lowest first).
+struct Activations {
+  int rows = 0;
+  std::vector<int8_t> digits;
+  std::vector<float> numbers;
+  std::vector<float> scale;  // (runs, rows): of the fixed-point numbers
+  std::vector<float> sums;   // (runs, rows, digits): of each digit over the run
+};
+
+inline float as_float(const void* x, int kind, size_t i) {
+  if (kind == FLOAT32) return static_cast<const float*>(x)[i];
+  const uint16_t half = static_cast<const uint16_t*>(x)[i];
+  if (kind == FLOAT16) return half_to_float(half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void store(void* y, int kind, size_t i, float value) {
+  if (kind == FLOAT32) {
+    static_cast<float*>(y)[i] = value;
+  } else if (kind == FLOAT16) {
+    static_cast<_Float16*>(y)[i] = static_cast<_Float16>(value);
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    // To the nearest, ties to even; a NaN stays one.
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    static_cast<uint16_t*>(y)[i] = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+  }
+}
+
+// The largest magnitude, as bits, whose order is that of the magnitudes; NaN is above infinity.
+inline uint32_t largest(const float* x, int count) {
+  uint32_t most = 0;
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  return most;
+}
+
+constexpr float largest_fixed(int digits) { return digits == 1 ? 127 : digits == 2 ? 32512 : 8323072; }
+
+// What a fixed-point one stands for in this run: NaN where x has a NaN or an infinity in it.
+inline float fixed_scale(const float* x, int count, int digits) {
+  const uint32_t most = largest(x, count);
+  if (most >= 0x7f800000) return __builtin_nanf("");
+  float magnitude;
+  std::memcpy(&magnitude, &most, 4);
+  return std::max(magnitude, 1e-30f) / largest_fixed(digits);
+}
+
+inline void to_integers(const float* x, int count, float scale, int32_t* integers) {
+  const float inverse = 1 / scale;
+  if (scale != scale) {
+    std::fill(integers, integers + count, 0);
+    return;
+  }
+  for (int i = 0; i < count; ++i)
+    integers[i] = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
+}
+
+// Lay out row `row` of a chunk; `line` has room for inputs + 1 floats.
+void lay_out(const ProductArgs& args, const Plan& plan, size_t from, int row, bool fixed, float* line,
+             Activations& to) {
+  const size_t first = from * plan.inputs;
+  if (args.kind == FLOAT32)
+    std::memcpy(line, static_cast<const float*>(args.x) + first, sizeof(float) * plan.inputs);
+  else
+    for (int i = 0; i < plan.inputs; ++i) line[i] = as_float(args.x, args.kind, first + i);
+  line[plan.inputs] = 0;  // where the plan has places that no input stands at
+  float x[MAX_LENGTH];
+  int32_t integers[MAX_LENGTH];
+  for (int run = 0; run < plan.runs; ++run) {
+    const int32_t* order = plan.order + UNIT * plan.start[run];
+    const int length = UNIT * (plan.start[run + 1] - plan.start[run]);
+    for (int i = 0; i < length; ++i) x[i] = line[order[i]];
+    const size_t at = static_cast<size_t>(UNIT) * plan.start[run] * to.rows +
+                      static_cast<size_t>(row) * length;
+    if (!fixed && args.digits != 1) {
+      std::copy(x, x + length, to.numbers.begin() + at);
+      continue;
+    }
+    const float scale = fixed_scale(x, length, args.digits);
+    to_integers(x, length, scale, integers);
+    if (!fixed) {
+      for (int i = 0; i < length; ++i)
+        to.numbers[at + i] = static_cast<float>(integers[i]) * scale;
+      continue;
+    }
+    const size_t entry = static_cast<size_t>(run) * to.rows + row;
+    to.scale[entry] = scale;
+    for (int d = 0; d < args.digits; ++d) {
+      int8_t* digits = to.digits.data() + at * args.digits + d * length;
+      int32_t sum = 0;
+      for (int i = 0; i < length; ++i) {
+        const int8_t low = static_cast<int8_t>(integers[i]);
+        digits[i] = low;
+        sum += low;
+        integers[i] = (integers[i] - low) >> 8;
+      }
+      to.sums[entry * args.digits + d] = static_cast<float>(sum);
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+
+constexpr bool FIXED = true;
+constexpr int MOST_ROWS[] = {0, 8, 4, 4};  // by number of digits, as registers allow
+
+// Adds ROWS rows of one run to y (rows, TILE); entry: of the first row in scale and sums.
+template <int BITS, int DIGITS, int ROWS>
+void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
+             const Activations& x, int first_row, float* y) {
+  constexpr int PARTS = TILE / LANES;
+  const int units = plan.start[run + 1] - plan.start[run], length = units * UNIT;
+  const int8_t* digits = x.digits.data() +
+                         (static_cast<size_t>(UNIT) * plan.start[run] * x.rows +
+                          static_cast<size_t>(first_row) * length) * DIGITS;
+  __m512i sum[ROWS][DIGITS][PARTS] = {};
+  for (int unit = 0; unit < units; ++unit, words += TILE * BITS, digits += UNIT) {
+    fetch_ahead<BITS>(words);
+    _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
+      __m512i w[PARTS];
+      _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
+        w[p] = reinterpret_cast<__m512i>(four_inputs<BITS>(words + p * LANES, step));
+      _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+        _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
+          int32_t four;
+          std::memcpy(&four, digits + (r * DIGITS + d) * length + 4 * step, 4);
+          const __m512i xs = _mm512_set1_epi32(four);
+          _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
+            sum[r][d][p] = _mm512_dpbusd_epi32(sum[r][d][p], w[p], xs);
+        }
+    }
+  }
+  const size_t entry = static_cast<size_t>(run) * x.rows + first_row;
+  _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+    _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p) {
+      const __m512 zero = _mm512_loadu_ps(head.zero + p * LANES);
+      const __m512 scale = _mm512_loadu_ps(head.scale + p * LANES);
+      const float* sums = x.sums.data() + (entry + r) * DIGITS;
+      // Integers below 2**24, so that the difference of each digit is exact.
+      __m512 value = _mm512_setzero_ps();
+      _Pragma("GCC unroll 3") for (int d = DIGITS - 1; d >= 0; --d) {
+        const auto q = reinterpret_cast<__m512>(
+            __builtin_convertvector(reinterpret_cast<veci>(sum[r][d][p]), vecf));
+        const __m512 digit = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[d]), q);
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), digit);
+      }
+      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[entry + r]));
+      float* at = y + r * TILE + p * LANES;
+      _mm512_storeu_ps(at, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(at)));
+    }
+}
+
+#else
+
+constexpr bool FIXED = false;
+constexpr int MOST_ROWS[] = {0, 4, 4, 4};
+
+template <int BITS, int, int ROWS>
+void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
+             const Activations& x, int first_row, float* y) {
+  constexpr int PARTS = 2;
+  const int units = plan.start[run + 1] - plan.start[run], length = units * UNIT;
+  const float* numbers = x.numbers.data() + static_cast<size_t>(UNIT) * plan.start[run] * x.rows +
+                         static_cast<size_t>(first_row) * length;
+  for (int lane = 0; lane < TILE; lane += PARTS * LANES) {
+    vecf sum[ROWS][PARTS] = {}, zero[PARTS];
+    for (int p = 0; p < PARTS; ++p)
+      zero[p] = *reinterpret_cast<const vecf*>(head.zero + lane + p * LANES);
+    for (int unit = 0; unit < units; ++unit) {
+      if (lane == 0) fetch_ahead<BITS>(words + unit * TILE * BITS);
+      vecf of_unit[ROWS][PARTS] = {};  // a sum of short sums rounds less
+      _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
+        vecu four[PARTS];
+        for (int p = 0; p < PARTS; ++p)
+          four[p] = four_inputs<BITS>(words + unit * TILE * BITS + lane + p * LANES, step);
+        _Pragma("GCC unroll 4") for (int b = 0; b < 4; ++b) {
+          const float* xs = numbers + unit * UNIT + 4 * step + b;
+          _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p) {
+            const veci q = reinterpret_cast<veci>((four[p] >> 8 * b) & 0xffu);
+            const vecf w = __builtin_convertvector(q, vecf) - zero[p];
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; ++r)
+              of_unit[r][p] += w * xs[r * length];
+          }
+        }
+      }
+      for (int r = 0; r < ROWS; ++r)
+        for (int p = 0; p < PARTS; ++p) sum[r][p] += of_unit[r][p];
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int p = 0; p < PARTS; ++p) {
+        const int at = lane + p * LANES;
+        *reinterpret_cast<vecf*>(y + r * TILE + at) +=
+            sum[r][p] * *reinterpret_cast<const vecf*>(head.scale + at);
+      }
+  }
+}
+
+#endif
+
+using AddRun = void (*)(const Plan&, int, const uint32_t*, const Head&, const Activations&, int,
+                        float*);
+
+// By number of rows: 1, 2, 4, 8.
+template <int BITS, int DIGITS>
+AddRun rows_of(int rows) {
+  if (rows >= 8 && MOST_ROWS[DIGITS] >= 8) return add_run<BITS, DIGITS, 8>;
+  if (rows >= 4) return add_run<BITS, DIGITS, 4>;
+  return rows >= 2 ? add_run<BITS, DIGITS, 2> : add_run<BITS, DIGITS, 1>;
+}
+
+template <int BITS>
+AddRun digits_of(int digits, int rows) {
+  if (!FIXED || digits == 3) return rows_of<BITS, 3>(rows);
+  return digits == 2 ? rows_of<BITS, 2>(rows) : rows_of<BITS, 1>(rows);
+}
+
+AddRun kernel_of(int bits, int digits, int rows) {
+  switch (bits) {
+    case 2: return digits_of<2>(digits, rows);
+    case 3: return digits_of<3>(digits, rows);
+    case 4: return digits_of<4>(digits, rows);
+    default: return digits_of<8>(digits, rows);
+  }
+}
+
+// One tile of y: rows `from`.. of it, as many as were laid out.
+void multiply_tile(const ProductArgs& args, const Plan& plan, const Activations& x, size_t from,
+                   int tile) {
+  alignas(64) float y[MAX_ROWS * TILE];
+  std::fill(y, y + x.rows * TILE, 0.0f);
+  const uint8_t* data = args.data + plan.tile_bytes() * tile;
+  const uint8_t* words = data + plan.words_at();
+  const int most = MOST_ROWS[FIXED ? args.digits : 3];
+  const AddRun add[] = {kernel_of(plan.bits, args.digits, 1), kernel_of(plan.bits, args.digits, 2),
+                        kernel_of(plan.bits, args.digits, 4), kernel_of(plan.bits, args.digits, 8)};
+  for (int run = 0; run < plan.runs; ++run) {
+    const Head head(plan, data + plan.head_bytes() * plan.group[run]);
+    const auto* of_run =
+        reinterpret_cast<const uint32_t*>(words + plan.unit_bytes() * plan.start[run]);
+    for (int row = 0; row < x.rows;) {
+      int width = 3;  // 1 << width rows at once
+      while (1 << width > std::min(most, x.rows - row)) --width;
+      add[width](plan, run, of_run, head, x, row, y + row * TILE);
+      row += 1 << width;
+    }
+  }
+  const int lanes = std::min(TILE, plan.outputs - tile * TILE);
+  for (int row = 0; row < x.rows; ++row)
+    for (int l = 0; l < lanes; ++l) {
+      const size_t output = static_cast<size_t>(tile) * TILE + l;
+      const float bias = args.bias == nullptr ? 0 : args.bias[output];
+      store(args.y, args.kind, (from + row) * plan.outputs + output, y[row * TILE + l] + bias);
+    }
+}
+
+}  // namespace
+
+void PRODUCT_NAME(const ProductArgs& args) {
+  const Plan plan(args.plan);
+  const size_t places = static_cast<size_t>(plan.units) * UNIT;
+  const size_t row_bytes = std::max<size_t>(1, places * (FIXED ? args.digits : sizeof(float)));
+  const int64_t most = std::clamp<int64_t>(ROWS_BYTES / row_bytes / 8 * 8, 8, MAX_ROWS);
+  thread_local Activations x;
+  thread_local std::vector<float> lines;
+  for (int64_t from = 0; from < args.rows; from += most) {
+    x.rows = static_cast<int>(std::min(most, args.rows - from));
+    if (FIXED) {
+      x.digits.resize(places * x.rows * args.digits);
+      x.scale.resize(static_cast<size_t>(plan.runs) * x.rows);
+      x.sums.resize(x.scale.size() * args.digits);
+    } else {
+      x.numbers.resize(places * x.rows);
+    }
+    lines.resize(static_cast<size_t>(plan.inputs + 1) * x.rows);
+    // A thread's own variables are not the other threads', who work on the caller's.
+    Activations& shared = x;
+    float* const line = lines.data();
+    const bool few = places * x.rows < WORTH_A_THREAD;
+    parallel_for(few ? 1 : args.threads, x.rows, [&](int row) {
+      float* own = line + static_cast<size_t>(plan.inputs + 1) * row;
+      lay_out(args, plan, from + row, row, FIXED, own, shared);
+    });
+    const bool little = plan.tile_bytes() * plan.tiles() * x.rows < WORTH_A_THREAD;
+    parallel_for(little ? 1 : args.threads, plan.tiles(),
+                 [&](int tile) { multiply_tile(args, plan, shared, from, tile); });
+  }
+}

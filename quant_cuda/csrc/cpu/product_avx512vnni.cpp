@@ -1,0 +1,2 @@
+#define PRODUCT_NAME product_avx512vnni
+#include "product.h"

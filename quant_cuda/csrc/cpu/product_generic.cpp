@@ -1,0 +1,2 @@
+#define PRODUCT_NAME product_generic
+#include "product.h"
