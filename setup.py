@@ -1,4 +1,5 @@
-"""Builds the compiled CPU code beside the package; without a C++ compiler, it does without."""
+"""Builds the compiled code beside the package: the CPU's where there is a C++ compiler, the GPU's
+where there is nvcc. Without either, the package does without."""
 
 import os
 import platform
@@ -43,6 +44,13 @@ PORTABLE = (
 )
 
 
+CUDA_SOURCES = Path("quant_cuda/csrc/cuda")
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Machine code for each of these, and what drivers of later GPUs compile for themselves; the
+# environment variable CUDA_TARGETS names others.
+CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "compute_90")
+
+
 def sources() -> dict[str, list[str]]:
     """File names of what this machine's processor can run, with the flags of each."""
     x86 = platform.machine() in ("x86_64", "AMD64")
@@ -57,6 +65,9 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "quant_cuda._cuda":
+            build_cuda(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "cuda")
+            return
         compiler = os.environ.get("CXX", "c++")
         target = Path(self.get_ext_fullpath(ext.name))
         objects = Path(self.build_temp)
@@ -71,7 +82,8 @@ class BuildNative(build_ext):
         standalone = ["-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
         shared = [compiler, *common, "-shared", *standalone]
         try:
-            build(objects, steps, Step(target, [step.output for step in steps], shared))
+            last = Step(target, [step.output for step in steps], shared)
+            build(objects, steps, last, list(SOURCES.glob("*.h")))
         except (OSError, subprocess.CalledProcessError) as error:
             # An optional extension that fails this way is left out, with a warning.
             raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
@@ -90,20 +102,42 @@ class Step:
         return [*self.command, *map(str, self.inputs), "-o", str(self.output)]
 
 
-def build(folder: Path, steps: list[Step], last: Step) -> None:
+def build_cuda(target: Path, objects: Path) -> None:
+    """Compile the CUDA kernels to a library that is loaded through ctypes. No GPU is needed."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise CompileError("no nvcc in CUDA_HOME or PATH: no CUDA kernels; Triton's serve instead")
+    for folder in (target.parent, objects):
+        folder.mkdir(parents=True, exist_ok=True)
+    targets = os.environ.get("CUDA_TARGETS", "").split() or CUDA_TARGETS
+    codes = [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets]
+    steps = [
+        Step(objects / f"{source.stem}.o", [source], [nvcc, *CUDA_FLAGS, *codes, "-c"])
+        for source in sorted(CUDA_SOURCES.glob("*.cu"))
+    ]
+    headers = [*CUDA_SOURCES.glob("*.cuh"), *CUDA_SOURCES.parent.glob("*.h")]
+    try:
+        last = Step(target, [step.output for step in steps], [nvcc, "-shared"])
+        build(objects, steps, last, headers)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"no CUDA kernels ({error}); Triton's serve instead") from error
+
+
+def build(folder: Path, steps: list[Step], last: Step, headers: list[Path]) -> None:
     """Run all steps, those but the last at once: by ninja, which leaves out what is up to date."""
     ninja = shutil.which("ninja")
     if ninja is None:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda step: subprocess.run(step.line, check=True), steps))
         subprocess.run(last.line, check=True)
         return
-    headers = sorted(map(str, SOURCES.glob("*.h")))
+    known = " ".join(sorted(map(str, headers)))
     # Its log goes beside the objects.
     text = [f"builddir = {folder}", "rule run", "  command = $line"]
     for step in [*steps, last]:
         text += [
-            f"build {step.output}: run {' '.join(map(str, step.inputs))} | {' '.join(headers)}",
+            f"build {step.output}: run {' '.join(map(str, step.inputs))} | {known}",
             f"  line = {shlex.join(step.line)}",
         ]
     file = folder / "build.ninja"
@@ -118,7 +152,13 @@ setup(
             sources=[str(SOURCES / name) for name in sources()],
             depends=[str(path) for path in SOURCES.glob("*.h")],
             optional=True,
-        )
+        ),
+        Extension(
+            "quant_cuda._cuda",
+            sources=[str(path) for path in CUDA_SOURCES.glob("*.cu")],
+            depends=[str(path) for path in CUDA_SOURCES.glob("*.cuh")],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildNative},
 )

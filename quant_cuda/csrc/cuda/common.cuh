@@ -1,0 +1,58 @@
+// What the kernels' bodies stand on, whichever compiler reads them. Under nvcc this is CUDA; any
+// other compiler finds in "cuda_emulation.h" (tests/) what runs the same source on the host.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+using half_t = __half;
+using bfloat_t = __nv_bfloat16;
+
+#define SHARED(type, name, extents) __shared__ type name extents
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+
+#else
+
+#include "cuda_emulation.h"
+
+#endif
+
+#include "../layout.h"
+#include "ptx.cuh"
+
+#if defined(__GNUC__)
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define EXPORT extern "C"
+#endif
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(half_t x) { return __half2float(x); }
+__device__ inline float to_float(bfloat_t x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline half_t from_float<half_t>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline bfloat_t from_float<bfloat_t>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Types of activations as quant_cuda/cuda.py numbers them.
+enum DataType { HALF = 0, BFLOAT = 1, FLOAT = 2 };
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

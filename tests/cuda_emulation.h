@@ -1,0 +1,546 @@
+// Runs the source of CUDA kernels on the host, for tests: blocks one after another, a block's
+// threads as fibers that change over at barriers and warp-wide operations only.
+//
+// What goes wrong on a GPU only sometimes goes wrong here always: shared memory is filled with NaN
+// when a block starts, asynchronous copies land as late as they are allowed to (or at once, if
+// `emulation_settings` says so), fibers run in an order of choice, and a barrier or warp-wide
+// operation that only some threads reach ends the launch with an error. With AddressSanitizer, an
+// access outside a shared or global array ends the program.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// --- numbers ---
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct half_t {
+  uint16_t bits;
+};
+
+struct bfloat_t {
+  uint16_t bits;
+};
+
+inline float __half2float(half_t h) {
+  _Float16 x;
+  std::memcpy(&x, &h.bits, 2);
+  return static_cast<float>(x);
+}
+
+inline half_t __float2half_rn(float f) {
+  const _Float16 x = static_cast<_Float16>(f);
+  half_t h;
+  std::memcpy(&h.bits, &x, 2);
+  return h;
+}
+
+inline float __bfloat162float(bfloat_t b) { return float_of(static_cast<uint32_t>(b.bits) << 16); }
+
+inline bfloat_t __float2bfloat16_rn(float f) {
+  const uint32_t bits = bits_of(f);
+  if (f != f) return {0x7FFF};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+
+inline half_t __ushort_as_half(uint16_t bits) { return {bits}; }
+
+inline float __fmul_rn(float a, float b) {
+  volatile float c = a * b;
+  return c;
+}
+inline float __fadd_rn(float a, float b) {
+  volatile float c = a + b;
+  return c;
+}
+inline float __fsub_rn(float a, float b) {
+  volatile float c = a - b;
+  return c;
+}
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline uint32_t __float_as_uint(float x) { return bits_of(x); }
+inline float __uint_as_float(uint32_t x) { return float_of(x); }
+
+// --- the machine ---
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaErrorInvalidValue = 1;
+constexpr cudaError_t emulation_error = 999;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+namespace emulation {
+
+constexpr int WARP = 32;
+constexpr size_t STACK = 256 * 1024;
+enum class Order { FORWARD, BACKWARD, ODD_FIRST };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  dim3 thread;
+  int rank;
+  bool done = false;
+  const char* waits_at = nullptr;  // a block-wide barrier
+  unsigned awaited = 0;            // a warp's exchange to complete, or 0
+  unsigned exchanges = 0;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+  void* fake_stack = nullptr;
+};
+
+struct Slot {
+  alignas(16) char bytes[WARP][32];
+  const char* operation = nullptr;
+  int arrived = 0;
+};
+
+struct Warp {
+  Slot slots[2];
+  unsigned completed = 0;
+};
+
+struct Machine {
+  Order order = Order::FORWARD;
+  bool eager_copies = false;
+  size_t shared_limit = 0;  // 0: as much as is asked for
+  std::string error;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  std::deque<std::unique_ptr<char[]>> shared;
+  std::vector<std::pair<const char*, void*>> named;
+  size_t dynamic_bytes = 0;
+  ucontext_t scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_size = 0;
+  void* scheduler_fake = nullptr;
+  Fiber* current = nullptr;
+  const std::function<void()>* body = nullptr;
+};
+
+inline Machine machine;
+
+inline void to_fiber(Fiber& fiber) {
+  machine.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&machine.scheduler_fake, fiber.stack.get(), STACK);
+#endif
+  swapcontext(&machine.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(machine.scheduler_fake, nullptr, nullptr);
+#endif
+}
+
+inline void to_scheduler(bool last) {
+  Fiber& fiber = *machine.current;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_size);
+#endif
+  swapcontext(&fiber.context, &machine.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
+#endif
+  (*machine.body)();
+  machine.current->done = true;
+  to_scheduler(true);
+}
+
+// Memory of a block, alike for all its threads; NaN and large numbers at first.
+inline void* shared_memory(const char* name, size_t bytes) {
+  for (auto& [known, memory] : machine.named)
+    if (known == name) return memory;
+  machine.shared.emplace_back(new char[bytes]);
+  void* memory = machine.shared.back().get();
+  std::memset(memory, 0xFF, bytes);
+  machine.named.emplace_back(name, memory);
+  return memory;
+}
+
+inline void barrier(const char* site) {
+  machine.current->waits_at = site;
+  to_scheduler(false);
+}
+
+// Every lane of a warp gives `mine` and gets all lanes' in order.
+template <typename Mine>
+const Mine (&exchange(const char* operation, const Mine& mine))[WARP] {
+  static_assert(sizeof(Mine) == 32, "a slot");
+  Fiber& fiber = *machine.current;
+  Warp& warp = machine.warps[fiber.rank / WARP];
+  Slot& slot = warp.slots[fiber.exchanges++ % 2];
+  if (slot.arrived == 0) slot.operation = operation;
+  if (slot.operation != operation && machine.error.empty())
+    machine.error = std::string("lanes of a warp met in ") + slot.operation + " and " + operation;
+  std::memcpy(slot.bytes[fiber.rank % WARP], &mine, 32);
+  if (++slot.arrived == WARP) {
+    slot.arrived = 0;
+    ++warp.completed;
+  } else {
+    fiber.awaited = fiber.exchanges;
+    to_scheduler(false);
+  }
+  return *reinterpret_cast<const Mine(*)[WARP]>(slot.bytes);
+}
+
+inline bool runnable(Fiber& fiber) {
+  if (fiber.done || fiber.waits_at) return false;
+  if (fiber.awaited && machine.warps[fiber.rank / WARP].completed < fiber.awaited) return false;
+  fiber.awaited = 0;
+  return true;
+}
+
+// What keeps a block in which no thread can run from going on; empty once all are released.
+inline std::string stuck() {
+  const char* site = nullptr;
+  int waiting = 0;
+  for (auto& fiber : machine.fibers) {
+    if (fiber->awaited) return "a warp-wide operation was reached by only some lanes of a warp";
+    if (!fiber->waits_at) continue;
+    if (site && site != fiber->waits_at) return "threads of a block wait at two barriers";
+    site = fiber->waits_at;
+    ++waiting;
+  }
+  if (waiting < static_cast<int>(machine.fibers.size()))
+    return std::string("a barrier was reached by only some threads: ") + site;
+  for (auto& fiber : machine.fibers) fiber->waits_at = nullptr;
+  return "";
+}
+
+inline void run_block(int threads, dim3 block) {
+  machine.shared.clear();
+  machine.named.clear();
+  machine.warps.assign(threads / WARP, {});
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = *machine.fibers[i];
+    std::unique_ptr<char[]> stack = std::move(fiber.stack);
+    fiber = Fiber{};
+    fiber.stack = stack ? std::move(stack) : std::unique_ptr<char[]>(new char[STACK]);
+    fiber.rank = i;
+    fiber.thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  std::vector<int> order(threads);
+  for (int i = 0; i < threads; ++i)
+    order[i] = machine.order == Order::FORWARD    ? i
+               : machine.order == Order::BACKWARD ? threads - 1 - i
+                                                  : (2 * i + 1 < threads ? 2 * i + 1
+                                                                         : 2 * (i - threads / 2));
+  while (true) {
+    bool ran = false, alive = false;
+    for (int i : order) {
+      Fiber& fiber = *machine.fibers[i];
+      if (runnable(fiber)) {
+        to_fiber(fiber);
+        ran = true;
+      }
+      if (!machine.error.empty()) return;
+      alive = alive || !fiber.done;
+    }
+    if (!alive) return;
+    if (!ran) machine.error = stuck();
+    if (!machine.error.empty()) return;
+  }
+}
+
+inline dim3 grid_size, block_size, block_at;
+
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  const int threads = block.x * block.y * block.z;
+  if (!machine.error.empty()) return;
+  if (threads % WARP || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.y > 65535 || grid.z > 65535) {
+    machine.error = "a launch of an impossible size";
+    return;
+  }
+  if (shared_bytes > std::max<size_t>(machine.shared_limit, 48 * 1024)) {
+    machine.error = "more shared memory than the kernel was allowed";
+    return;
+  }
+  while (static_cast<int>(machine.fibers.size()) != threads)
+    if (static_cast<int>(machine.fibers.size()) < threads)
+      machine.fibers.emplace_back(new Fiber);
+    else
+      machine.fibers.pop_back();
+  machine.body = &body;
+  machine.dynamic_bytes = shared_bytes;
+  grid_size = grid;
+  block_size = block;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block_at = dim3(x, y, z);
+        run_block(threads, block);
+        if (!machine.error.empty()) return;
+      }
+  machine.shared.clear();
+  machine.shared_limit = 0;
+}
+
+template <typename T>
+T& shared_array(const char* name) {
+  return *static_cast<T*>(shared_memory(name, sizeof(T)));
+}
+
+inline void* dynamic_memory() { return shared_memory("dynamic", machine.dynamic_bytes); }
+
+inline void land(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    if (copy.valid)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+  }
+  copies.clear();
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::machine.current->thread)
+#define blockIdx (emulation::block_at)
+#define blockDim (emulation::block_size)
+#define gridDim (emulation::grid_size)
+
+#define EMULATION_TEXT2(x) #x
+#define EMULATION_TEXT(x) EMULATION_TEXT2(x)
+#define EMULATION_SITE __FILE__ ":" EMULATION_TEXT(__LINE__)
+#define __syncthreads()                          \
+  do {                                           \
+    static const char* const site = EMULATION_SITE; \
+    emulation::barrier(site);                    \
+  } while (0)
+#define SHARED(type, name, extents)                                  \
+  using name##_type = type extents;                                  \
+  static const char* const name##_name = EMULATION_SITE;             \
+  name##_type& name = emulation::shared_array<name##_type>(name##_name)
+#define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulation::dynamic_memory())
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream),                                             \
+   emulation::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  emulation::machine.shared_limit = bytes;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() {
+  return emulation::machine.error.empty() ? cudaSuccess : emulation_error;
+}
+
+inline const char* cudaGetErrorString(cudaError_t code) {
+  static std::string text;
+  text = code == emulation_error ? emulation::machine.error : "invalid argument";
+  emulation::machine.error.clear();
+  return text.c_str();
+}
+
+// For tests: 0, 1 or 2 of emulation::Order, and whether asynchronous copies land at once.
+extern "C" inline __attribute__((visibility("default"), used)) void emulation_settings(
+    int order, int eager_copies) {
+  emulation::machine.order = static_cast<emulation::Order>(order);
+  emulation::machine.eager_copies = eager_copies;
+}
+
+// --- warp-wide operations ---
+
+struct Fragments {
+  uint32_t a[4];
+  uint32_t b[2];
+  uint32_t unused[2];
+};
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  static_assert(sizeof(T) == 4, "one word");
+  Fragments mine = {};
+  std::memcpy(mine.a, &value, 4);
+  const auto& all = emulation::exchange("shfl", mine);
+  T got;
+  std::memcpy(&got, all[(emulation::machine.current->rank % emulation::WARP) ^ mask].a, 4);
+  return got;
+}
+
+inline unsigned __ballot_sync(unsigned, int vote) {
+  Fragments mine = {};
+  mine.a[0] = vote != 0;
+  const auto& all = emulation::exchange("ballot", mine);
+  unsigned votes = 0;
+  for (int lane = 0; lane < emulation::WARP; ++lane) votes |= all[lane].a[0] << lane;
+  return votes;
+}
+
+inline void __syncwarp(unsigned = ~0u) { emulation::exchange("syncwarp", Fragments{}); }
+
+inline int atomicAdd(int* address, int value) {
+  const int old = *address;
+  *address += value;
+  return old;
+}
+
+// Half `high` of a word, as a number of T's type.
+template <typename T>
+float half_of(uint32_t word, int high) {
+  const T number = {static_cast<uint16_t>(word >> (16 * high))};
+  if constexpr (std::is_same_v<T, half_t>)
+    return __half2float(number);
+  else
+    return __bfloat162float(number);
+}
+
+template <typename T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {}};
+  const auto& all = emulation::exchange("mma", mine);
+  const int lane = emulation::machine.current->rank % emulation::WARP, g = lane / 4, t = lane % 4;
+  for (int r = 0; r < 2; ++r)
+    for (int c = 0; c < 2; ++c) {
+      float sum = d[2 * r + c];
+      for (int k = 0; k < 16; ++k) {
+        const int owner = k % 8 / 2, upper = k / 8;
+        const uint32_t aw = all[4 * g + owner].a[2 * upper + r];
+        const uint32_t bw = all[4 * (2 * t + c) + owner].b[upper];
+        sum += half_of<T>(aw, k % 2) * half_of<T>(bw, k % 2);
+      }
+      d[2 * r + c] = sum;
+    }
+}
+
+// --- twins of ptx.cuh ---
+
+template <uint32_t MASK, uint32_t BITS>
+uint32_t and_or(uint32_t a) {
+  return (a & MASK) | BITS;
+}
+
+template <uint32_t SELECT>
+uint32_t pick_bytes(uint32_t a, uint32_t b) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i)
+    d |= static_cast<uint32_t>(bytes >> (8 * (SELECT >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  return d;
+}
+
+inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 2; ++i) {
+    const double exact = static_cast<double>(half_of<half_t>(a, i)) * half_of<half_t>(b, i) +
+                         half_of<half_t>(c, i);
+    _Float16 rounded = static_cast<_Float16>(exact);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, 2);
+    d |= static_cast<uint32_t>(bits) << (16 * i);
+  }
+  return d;
+}
+
+inline uint32_t half2_sub(uint32_t a, uint32_t b) { return half2_fma(b, 0xBC00BC00u, a); }
+
+inline uint32_t bfloat2_of(float low, float high) {
+  return static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16 |
+         __float2bfloat16_rn(low).bits;
+}
+
+// Exact before its one rounding for the integers that the kernels put in.
+inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int i) {
+    return std::fma(half_of<bfloat_t>(a, i), half_of<bfloat_t>(b, i), half_of<bfloat_t>(c, i));
+  };
+  return bfloat2_of(one(0), one(1));
+}
+
+inline uint4 load_once(const uint4* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 && emulation::machine.error.empty())
+    emulation::machine.error = "a 16-byte load from an address that is no multiple of 16";
+  return *p;
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+  if ((reinterpret_cast<uintptr_t>(global) | reinterpret_cast<uintptr_t>(shared)) % 16 &&
+      emulation::machine.error.empty())
+    emulation::machine.error = "a 16-byte copy at an address that is no multiple of 16";
+  std::vector<emulation::Copy>& open = emulation::machine.current->open;
+  open.push_back({shared, global, valid});
+  if (emulation::machine.eager_copies) emulation::land(open);
+}
+
+inline void copy_commit() {
+  emulation::Fiber& fiber = *emulation::machine.current;
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+template <int PENDING>
+void copy_wait() {
+  auto& groups = emulation::machine.current->groups;
+  while (groups.size() > PENDING) {
+    emulation::land(groups.front());
+    groups.pop_front();
+  }
+}
