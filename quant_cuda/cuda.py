@@ -25,6 +25,7 @@ DENSE_ROWS = 256
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
     "gemv": "ii ppppp iiiiii p",
+    "gemm": "ii ppppp iiiiiii p",
     "dequantize": "ii ppp iiii p",
     "add_partials": "i pp ii p",
     "plain_multiply": "i pppppp iiiii p",
@@ -98,10 +99,10 @@ def launch_matmul(
         return y.view(*x.shape[:-1], -1)
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
-    if count > _GEMV_ROWS or x.dtype == torch.float32:
+    if count >= DENSE_ROWS or x.dtype == torch.float32:
         y = rows @ _tiled_dense(library, weight, x.dtype, stream)
     else:
-        y = _gemv(library, _aligned(rows), weight, stream, processors)
+        y = _tiled(library, _aligned(rows), weight, stream, processors)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -125,14 +126,20 @@ def launch_dequantize(
     return dense
 
 
-def _gemv(library: ctypes.CDLL, x: Tensor, weight: Tiled, stream: int, processors: int) -> Tensor:
-    """x: (1..8, in padded to a multiple of 8), contiguous and aligned."""
-    blocks = weight.words.shape[1]
-    splits = _splits(weight.columns // COLUMNS, blocks // 8, processors)
+def _tiled(library: ctypes.CDLL, x: Tensor, weight: Tiled, stream: int, processors: int) -> Tensor:
+    """x: (rows, in padded to a multiple of 8), contiguous and aligned."""
+    count, blocks = x.shape[0], weight.words.shape[1]
+    few = count <= _GEMV_ROWS
+    row_tile = 8 if few else 16 if count <= 16 else 32 if count <= 32 else 64
+    if few:
+        splits = _splits(weight.columns // COLUMNS, blocks // 8, 2 * processors)
+    else:
+        thread_blocks = -(-weight.columns // 128) * -(-count // row_tile)
+        splits = _splits(thread_blocks, blocks // 4, processors)
     y, partial = _outputs(x, weight.out_features, splits)
     _call(
         library,
-        "gemv",
+        "gemv" if few else "gemm",
         weight.bits,
         _TYPES[x.dtype],
         x.data_ptr(),
@@ -145,6 +152,7 @@ def _gemv(library: ctypes.CDLL, x: Tensor, weight: Tiled, stream: int, processor
         weight.columns,
         weight.shift,
         splits,
+        *(() if few else (row_tile,)),
         stream,
     )
     return _finished(library, y, partial, stream)
@@ -152,7 +160,7 @@ def _gemv(library: ctypes.CDLL, x: Tensor, weight: Tiled, stream: int, processor
 
 def _plain(library: ctypes.CDLL, x: Tensor, weight: Plain, stream: int, processors: int) -> Tensor:
     blocks = -(-weight.out_features // 128) * -(-x.shape[0] // 8)
-    splits = _splits(blocks, -(-weight.in_features // 64), 4 * processors)
+    splits = _splits(blocks, -(-weight.in_features // 64), 8 * processors)
     numbers = x.float().contiguous()
     partial = numbers.new_empty((splits, x.shape[0], weight.out_features))
     _call(
@@ -222,9 +230,9 @@ def _finished(library: ctypes.CDLL, y: Tensor, partial: Tensor | None, stream: i
     return y
 
 
-def _splits(column_blocks: int, most: int, processors: int) -> int:
-    """Thread blocks that share the inputs, so that two run on each multiprocessor."""
-    return max(1, min(2 * processors // column_blocks, most))
+def _splits(thread_blocks: int, most: int, wanted: int) -> int:
+    """Thread blocks that share the inputs, so that there are nearly `wanted` in all."""
+    return max(1, min(wanted // thread_blocks, most))
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -243,12 +251,12 @@ def _call(library: ctypes.CDLL, name: str, *arguments: int | None) -> None:
 
 
 def _place(x: Tensor, weight: Prepacked) -> tuple[ctypes.CDLL, int]:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the CUDA kernels were not built; install again where nvcc is")
     there = weight.words if isinstance(weight, Tiled) else weight.weight.qweight
     if not x.is_cuda or x.device != there.device:
         raise ValueError(f"x is on {x.device}, the weight on {there.device}; both must be a GPU's")
+    library = _library()
+    if library is None:
+        raise RuntimeError("the CUDA kernels were not built; install again where nvcc is")
     return library, torch.cuda.current_stream(x.device).cuda_stream
 
 

@@ -65,7 +65,7 @@ def check(kernels: Kernels, x: torch.Tensor, weight: PackedWeight, matrix, proce
 @pytest.mark.parametrize(("n_in", "n_out", "group_size"), SHAPES)
 def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
     weight, matrix = packed(bits, n_in, n_out, group_size)
-    for rows in (1, 2, 5, 8, 17):
+    for rows in (1, 2, 8, 13, 29, 70):
         check(kernels, activations(rows, n_in, dtype=dtype), weight, matrix)
 
 
@@ -85,7 +85,8 @@ def test_every_integer_at_every_zero_point(kernels, bits, dtype):
     levels = 2**bits
     q = np.random.default_rng(bits).permutation(np.arange(512) % levels)
     n_in = len(q)
-    zeros = np.arange(1, levels + 1)  # a v1 field of all ones is 2**bits
+    # A v1 field of all ones is 2**bits.
+    zeros = np.unique(np.linspace(1, levels, 16).astype(int))
     n_out = len(zeros)
     weight = PackedWeight(
         qweight=_pack(np.tile(q[:, None], n_out), bits),
@@ -122,12 +123,13 @@ def test_dequantize(kernels, bits, g_idx):
 def test_inputs_split_over_thread_blocks(kernels, bits):
     """From no split to as many as there are steps; the same call gives the same bits."""
     weight, matrix = packed(bits, 2560, 40, 128)
-    x = activations(7, 2560, dtype=torch.float16)
     prepacked = ready(kernels, weight)
-    for processors in (1, 2, 3, 100):
-        y = kernels.matmul(x.to(kernels.device), prepacked, processors)
-        assert_as_good_as_naive(y.cpu(), x, matrix)
-        assert torch.equal(y, kernels.matmul(x.to(kernels.device), prepacked, processors))
+    for rows in (7, 21):
+        x = activations(rows, 2560, dtype=torch.float16)
+        for processors in (1, 2, 3, 100):
+            y = kernels.matmul(x.to(kernels.device), prepacked, processors)
+            assert_as_good_as_naive(y.cpu(), x, matrix)
+            assert torch.equal(y, kernels.matmul(x.to(kernels.device), prepacked, processors))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -177,7 +179,7 @@ def test_errors(kernels):
 
 def test_a_tensor_that_is_not_on_a_gpu():
     prepacked = tiles.prepack(packed(4)[0])
-    with pytest.raises((ValueError, RuntimeError), match=r"^[^\n]+$"):
+    with pytest.raises(ValueError, match="^x is on cpu, the weight on cpu; both must be a GPU's$"):
         cuda.matmul(torch.ones(1, 96), prepacked)
 
 

@@ -1,0 +1,220 @@
+// y = x W for more rows of x than gemv.cu takes, up to a few hundred.
+//
+// A thread block computes 128 columns for up to 64 rows. Its warps stand four along the columns
+// and two along the inputs, so that no integer is taken out of its word twice. Weights go from
+// global memory straight into registers, a block of inputs ahead; x is staged in shared memory by
+// asynchronous copies. Sums of the two halves, and of thread blocks that share the inputs, are
+// added in a fixed order.
+
+#include "fragment.cuh"
+
+namespace {
+
+constexpr int WARPS_N = 4;
+constexpr int WARPS_K = 2;
+constexpr int THREADS = WARPS_N * WARPS_K * 32;
+constexpr int TILES = 2;
+constexpr int WARP_COLUMNS = TILES * layout::TILE;
+constexpr int COLUMNS = WARPS_N * WARP_COLUMNS;
+constexpr int STAGES = 3;
+constexpr int AHEAD = 2;  // blocks of weights that a warp has in registers
+constexpr int PAD = 4;
+
+template <int BITS, int ROWS>
+struct Sizes {
+  static constexpr int CHUNKS = layout::block_inputs<BITS> / 8;  // 16 bytes each, of a row
+  static constexpr int STAGE = ROWS * WARPS_K * CHUNKS;
+  static constexpr int SUMS = ROWS * (COLUMNS + PAD) / 4;
+  static constexpr int BYTES = 16 * (STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS);
+};
+
+// The shared copy of x: (stage, half of the inputs, row, chunk), chunks of odd rows moved so that
+// eight lanes reading four chunks of two rows meet no bank twice.
+template <int BITS, int ROWS>
+__device__ __forceinline__ int chunk_at(int stage, int half, int row, int chunk) {
+  using Size = Sizes<BITS, ROWS>;
+  return ((stage * WARPS_K + half) * ROWS + row) * Size::CHUNKS + (chunk ^ (row % 2 * 4));
+}
+
+template <int BITS, typename T, int ROWS>
+__device__ __forceinline__ void stage_x(uint4* shared, int stage, const T* x, int first_row,
+                                        int rows, int inputs, int first_block) {
+  using Size = Sizes<BITS, ROWS>;
+  for (int i = threadIdx.x; i < Size::STAGE; i += THREADS) {
+    const int chunk = i % Size::CHUNKS, row = i / Size::CHUNKS % ROWS, half = i / Size::CHUNKS / ROWS;
+    const int k = (first_block + half) * layout::block_inputs<BITS> + 8 * chunk;
+    const bool valid = first_row + row < rows && k < inputs;
+    const size_t at = valid ? static_cast<size_t>(first_row + row) * inputs + k : 0;
+    copy_async(&shared[chunk_at<BITS, ROWS>(stage, half, row, chunk)], x + at, valid);
+  }
+}
+
+// sum[tile][n] += x W for one block of inputs, rows 8 * n .. 8 * n + 7 of the staged x.
+template <int BITS, typename T, int ROWS>
+__device__ __forceinline__ void multiply(const uint4* shared, int stage, int half,
+                                         const Piece (&pieces)[TILES], const Grid* table,
+                                         int block, int inputs, int columns, int shift, int column,
+                                         float (&sum)[TILES][ROWS / 8][4]) {
+  constexpr int BLOCK = layout::block_inputs<BITS>;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int run = 0; run < BLOCK / layout::RUN; ++run) {
+    const int k = block * BLOCK + run * layout::RUN;
+    if (k >= inputs) break;
+    uint4 b[ROWS / 8];
+#pragma unroll
+    for (int n = 0; n < ROWS / 8; ++n)
+      b[n] = shared[chunk_at<BITS, ROWS>(stage, half, 8 * n + g, 4 * run + t)];
+    const Grid* row = table + static_cast<size_t>(k >> shift) * columns + column + g;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const Grid grid[2] = {row[tile * layout::TILE], row[tile * layout::TILE + 8]};
+      const Expander<BITS, T> expand[2] = {Expander<BITS, T>(grid[0].zero()),
+                                           Expander<BITS, T>(grid[1].zero())};
+      uint32_t a[2][4];
+      expand_run<BITS, T>(pieces[tile], run, expand, a);
+#pragma unroll
+      for (int n = 0; n < ROWS / 8; ++n) {
+        float part[4] = {};
+        mma(part, a[0], b[n].x, b[n].y, T());
+        mma(part, a[1], b[n].z, b[n].w, T());
+        add_scaled(sum[tile][n], part, grid);
+      }
+    }
+  }
+}
+
+// x: (rows, inputs). words: (tiles, blocks, 256). table: (units, columns), one row for each
+// 2**shift inputs. y: (rows, outputs), or NULL to write partial: (gridDim.z, rows, outputs).
+// Thread blocks: (rows / ROWS, columns / COLUMNS, splits of the inputs).
+template <int BITS, typename T, int ROWS>
+__global__ void __launch_bounds__(THREADS)
+    gemm(const T* __restrict__ x, const uint32_t* __restrict__ words,
+         const Grid* __restrict__ table, T* __restrict__ y, float* __restrict__ partial, int rows,
+         int inputs, int outputs, int columns, int shift) {
+  DYNAMIC_SHARED(uint4, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int warp_n = warp % WARPS_N, half = warp / WARPS_N;
+  const int first_row = blockIdx.x * ROWS;
+  const int column = blockIdx.y * COLUMNS + warp_n * WARP_COLUMNS;
+  const bool has_columns = column < columns;
+  const int blocks = layout::block_count<BITS>(inputs);
+  const int first_block = blockIdx.z * WARPS_K, stride = WARPS_K * gridDim.z;
+  const int steps = (blocks + stride - 1) / stride;
+
+  const auto load = [&](Piece(&pieces)[TILES], int step) {
+    const int block = first_block + step * stride + half;
+    if (!has_columns || block >= blocks) return;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const size_t at = static_cast<size_t>(column / layout::TILE + i) * blocks + block;
+      pieces[i].load(words + at * layout::BLOCK_WORDS, lane);
+    }
+  };
+  const auto stage = [&](int step) {
+    if (step < steps)
+      stage_x<BITS, T, ROWS>(shared, step % STAGES, x, first_row, rows, inputs,
+                             first_block + step * stride);
+    copy_commit();
+  };
+
+  Piece pieces[AHEAD][TILES];
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) load(pieces[i], i);
+  for (int i = 0; i < STAGES - 1; ++i) stage(i);
+
+  float sum[TILES][ROWS / 8][4] = {};
+  for (int base = 0; base < steps; base += AHEAD) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int step = base + i;
+      if (step >= steps) break;
+      copy_wait<STAGES - 2>();
+      __syncthreads();  // this stage has landed, and the one before it is free
+      stage(step + STAGES - 1);
+      const int block = first_block + step * stride + half;
+      if (has_columns && block < blocks)
+        multiply<BITS, T, ROWS>(shared, step % STAGES, half, pieces[i], table, block, inputs,
+                                columns, shift, column, sum);
+      load(pieces[i], step + AHEAD);
+    }
+  }
+
+  copy_wait<0>();
+  float* sums = reinterpret_cast<float*>(shared);
+  for (int h = WARPS_K - 1; h >= 0; --h) {
+    __syncthreads();
+    if (half != h) continue;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int n = 0; n < ROWS / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& to = sums[(8 * n + 2 * t + i % 2) * (COLUMNS + PAD) + warp_n * WARP_COLUMNS +
+                           tile * layout::TILE + g + 8 * (i / 2)];
+          to = h == WARPS_K - 1 ? sum[tile][n][i] : to + sum[tile][n][i];
+        }
+  }
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
+    const int row = first_row + i / COLUMNS, at_column = blockIdx.y * COLUMNS + i % COLUMNS;
+    if (row >= rows || at_column >= outputs) continue;
+    const float total = sums[i / COLUMNS * (COLUMNS + PAD) + i % COLUMNS];
+    const size_t at = static_cast<size_t>(row) * outputs + at_column;
+    if (partial)
+      partial[static_cast<size_t>(blockIdx.z) * rows * outputs + at] = total;
+    else
+      y[at] = from_float<T>(total);
+  }
+}
+
+template <int BITS, typename T, int ROWS>
+int launch(const void* x, const void* words, const void* table, void* y, float* partial, int rows,
+           int inputs, int outputs, int columns, int shift, int splits, cudaStream_t stream) {
+  constexpr int bytes = Sizes<BITS, ROWS>::BYTES;
+  const auto kernel = gemm<BITS, T, ROWS>;
+  if (bytes > 48 * 1024) {
+    const cudaError_t code =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (code != cudaSuccess) return code;
+  }
+  LAUNCH(kernel, dim3(ceil_div(rows, ROWS), ceil_div(columns, COLUMNS), splits), THREADS, bytes,
+         stream, static_cast<const T*>(x), static_cast<const uint32_t*>(words),
+         static_cast<const Grid*>(table), static_cast<T*>(y), partial, rows, inputs, outputs,
+         columns, shift);
+  return cudaGetLastError();
+}
+
+template <int BITS, typename T, typename... Rest>
+int launch_rows(int row_tile, Rest... rest) {
+  switch (row_tile) {
+    case 16: return launch<BITS, T, 16>(rest...);
+    case 32: return launch<BITS, T, 32>(rest...);
+    case 64: return launch<BITS, T, 64>(rest...);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <typename... Rest>
+int launch_type(int bits, int type, Rest... rest) {
+  if (bits == 4 && type == HALF) return launch_rows<4, half_t>(rest...);
+  if (bits == 4 && type == BFLOAT) return launch_rows<4, bfloat_t>(rest...);
+  if (bits == 8 && type == HALF) return launch_rows<8, half_t>(rest...);
+  if (bits == 8 && type == BFLOAT) return launch_rows<8, bfloat_t>(rest...);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+// As quant_cuda_gemv, for any number of rows; a thread block takes row_tile of them: 16, 32, 64.
+EXPORT int quant_cuda_gemm(int bits, int type, const void* x, const void* words, const void* table,
+                           void* y, float* partial, int rows, int inputs, int outputs, int columns,
+                           int shift, int splits, int row_tile, cudaStream_t stream) {
+  if (rows < 1 || inputs < 8 || inputs % 8 || columns % WARP_COLUMNS || shift < 5 ||
+      (splits > 1) != (partial != nullptr))
+    return cudaErrorInvalidValue;
+  return launch_type(bits, type, row_tile, x, words, table, y, partial, rows, inputs, outputs,
+                     columns, shift, splits, stream);
+}
