@@ -179,7 +179,7 @@ def test_errors(kernels):
 
 def test_a_tensor_that_is_not_on_a_gpu():
     prepacked = tiles.prepack(packed(4)[0])
-    with pytest.raises(ValueError, match="^x is on cpu, the weight on cpu; both must be a GPU's$"):
+    with pytest.raises(ValueError, match="both must be a GPU's"):
         cuda.matmul(torch.ones(1, 96), prepacked)
 
 
