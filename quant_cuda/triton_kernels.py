@@ -41,10 +41,7 @@ def product(
     k = tl.arange(0, BLOCK_K)
     first = tl.arange(0, BLOCK_K // PER_WORD) * PER_WORD  # the first input of each word
     field = tl.arange(0, PER_WORD)
-    if BITS == 4:
-        field_shift = 16 * (field % 2) + 4 * (field // 2)
-    else:
-        field_shift = 8 * field
+    field_shift = 16 * (field % 2) + 4 * (field // 2) if BITS == 4 else 8 * field
     has_column = n < columns
     column_at = (n // 16).to(tl.int64) * blocks * 256 + n % 16 // 8 * 128 + n % 8 * 16
 

@@ -50,7 +50,7 @@ def test_against_float64(interpreted, bits, dtype, n_in, n_out, group_size):
     if bits == 4 and n_in == 100:
         n_in = 104
     weight, matrix = packed(bits, n_in, n_out, group_size)
-    for rows in (1, 17, 70):
+    for rows in (1, 17) if dtype == torch.float32 else (1, 17, 70):
         x = activations(rows, n_in, dtype=dtype)
         y = interpreted.matmul(x, tiles.prepack(weight))
         assert_as_good_as_naive(y, x, matrix)
@@ -75,7 +75,7 @@ def test_split_inputs(interpreted):
 
 def test_every_integer_at_the_greatest_zero_point(interpreted):
     """Steps of 0..255 less 256: exact in float16."""
-    weight, matrix = packed(8, 256, 32, -1)
+    weight, _ = packed(8, 256, 32, -1)
     ones = torch.ones_like(weight.scales)
     weight = dataclasses.replace(weight, qzeros=torch.full_like(weight.qzeros, -1), scales=ones)
     y = interpreted.matmul(torch.eye(256, dtype=torch.float16), tiles.prepack(weight))
