@@ -6,6 +6,7 @@ from torch import Tensor
 from quant_cuda import backends
 from quant_cuda.weight import AnyWeight, PackedWeight, PreparedWeight, facts
 
+_LEGACY = ("vecquant2matmul", "vecquant3matmul", "vecquant4matmul", "vecquant8matmul")
 __all__ = [
     "PackedWeight",
     "PreparedWeight",
@@ -84,3 +85,12 @@ def matmul(
 def backend_for(weight: AnyWeight, dtype: torch.dtype) -> str:
     """Name of the backend that `matmul` takes for activations of this type."""
     return backends.choose(facts(weight, dtype)).name
+
+
+def __getattr__(name: str):
+    """The functions of the extension that had this package's name, for code written for it."""
+    if name not in _LEGACY:
+        raise AttributeError(f"module 'quant_cuda' has no attribute {name!r}")
+    from quant_cuda import legacy
+
+    return getattr(legacy, name)

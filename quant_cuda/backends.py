@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quant_cuda import cpu, native, reference
+from quant_cuda import cpu, gpu, native, reference
 from quant_cuda.weight import AnyWeight, Facts, PackedWeight, PreparedWeight
 
 
@@ -35,13 +35,20 @@ class Backend:
     """(x, weight in its layout, bias or None, int8) -> y, differentiable in x."""
 
 
-LAYOUTS = {cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.traced)}
+LAYOUTS = {
+    gpu.LAYOUT: Layout(gpu.prepare, gpu.restore, gpu.traced),
+    cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.traced),
+}
 
 
 @functools.cache
 def table() -> dict[str, Backend]:
     """Backends that can run on this machine by name, the best first."""
     rows = [
+        Backend(name, gpu.LAYOUT, gpu.refuses, functools.partial(gpu.matmul, engine=name))
+        for name in gpu.engines()
+    ]
+    rows += [
         Backend(name, cpu.LAYOUT, cpu.refuses, functools.partial(cpu.matmul, instruction_set=index))
         for index, name in enumerate(native.compiled())
         if name in native.instruction_sets()
@@ -74,6 +81,8 @@ def choose(product: Facts, name: str | None = None) -> Backend:
     if row.layout is None:
         if product.device == "cpu" and not native.compiled():
             reasons[cpu.NOT_BUILT] = None
+        if product.device == "cuda" and not gpu.engines():
+            reasons = {gpu.NOT_THERE: None}
         _warn("; ".join(reasons) or f"there is no kernel for a {product.device} device")
     return row
 

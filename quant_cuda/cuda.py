@@ -6,6 +6,7 @@ of the same source built for the host.
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ DENSE_ROWS = 256
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
-    "gemv": "ii ppppp iiiiii p",
-    "gemm": "ii ppppp iiiiiii p",
+    "gemv": "ii pppppp iiiiii p",
+    "gemm": "ii pppppp iiiiiii p",
     "dequantize": "ii ppp iiii p",
-    "add_partials": "i pp ii p",
+    "add_partials": "i ppp iii p",
     "plain_multiply": "i pppppp iiiii p",
     "plain_dequantize": "ii ppppp iii p",
 }
@@ -56,29 +57,39 @@ def available() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def matmul(x: Tensor, weight: Prepacked) -> Tensor:
+def matmul(x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
     """x times a prepacked weight, on x's device and its current stream.
 
-    x: float16, bfloat16 or float32 (..., in), on a GPU, any strides.
+    x: float16, bfloat16 or float32 (..., in), on a GPU, any strides. bias: floating (out,).
     Returns x's dtype (..., out). Sums are formed in float32, in an order that depends on the
     shapes and the GPU alone: the same call gives the same bits.
     Raises ValueError for a shape or device that does not fit, RuntimeError where a launch fails.
     """
     library, stream = _place(x, weight)
     with torch.cuda.device(x.device):
-        return launch_matmul(library, x, weight, stream, _processors(x.device.index))
+        return launch_matmul(library, x, weight, bias, stream, _processors(x.device))
 
 
 def dequantize(weight: Prepacked, dtype: torch.dtype) -> Tensor:
     """The weight as numbers: dtype (in, out), on its GPU; float16, bfloat16 or float32."""
-    words = weight.words if isinstance(weight, Tiled) else weight.weight.qweight
+    words = words_of(weight)
     library, stream = _place(words, weight)
     with torch.cuda.device(words.device):
         return launch_dequantize(library, weight, dtype, stream)
 
 
+def words_of(weight: Prepacked) -> Tensor:
+    """The packed integers."""
+    return weight.words if isinstance(weight, Tiled) else weight.qweight
+
+
 def launch_matmul(
-    library: ctypes.CDLL, x: Tensor, weight: Prepacked, stream: int, processors: int
+    library: ctypes.CDLL,
+    x: Tensor,
+    weight: Prepacked,
+    bias: Tensor | None,
+    stream: int,
+    processors: int,
 ) -> Tensor:
     """`matmul` on a stream of the current device, which has this many multiprocessors."""
     if x.dtype not in _TYPES:
@@ -88,22 +99,21 @@ def launch_matmul(
             f"x of shape {tuple(x.shape)} does not fit a weight of {weight.in_features} inputs"
         )
     rows = x.reshape(-1, weight.in_features)
-    count = rows.shape[0]
-    if count == 0 or weight.out_features == 0:
-        return x.new_zeros((*x.shape[:-1], weight.out_features))
-    if isinstance(weight, Plain):
-        if count >= DENSE_ROWS:
-            y = rows @ launch_dequantize(library, weight, x.dtype, stream)
-        else:
-            y = _plain(library, rows, weight, stream, processors)
-        return y.view(*x.shape[:-1], -1)
-    if weight.order is not None:
+    shape = (*x.shape[:-1], weight.out_features)
+    if rows.shape[0] == 0 or weight.out_features == 0:
+        return x.new_zeros(shape)
+    if isinstance(weight, Tiled) and weight.order is not None:
         rows = rows.index_select(1, weight.order)
-    if count >= DENSE_ROWS or x.dtype == torch.float32:
-        y = rows @ _tiled_dense(library, weight, x.dtype, stream)
-    else:
-        y = _tiled(library, _aligned(rows), weight, stream, processors)
-    return y.view(*x.shape[:-1], -1)
+    launch = _Launch(library, stream, processors)
+    whole = x.dtype == torch.float32 and isinstance(weight, Tiled)
+    if rows.shape[0] >= DENSE_ROWS or whole:
+        dense = _dense(launch, weight, x.dtype)
+        y = torch.nn.functional.linear(rows, dense.T, None if bias is None else bias.to(x.dtype))
+        return y.view(shape)
+    bias = None if bias is None else bias.float().contiguous()
+    if isinstance(weight, Tiled):
+        return _tiled(launch, rows, weight, bias).view(shape)
+    return _plain(launch, rows, weight, bias).view(shape)
 
 
 def launch_dequantize(
@@ -112,122 +122,86 @@ def launch_dequantize(
     """`dequantize` on a stream of the current device."""
     if dtype not in _TYPES:
         raise TypeError(f"a weight is written out as float16, bfloat16 or float32, not {dtype}")
-    if isinstance(weight, Tiled):
-        dense = _tiled_dense(library, weight, dtype, stream)
-        if weight.order is None:
-            return dense
-        natural = torch.empty_like(dense)
-        natural[weight.order] = dense
-        return natural
-    packed = weight.weight
-    dense = weight.scales.new_empty((packed.in_features, packed.out_features), dtype=dtype)
-    arguments = (*_plain_weight(weight), dense.data_ptr(), *_plain_sizes(weight), stream)
-    _call(library, "plain_dequantize", packed.bits, _TYPES[dtype], *arguments)
-    return dense
+    dense = _dense(_Launch(library, stream, 0), weight, dtype)
+    if isinstance(weight, Plain) or weight.order is None:
+        return dense
+    natural = torch.empty_like(dense)
+    natural[weight.order] = dense
+    return natural
 
 
-def _tiled(library: ctypes.CDLL, x: Tensor, weight: Tiled, stream: int, processors: int) -> Tensor:
-    """x: (rows, in padded to a multiple of 8), contiguous and aligned."""
+@dataclass(frozen=True)
+class _Launch:
+    """Where kernels run."""
+
+    library: ctypes.CDLL
+    stream: int
+    processors: int
+
+    def __call__(self, name: str, *arguments: int | Tensor | None) -> None:
+        """Call a launcher; a tensor stands for its address."""
+        plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        code = getattr(self.library, f"quant_cuda_{name}")(*plain, self.stream)
+        if code:
+            raise RuntimeError(f"{name} failed: {self.library.quant_cuda_error(code).decode()}")
+
+
+def _tiled(launch: _Launch, rows: Tensor, weight: Tiled, bias: Tensor | None) -> Tensor:
+    """rows: (rows, in), float16 or bfloat16, in the order of the words."""
+    x = _aligned(rows)
     count, blocks = x.shape[0], weight.words.shape[1]
     few = count <= _GEMV_ROWS
-    row_tile = 8 if few else 16 if count <= 16 else 32 if count <= 32 else 64
+    row_tile = 16 if count <= 16 else 32 if count <= 32 else 64
     if few:
-        splits = _splits(weight.columns // COLUMNS, blocks // 8, 2 * processors)
+        splits = _splits(weight.columns // COLUMNS, blocks // 8, 2 * launch.processors)
     else:
         thread_blocks = -(-weight.columns // 128) * -(-count // row_tile)
-        splits = _splits(thread_blocks, blocks // 4, processors)
-    y, partial = _outputs(x, weight.out_features, splits)
-    _call(
-        library,
+        splits = _splits(thread_blocks, blocks // 4, launch.processors)
+    y = x.new_empty((count, weight.out_features))
+    partial = x.new_empty((splits, *y.shape), dtype=torch.float32) if splits > 1 else None
+    sizes = (*x.shape, weight.out_features, weight.columns, weight.shift, splits)
+    launch(
         "gemv" if few else "gemm",
         weight.bits,
         _TYPES[x.dtype],
-        x.data_ptr(),
-        weight.words.data_ptr(),
-        weight.table.data_ptr(),
-        y.data_ptr(),
-        None if partial is None else partial.data_ptr(),
-        *x.shape,
-        weight.out_features,
-        weight.columns,
-        weight.shift,
-        splits,
-        *(() if few else (row_tile,)),
-        stream,
+        *(x, weight.words, weight.table, bias, y, partial),
+        *(sizes if few else (*sizes, row_tile)),
     )
-    return _finished(library, y, partial, stream)
-
-
-def _plain(library: ctypes.CDLL, x: Tensor, weight: Plain, stream: int, processors: int) -> Tensor:
-    blocks = -(-weight.out_features // 128) * -(-x.shape[0] // 8)
-    splits = _splits(blocks, -(-weight.in_features // 64), 8 * processors)
-    numbers = x.float().contiguous()
-    partial = numbers.new_empty((splits, x.shape[0], weight.out_features))
-    _call(
-        library,
-        "plain_multiply",
-        weight.bits,
-        numbers.data_ptr(),
-        *_plain_weight(weight),
-        partial.data_ptr(),
-        x.shape[0],
-        *_plain_sizes(weight),
-        splits,
-        stream,
-    )
-    y = x.new_empty((x.shape[0], weight.out_features))
-    return _finished(library, y, partial, stream)
-
-
-def _plain_weight(weight: Plain) -> tuple[int | None, ...]:
-    packed = weight.weight
-    return (
-        packed.qweight.data_ptr(),
-        weight.scales.data_ptr(),
-        weight.zeros.data_ptr(),
-        None if packed.g_idx is None else packed.g_idx.data_ptr(),
-    )
-
-
-def _plain_sizes(weight: Plain) -> tuple[int, int, int]:
-    packed = weight.weight
-    size = packed.in_features if packed.group_size == -1 else packed.group_size
-    return packed.in_features, packed.out_features, size
-
-
-def _tiled_dense(library: ctypes.CDLL, weight: Tiled, dtype: torch.dtype, stream: int) -> Tensor:
-    """(in, out), inputs in the order of the words: a view of a contiguous (out, in)."""
-    dense = weight.words.new_empty((weight.out_features, weight.in_features), dtype=dtype)
-    _call(
-        library,
-        "dequantize",
-        weight.bits,
-        _TYPES[dtype],
-        weight.words.data_ptr(),
-        weight.table.data_ptr(),
-        dense.data_ptr(),
-        weight.in_features,
-        weight.out_features,
-        weight.columns,
-        weight.shift,
-        stream,
-    )
-    return dense.T
-
-
-def _outputs(x: Tensor, outputs: int, splits: int) -> tuple[Tensor, Tensor | None]:
-    """Room for the product, and for partial sums of it where the inputs are split."""
-    y = x.new_empty((x.shape[0], outputs))
-    if splits == 1:
-        return y, None
-    return y, x.new_empty((splits, x.shape[0], outputs), dtype=torch.float32)
-
-
-def _finished(library: ctypes.CDLL, y: Tensor, partial: Tensor | None, stream: int) -> Tensor:
     if partial is not None:
-        arguments = (partial.data_ptr(), y.data_ptr(), partial.shape[0], y.numel(), stream)
-        _call(library, "add_partials", _TYPES[y.dtype], *arguments)
+        launch("add_partials", _TYPES[y.dtype], partial, bias, y, splits, y.numel(), y.shape[1])
     return y
+
+
+def _plain(launch: _Launch, rows: Tensor, weight: Plain, bias: Tensor | None) -> Tensor:
+    x = rows.float().contiguous()
+    blocks = -(-weight.out_features // 128) * -(-x.shape[0] // 8)
+    splits = _splits(blocks, -(-weight.in_features // 64), 8 * launch.processors)
+    y = rows.new_empty((x.shape[0], weight.out_features))
+    partial = x.new_empty((splits, *y.shape))
+    tensors = (x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, partial)
+    sizes = (*x.shape, weight.out_features, _group_size(weight), splits)
+    launch("plain_multiply", weight.bits, *tensors, *sizes)
+    launch("add_partials", _TYPES[y.dtype], partial, bias, y, splits, y.numel(), y.shape[1])
+    return y
+
+
+def _dense(launch: _Launch, weight: Prepacked, dtype: torch.dtype) -> Tensor:
+    """(in, out), inputs in the order of the words."""
+    inputs, outputs = weight.in_features, weight.out_features
+    kinds = (weight.bits, _TYPES[dtype])
+    if isinstance(weight, Tiled):
+        dense = weight.words.new_empty((outputs, inputs), dtype=dtype)
+        sizes = (inputs, outputs, weight.columns, weight.shift)
+        launch("dequantize", *kinds, weight.words, weight.table, dense, *sizes)
+        return dense.T
+    dense = weight.scales.new_empty((inputs, outputs), dtype=dtype)
+    tensors = (weight.qweight, weight.scales, weight.zeros, weight.g_idx, dense)
+    launch("plain_dequantize", *kinds, *tensors, inputs, outputs, _group_size(weight))
+    return dense
+
+
+def _group_size(weight: Plain) -> int:
+    return weight.in_features if weight.group_size == -1 else weight.group_size
 
 
 def _splits(thread_blocks: int, most: int, wanted: int) -> int:
@@ -244,16 +218,10 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def _call(library: ctypes.CDLL, name: str, *arguments: int | None) -> None:
-    code = getattr(library, f"quant_cuda_{name}")(*arguments)
-    if code:
-        raise RuntimeError(f"{name} failed: {library.quant_cuda_error(code).decode()}")
-
-
 def _place(x: Tensor, weight: Prepacked) -> tuple[ctypes.CDLL, int]:
-    there = weight.words if isinstance(weight, Tiled) else weight.weight.qweight
-    if not x.is_cuda or x.device != there.device:
-        raise ValueError(f"x is on {x.device}, the weight on {there.device}; both must be a GPU's")
+    there = words_of(weight).device
+    if not x.is_cuda or x.device != there:
+        raise ValueError(f"x is on {x.device}, the weight on {there}; both must be a GPU's")
     library = _library()
     if library is None:
         raise RuntimeError("the CUDA kernels were not built; install again where nvcc is")
@@ -261,5 +229,5 @@ def _place(x: Tensor, weight: Prepacked) -> tuple[ctypes.CDLL, int]:
 
 
 @functools.cache
-def _processors(device: int) -> int:
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

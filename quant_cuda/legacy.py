@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import quant_cuda
+from quant_cuda import cuda, gpu, tiles
 from quant_cuda.packing import unpack
 from quant_cuda.weight import PackedWeight
 
@@ -89,7 +90,12 @@ def _multiply(
     if groups is None:
         product = _float_zeros(bits, vec, mat, scales, zeros)
     else:
-        product = quant_cuda.matmul(vec, _weight(bits, vec, mat, scales, zeros, groups))
+        weight = _weight(bits, vec, mat, scales, zeros, groups)
+        if vec.is_cuda and "cuda" in gpu.engines() and vec.dtype != torch.float64:
+            # The words as they are: reordering them costs more than a product.
+            product = cuda.matmul(vec, tiles.plain(weight))
+        else:
+            product = quant_cuda.matmul(vec, weight)
     mul.add_(product.to(mul.dtype))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda.packing import unpack, unpack_zeros
-from quant_cuda.weight import MAX_RUN, PackedWeight
+from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -45,7 +45,7 @@ def matmul(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def to_int8(x: Tensor, weight: PackedWeight) -> Tensor:
+def to_int8(x: Tensor, weight: AnyWeight) -> Tensor:
     """Round x (..., in) to integers in -127..127 times a scale, as x's dtype.
 
     Inputs of one group of the weight share a scale, by the largest of them; a group of more than

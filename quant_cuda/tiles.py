@@ -47,25 +47,22 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Plain:
-    """A weight as it is in a checkpoint, for the kernels that take any."""
+    """A weight whose words are as in a checkpoint, for the kernels that take any."""
 
-    weight: PackedWeight
+    qweight: Tensor
+    """int32 (in * bits / 32, out)."""
     scales: Tensor
     """float32 (groups, out)."""
     zeros: Tensor
     """float32 (groups, out)."""
-
-    @property
-    def bits(self) -> int:
-        return self.weight.bits
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.out_features
+    g_idx: Tensor | None
+    """int32 (in,); None for runs of group_size."""
+    bits: int
+    in_features: int
+    out_features: int
+    group_size: int
+    zero_offset: int
+    scales_dtype: torch.dtype
 
 
 Prepacked = Tiled | Plain
@@ -77,7 +74,7 @@ def prepack(weight: PackedWeight) -> Prepacked:
     `Tiled` for 4 and 8 bits in groups that are runs of a multiple of 32 inputs, once the inputs
     are sorted by group, with scales that are float16 numbers; `Plain` otherwise.
     """
-    shift = _shift(weight)
+    shift = table_shift(weight.group_size, weight.in_features)
     half = weight.scales.to(torch.float16)
     exact = bool((half.to(weight.scales.dtype) == weight.scales).all())
     order, in_runs = _order(weight)
@@ -105,13 +102,33 @@ def prepack(weight: PackedWeight) -> Prepacked:
 def plain(weight: PackedWeight) -> Plain:
     """The weight itself, with its scales and zero points as float32."""
     zeros = unpack_zeros(weight.qzeros, weight.bits, weight.out_features, weight.zero_offset)
-    return Plain(weight, weight.scales.float().contiguous(), zeros.float().contiguous())
+    return Plain(
+        qweight=weight.qweight.contiguous(),
+        scales=weight.scales.float().contiguous(),
+        zeros=zeros.float().contiguous(),
+        g_idx=None if weight.g_idx is None else weight.g_idx.contiguous(),
+        bits=weight.bits,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        group_size=weight.group_size,
+        zero_offset=weight.zero_offset,
+        scales_dtype=weight.scales.dtype,
+    )
 
 
 def unprepack(prepacked: Prepacked) -> PackedWeight:
     """Undo `prepack`. A g_idx that was natural order spelled out comes back as None."""
     if isinstance(prepacked, Plain):
-        return prepacked.weight
+        return PackedWeight(
+            qweight=prepacked.qweight,
+            qzeros=pack_zeros(prepacked.zeros, prepacked.bits, prepacked.zero_offset),
+            scales=prepacked.scales.to(prepacked.scales_dtype),
+            g_idx=prepacked.g_idx,
+            bits=prepacked.bits,
+            group_size=prepacked.group_size,
+            in_features=prepacked.in_features,
+            zero_offset=prepacked.zero_offset,
+        )
     bits, inputs, outputs = prepacked.bits, prepacked.in_features, prepacked.out_features
     size = inputs if prepacked.group_size == -1 else prepacked.group_size
     groups = group_count(inputs, prepacked.group_size)
@@ -150,14 +167,13 @@ def _order(weight: PackedWeight) -> tuple[Tensor | None, bool]:
     return order, torch.equal(ordered, natural)
 
 
-def _shift(weight: PackedWeight) -> int | None:
+def table_shift(group_size: int, inputs: int) -> int | None:
     """log2 of the inputs that a row of the table serves: the largest that divides a group."""
-    size = weight.group_size
-    if size == -1 or size >= weight.in_features:
+    if group_size == -1 or group_size >= inputs:
         return 30
-    if size % SMALLEST_UNIT:
+    if group_size % SMALLEST_UNIT:
         return None
-    return (size & -size).bit_length() - 1
+    return (group_size & -group_size).bit_length() - 1
 
 
 def _ordered_words(weight: PackedWeight, order: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant_cuda import reference
-from quant_cuda.tiles import BLOCK_WORDS, TILE, Plain, Prepacked, Tiled
+from quant_cuda.tiles import BLOCK_WORDS, TILE, Plain, Prepacked, Tiled, unprepack
 
 __all__ = ["matmul", "variants"]
 
@@ -69,11 +69,12 @@ def product(
     tl.store(y + y_at, total.to(y.dtype.element_ty), mask=stored)
 
 
-def matmul(x: Tensor, weight: Prepacked) -> Tensor:
+def matmul(x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
     """x times a prepacked weight, on x's device and its current stream.
 
-    x: float16, bfloat16 or float32 (..., in), any strides. Returns x's dtype (..., out), of sums
-    formed in float32. A weight that is not tiled is written out and multiplied by torch.
+    x: float16, bfloat16 or float32 (..., in), any strides. bias: floating (out,).
+    Returns x's dtype (..., out), of sums formed in float32. A weight that is not tiled is written
+    out and multiplied by torch.
     Raises TypeError or ValueError for an x that does not fit.
     """
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -83,13 +84,14 @@ def matmul(x: Tensor, weight: Prepacked) -> Tensor:
             f"x of shape {tuple(x.shape)} does not fit a weight of {weight.in_features} inputs"
         )
     if isinstance(weight, Plain):
-        return reference.matmul(x, weight.weight)
+        return reference.matmul(x, unprepack(weight), bias)
     rows = x.reshape(-1, weight.in_features)
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
     if rows.shape[0] == 0 or weight.out_features == 0:
         return x.new_zeros((*x.shape[:-1], weight.out_features))
-    return _launch(rows.contiguous(), weight).view(*x.shape[:-1], -1)
+    y = _launch(rows.contiguous(), weight, x.dtype if bias is None else torch.float32)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def variants(bits: int, shift: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
@@ -107,16 +109,16 @@ def variants(bits: int, shift: int, rows: int, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _launch(x: Tensor, weight: Tiled) -> Tensor:
-    """x: (rows, in), contiguous, in the order of the words."""
+def _launch(x: Tensor, weight: Tiled, dtype: torch.dtype) -> Tensor:
+    """x: (rows, in), contiguous, in the order of the words. Returns `dtype` (rows, out)."""
     constants = variants(weight.bits, weight.shift, x.shape[0], x.dtype)
     blocks_n = triton.cdiv(weight.columns, constants["BLOCK_N"])
     blocks_m = triton.cdiv(x.shape[0], constants["BLOCK_M"])
     # Few columns and rows leave a GPU idle unless the inputs are shared out too.
     steps = triton.cdiv(weight.in_features, constants["BLOCK_K"])
     splits = max(1, min(256 // (blocks_n * blocks_m), steps // 4))
-    dtype = x.dtype if splits == 1 else torch.float32
-    y = x.new_empty((splits, x.shape[0], weight.out_features), dtype=dtype)
+    stored = dtype if splits == 1 else torch.float32
+    y = x.new_empty((splits, x.shape[0], weight.out_features), dtype=stored)
     product[(blocks_n, blocks_m, splits)](
         x,
         weight.words,
@@ -131,4 +133,4 @@ def _launch(x: Tensor, weight: Tiled) -> Tensor:
         STEPS=triton.cdiv(steps, splits),
         **constants,
     )
-    return y[0] if splits == 1 else y.sum(0).to(x.dtype)
+    return y[0] if splits == 1 else y.sum(0).to(dtype)

@@ -58,9 +58,15 @@ class Kernels:
     settle: Callable[[int, int], None]
     """Order of threads (0, 1, 2) and whether asynchronous copies land at once; nothing on a GPU."""
 
-    def matmul(self, x: Tensor, weight: tiles.Prepacked, processors: int = 4) -> Tensor:
+    def matmul(
+        self,
+        x: Tensor,
+        weight: tiles.Prepacked,
+        processors: int = 4,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
-        return cuda.launch_matmul(self.library, x, weight, stream, processors)
+        return cuda.launch_matmul(self.library, x, weight, bias, stream, processors)
 
     def dequantize(self, weight: tiles.Prepacked, dtype: torch.dtype) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0

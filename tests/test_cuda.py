@@ -161,6 +161,22 @@ def test_shapes_and_strides_of_x(kernels, bits):
         assert_as_good_as_naive(y.cpu(), x, matrix)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_bias(kernels, bits):
+    """It joins the sum before the one rounding, whichever kernel ends it."""
+    weight, matrix = packed(bits, 1280, 40, 64)
+    bias = 100 * torch.arange(40, dtype=torch.float16)
+    with_bias = np.vstack([matrix, bias.double().numpy()])
+    for rows in (3, 20, 300):
+        x = activations(rows, 1280, dtype=torch.float16)
+        for processors in (1, 100):
+            prepacked = ready(kernels, weight)
+            there = (t.to(kernels.device) for t in (x, bias))
+            y = kernels.matmul(next(there), prepacked, processors, next(there))
+            ones = torch.ones(rows, 1, dtype=torch.float16)
+            assert_as_good_as_naive(y.cpu(), torch.cat([x, ones], 1), with_bias)
+
+
 def test_inputs_of_four_more_than_a_multiple_of_eight(kernels):
     weight, matrix = packed(8, 100, 24, 32)
     for rows in (1, 9):
@@ -174,7 +190,7 @@ def test_errors(kernels):
     with pytest.raises(TypeError, match=r"^x must be float16[^\n]*float64$"):
         kernels.matmul(torch.ones(2, 96, dtype=torch.float64), prepacked)
     with pytest.raises(RuntimeError, match=r"^gemv failed: invalid argument$"):
-        cuda._call(kernels.library, "gemv", 5, 0, *[None] * 5, *[0] * 6, None)
+        cuda._Launch(kernels.library, 0, 1)("gemv", 5, 0, *[None] * 6, *[0] * 6)
 
 
 def test_a_tensor_that_is_not_on_a_gpu():

@@ -5,13 +5,13 @@ import pytest
 import torch
 from test_matmul import activations, packed
 
-from quant_cuda import legacy
+import quant_cuda
 
 BITS = (2, 3, 4, 8)
 
 
 def called(bits: int, *arguments) -> None:
-    getattr(legacy, f"vecquant{bits}matmul")(*arguments)
+    getattr(quant_cuda, f"vecquant{bits}matmul")(*arguments)
 
 
 def check(bits, weight, matrix, groups, shape, vec_dtype, mul_dtype):

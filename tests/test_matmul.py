@@ -12,7 +12,8 @@ from quant_cuda import PackedWeight
 from quant_cuda.reference import dequantize
 
 BITS = (2, 3, 4, 8)
-BACKENDS = quant_cuda.available()
+# Those of GPUs have tests of their own, in test_cuda.py, test_gpu.py and test_triton.py.
+BACKENDS = tuple(name for name in quant_cuda.available() if name not in ("cuda", "triton"))
 
 
 def packed(

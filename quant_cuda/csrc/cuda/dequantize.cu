@@ -61,15 +61,16 @@ __global__ void __launch_bounds__(WARPS * 32)
   }
 }
 
-// y[i] = the sum over s of partial[s, i], in the order of s.
+// y[i] = bias + the sum over s of partial[s, i], in the order of s. bias: (outputs,) or NULL.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    add_partials(const float* __restrict__ partial, T* __restrict__ y, int splits, int count) {
+    add_partials(const float* __restrict__ partial, const float* __restrict__ bias,
+                 T* __restrict__ y, int splits, int count, int outputs) {
   const int i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
   float sum = 0;
   for (int s = 0; s < splits; ++s) sum += partial[static_cast<size_t>(s) * count + i];
-  y[i] = from_float<T>(sum);
+  y[i] = from_float<T>(bias ? sum + bias[i % outputs] : sum);
 }
 
 template <int BITS, typename T>
@@ -82,10 +83,11 @@ void launch(const void* words, const void* table, void* dense, int inputs, int o
 }
 
 template <typename T>
-void launch_sum(const float* partial, void* y, int splits, int count, cudaStream_t stream) {
+void launch_sum(const float* partial, const float* bias, void* y, int splits, int count,
+                int outputs, cudaStream_t stream) {
   const auto kernel = add_partials<T>;
-  LAUNCH(kernel, ceil_div(count, THREADS), THREADS, 0, stream, partial, static_cast<T*>(y), splits,
-         count);
+  LAUNCH(kernel, ceil_div(count, THREADS), THREADS, 0, stream, partial, bias, static_cast<T*>(y),
+         splits, count, outputs);
 }
 
 }  // namespace
@@ -106,14 +108,15 @@ EXPORT int quant_cuda_dequantize(int bits, int type, const void* words, const vo
   return cudaGetLastError();
 }
 
-// partial: float32 (splits, count); y: of `type` (count,).
-EXPORT int quant_cuda_add_partials(int type, const float* partial, void* y, int splits, int count,
-                                   cudaStream_t stream) {
+// partial: float32 (splits, count / outputs, outputs); bias: float32 (outputs,) or NULL; y: of `type`
+// (count / outputs, outputs).
+EXPORT int quant_cuda_add_partials(int type, const float* partial, const float* bias, void* y,
+                                   int splits, int count, int outputs, cudaStream_t stream) {
   if (type < HALF || type > FLOAT) return cudaErrorInvalidValue;
   const auto run = type == HALF     ? launch_sum<half_t>
                    : type == BFLOAT ? launch_sum<bfloat_t>
                                     : launch_sum<float>;
-  run(partial, y, splits, count, stream);
+  run(partial, bias, y, splits, count, outputs, stream);
   return cudaGetLastError();
 }
 

@@ -85,13 +85,14 @@ __device__ __forceinline__ void multiply(const uint4* shared, int stage, int hal
 }
 
 // x: (rows, inputs). words: (tiles, blocks, 256). table: (units, columns), one row for each
-// 2**shift inputs. y: (rows, outputs), or NULL to write partial: (gridDim.z, rows, outputs).
+// 2**shift inputs. bias: (outputs,) or NULL. y: (rows, outputs); or partial: (gridDim.z, rows,
+// outputs), without the bias, if not NULL.
 // Thread blocks: (rows / ROWS, columns / COLUMNS, splits of the inputs).
 template <int BITS, typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS)
     gemm(const T* __restrict__ x, const uint32_t* __restrict__ words,
-         const Grid* __restrict__ table, T* __restrict__ y, float* __restrict__ partial, int rows,
-         int inputs, int outputs, int columns, int shift) {
+         const Grid* __restrict__ table, const float* __restrict__ bias, T* __restrict__ y,
+         float* __restrict__ partial, int rows, int inputs, int outputs, int columns, int shift) {
   DYNAMIC_SHARED(uint4, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_n = warp % WARPS_N, half = warp / WARPS_N;
@@ -166,13 +167,13 @@ __global__ void __launch_bounds__(THREADS)
     if (partial)
       partial[static_cast<size_t>(blockIdx.z) * rows * outputs + at] = total;
     else
-      y[at] = from_float<T>(total);
+      y[at] = from_float<T>(bias ? total + bias[at_column] : total);
   }
 }
 
 template <int BITS, typename T, int ROWS>
-int launch(const void* x, const void* words, const void* table, void* y, float* partial, int rows,
-           int inputs, int outputs, int columns, int shift, int splits, cudaStream_t stream) {
+int launch(const void* x, const void* words, const void* table, const float* bias, void* y,
+           float* partial, int rows, int inputs, int outputs, int columns, int shift, int splits, cudaStream_t stream) {
   constexpr int bytes = Sizes<BITS, ROWS>::BYTES;
   const auto kernel = gemm<BITS, T, ROWS>;
   if (bytes > 48 * 1024) {
@@ -182,7 +183,7 @@ int launch(const void* x, const void* words, const void* table, void* y, float* 
   }
   LAUNCH(kernel, dim3(ceil_div(rows, ROWS), ceil_div(columns, COLUMNS), splits), THREADS, bytes,
          stream, static_cast<const T*>(x), static_cast<const uint32_t*>(words),
-         static_cast<const Grid*>(table), static_cast<T*>(y), partial, rows, inputs, outputs,
+         static_cast<const Grid*>(table), bias, static_cast<T*>(y), partial, rows, inputs, outputs,
          columns, shift);
   return cudaGetLastError();
 }
@@ -210,11 +211,11 @@ int launch_type(int bits, int type, Rest... rest) {
 
 // As quant_cuda_gemv, for any number of rows; a thread block takes row_tile of them: 16, 32, 64.
 EXPORT int quant_cuda_gemm(int bits, int type, const void* x, const void* words, const void* table,
-                           void* y, float* partial, int rows, int inputs, int outputs, int columns,
+                           const float* bias, void* y, float* partial, int rows, int inputs, int outputs, int columns,
                            int shift, int splits, int row_tile, cudaStream_t stream) {
   if (rows < 1 || inputs < 8 || inputs % 8 || columns % WARP_COLUMNS || shift < 5 ||
       (splits > 1) != (partial != nullptr))
     return cudaErrorInvalidValue;
-  return launch_type(bits, type, row_tile, x, words, table, y, partial, rows, inputs, outputs,
+  return launch_type(bits, type, row_tile, x, words, table, bias, y, partial, rows, inputs, outputs,
                      columns, shift, splits, stream);
 }

@@ -43,13 +43,13 @@ struct Stage {
 };
 
 // x: (rows, inputs), rows at most 8. words: (tiles, blocks, 256). table: (units, columns), one row
-// for each 2**shift inputs; FINE where that is fewer than a block. y: (rows, outputs), or NULL to
-// write partial: (gridDim.y, rows, outputs).
+// for each 2**shift inputs; FINE where that is fewer than a block. bias: (outputs,) or NULL.
+// y: (rows, outputs); or partial: (gridDim.y, rows, outputs), without the bias, if not NULL.
 template <int BITS, typename T, bool FINE>
 __global__ void __launch_bounds__(WARPS * 32)
     gemv(const T* __restrict__ x, const uint32_t* __restrict__ words,
-         const Grid* __restrict__ table, T* __restrict__ y, float* __restrict__ partial, int rows,
-         int inputs, int outputs, int columns, int shift) {
+         const Grid* __restrict__ table, const float* __restrict__ bias, T* __restrict__ y,
+         float* __restrict__ partial, int rows, int inputs, int outputs, int columns, int shift) {
   constexpr int BLOCK = layout::block_inputs<BITS>;
   constexpr int RUNS = BLOCK / layout::RUN;
   SHARED(float, sums, [WARPS][ROWS][COLUMNS + 1]);
@@ -123,17 +123,17 @@ __global__ void __launch_bounds__(WARPS * 32)
   if (partial)
     partial[static_cast<size_t>(blockIdx.y) * rows * outputs + at] = total;
   else
-    y[at] = from_float<T>(total);
+    y[at] = from_float<T>(bias ? total + bias[column] : total);
 }
 
 template <int BITS, typename T>
-void launch(const void* x, const void* words, const void* table, void* y, float* partial, int rows,
-            int inputs, int outputs, int columns, int shift, int splits, cudaStream_t stream) {
+void launch(const void* x, const void* words, const void* table, const float* bias, void* y,
+            float* partial, int rows, int inputs, int outputs, int columns, int shift, int splits, cudaStream_t stream) {
   const auto kernel = (1 << shift) < layout::block_inputs<BITS> ? gemv<BITS, T, true>
                                                                 : gemv<BITS, T, false>;
   LAUNCH(kernel, dim3(columns / COLUMNS, splits), WARPS * 32, 0, stream, static_cast<const T*>(x),
-         static_cast<const uint32_t*>(words), static_cast<const Grid*>(table), static_cast<T*>(y),
-         partial, rows, inputs, outputs, columns, shift);
+         static_cast<const uint32_t*>(words), static_cast<const Grid*>(table), bias,
+         static_cast<T*>(y), partial, rows, inputs, outputs, columns, shift);
 }
 
 }  // namespace
@@ -141,15 +141,16 @@ void launch(const void* x, const void* words, const void* table, void* y, float*
 // x: float16 or bfloat16 (rows, inputs), rows 1..8, inputs a multiple of 8, 16-byte aligned.
 // words: (columns / 16, blocks, 256). table: (units, columns), a row for each 2**shift inputs.
 // columns: outputs rounded up to a multiple of 32.
-// y: x's type (rows, outputs); or, for splits > 1, partial: float32 (splits, rows, outputs).
+// bias: float32 (outputs,) or NULL. y: x's type (rows, outputs); or, for splits > 1, partial:
+// float32 (splits, rows, outputs), to which quant_cuda_add_partials adds the bias.
 EXPORT int quant_cuda_gemv(int bits, int type, const void* x, const void* words, const void* table,
-                           void* y, float* partial, int rows, int inputs, int outputs, int columns,
+                           const float* bias, void* y, float* partial, int rows, int inputs, int outputs, int columns,
                            int shift, int splits, cudaStream_t stream) {
   if ((bits != 4 && bits != 8) || (type != HALF && type != BFLOAT) || rows < 1 || rows > ROWS ||
       inputs < 8 || inputs % 8 || columns % COLUMNS || shift < 5 || (splits > 1) != (partial != nullptr))
     return cudaErrorInvalidValue;
   const auto run = bits == 4 ? (type == HALF ? launch<4, half_t> : launch<4, bfloat_t>)
                              : (type == HALF ? launch<8, half_t> : launch<8, bfloat_t>);
-  run(x, words, table, y, partial, rows, inputs, outputs, columns, shift, splits, stream);
+  run(x, words, table, bias, y, partial, rows, inputs, outputs, columns, shift, splits, stream);
   return cudaGetLastError();
 }
