@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from gptq.decode import stepper
 from gptq.errors import UserError
 from gptq.machine import peak_memory, reset_peak_memory
 
@@ -104,20 +105,23 @@ def benchmark(
     check: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Latency:
-    """Feed tokens (n,) one by one with a key-value cache and time each step."""
+    """Feed tokens (n,) one by one with a key-value cache and time each step.
+
+    On a GPU a step is the replay of one CUDA graph, see `decode.stepper`.
+    """
     device = model.device
     reset_peak_memory(device)
-    cache, loss, seconds = None, 0.0, []
+    step = stepper(model, len(tokens))
+    loss, seconds = 0.0, []
     for position, token in enumerate(tokens.to(device)):
         _wait(device)
         started = perf_counter()
-        output = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+        logits = step(token.view(1, 1))
         _wait(device)
         seconds.append(perf_counter() - started)
-        cache = output.past_key_values
         if check and position + 1 < len(tokens):
             target = tokens[position + 1].view(1).to(device)
-            loss += float(torch.nn.functional.cross_entropy(output.logits[0].float(), target))
+            loss += float(torch.nn.functional.cross_entropy(logits[0].float(), target))
         if progress is not None:
             progress(position + 1, len(tokens))
     mean = torch.tensor(loss / max(1, len(tokens) - 1))

@@ -1,0 +1,51 @@
+"""One token after another, with nothing to do between two of them on a GPU but replay a graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+WARM_UP = 2
+
+
+@torch.no_grad()
+def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
+    """A function that takes the next token's id, (1, 1), and returns its logits (1, 1, vocab).
+
+    It remembers up to `length` tokens in a cache of fixed size. On a GPU each step replays one
+    captured CUDA graph, and the logits are overwritten by the next step.
+    """
+    device = model.device
+    cache = StaticCache(config=model.config, max_cache_len=max(length, WARM_UP + 1))
+    token = torch.zeros((1, 1), dtype=torch.long, device=device)
+
+    def forward() -> Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+    if device.type != "cuda":
+
+        def step(next_token: Tensor) -> Tensor:
+            token.copy_(next_token)
+            with torch.no_grad():
+                return forward()
+
+        return step
+
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        for _ in range(WARM_UP):  # what is made at first use must not be made in the graph
+            forward()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        logits = forward()
+    cache.reset()
+
+    def replay(next_token: Tensor) -> Tensor:
+        token.copy_(next_token)
+        graph.replay()
+        return logits
+
+    return replay
