@@ -4,7 +4,7 @@ For a layer with weight W (out x in) and inputs x, minimise tr((W - Q) H (W - Q)
 H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323, Algorithm 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptq.config import QuantConfig
 from gptq.grid import Grid, dequantize, find_grid, quantize, search_factors
-from quant_cuda import native
+from quant_cuda import cuda, cuda_sweep, native
 
 # Columns whose error is spread one at a time before one matmul spreads it over all the rest.
 BLOCK = 128
@@ -96,7 +96,7 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     if config.static_groups:
         grids = static_grids(w, damped, natural, config)
         static = (torch.stack([g.scale for g in grids]), torch.stack([g.zero for g in grids]))
-    sweep = _native_sweep if _runs_natively(w, config) else _sweep
+    sweep = _sweep_for(w, config)
     q, scales, zeros = sweep(w[order], damped[order][:, order], U, labels, runs, static, config)
 
     inverse = torch.argsort(order)
@@ -268,12 +268,16 @@ def _sweep(
     return q, scales, zeros
 
 
-def _runs_natively(w: Tensor, config: QuantConfig) -> bool:
-    """Whether compiled code does this sweep: float32 on a CPU, and grids it can search."""
-    found_on_the_way = not config.static_groups
-    if w.device.type != "cpu" or w.dtype != torch.float32 or not native.instruction_sets():
-        return False
-    return not (found_on_the_way and config.scale_search == "mse")
+def _sweep_for(w: Tensor, config: QuantConfig) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Compiled code where it was built, for float32 and grids that it can search; else torch."""
+    searched = not config.static_groups and config.scale_search == "mse"
+    if w.dtype != torch.float32 or searched:
+        return _sweep
+    if w.device.type == "cpu" and native.instruction_sets():
+        return _native_sweep
+    if w.device.type == "cuda" and cuda.available():
+        return _cuda_sweep
+    return _sweep
 
 
 def _native_sweep(
@@ -290,6 +294,30 @@ def _native_sweep(
     blocks = list(_blocks(runs))
     q, scales, zeros = native.sweep(
         w, H, U, labels, runs, blocks, static, factors, config.bits, config.sym
+    )
+    return q.to(w.dtype), scales, zeros
+
+
+def _cuda_sweep(
+    w: Tensor,
+    H: Tensor,
+    U: Tensor,
+    labels: Tensor,
+    runs: list[tuple[int, int]],
+    static: tuple[Tensor, Tensor] | None,
+    config: QuantConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_sweep` by a CUDA kernel, each block in one launch. Losses of the search "hessian" are sums
+    in another order; all else is rounded alike."""
+
+    def find(columns: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        grid = find_grid(columns, config.bits, config.sym, config.scale_search, block)
+        return grid.scale, grid.zero
+
+    factors = search_factors(config.sym) if config.scale_search == "hessian" else ()
+    blocks = list(_blocks(runs))
+    q, scales, zeros = cuda_sweep.sweep(
+        w, H, U, labels, runs, blocks, static, factors, config.bits, config.sym, find
     )
     return q.to(w.dtype), scales, zeros
 

@@ -31,6 +31,7 @@ _SIGNATURES = {
     "add_partials": "i ppp iii p",
     "plain_multiply": "i pppppp iiiii p",
     "plain_dequantize": "ii ppppp iii p",
+    "sweep_block": "pppppppppp iiiiiii p",
 }
 
 
@@ -104,7 +105,7 @@ def launch_matmul(
         return x.new_zeros(shape)
     if isinstance(weight, Tiled) and weight.order is not None:
         rows = rows.index_select(1, weight.order)
-    launch = _Launch(library, stream, processors)
+    launch = Launch(library, stream, processors)
     whole = x.dtype == torch.float32 and isinstance(weight, Tiled)
     if rows.shape[0] >= DENSE_ROWS or whole:
         dense = _dense(launch, weight, x.dtype)
@@ -122,7 +123,7 @@ def launch_dequantize(
     """`dequantize` on a stream of the current device."""
     if dtype not in _TYPES:
         raise TypeError(f"a weight is written out as float16, bfloat16 or float32, not {dtype}")
-    dense = _dense(_Launch(library, stream, 0), weight, dtype)
+    dense = _dense(Launch(library, stream, 0), weight, dtype)
     if isinstance(weight, Plain) or weight.order is None:
         return dense
     natural = torch.empty_like(dense)
@@ -131,7 +132,7 @@ def launch_dequantize(
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """Where kernels run."""
 
     library: ctypes.CDLL
@@ -146,7 +147,7 @@ class _Launch:
             raise RuntimeError(f"{name} failed: {self.library.quant_cuda_error(code).decode()}")
 
 
-def _tiled(launch: _Launch, rows: Tensor, weight: Tiled, bias: Tensor | None) -> Tensor:
+def _tiled(launch: Launch, rows: Tensor, weight: Tiled, bias: Tensor | None) -> Tensor:
     """rows: (rows, in), float16 or bfloat16, in the order of the words."""
     x = _aligned(rows)
     count, blocks = x.shape[0], weight.words.shape[1]
@@ -172,7 +173,7 @@ def _tiled(launch: _Launch, rows: Tensor, weight: Tiled, bias: Tensor | None) ->
     return y
 
 
-def _plain(launch: _Launch, rows: Tensor, weight: Plain, bias: Tensor | None) -> Tensor:
+def _plain(launch: Launch, rows: Tensor, weight: Plain, bias: Tensor | None) -> Tensor:
     x = rows.float().contiguous()
     blocks = -(-weight.out_features // 128) * -(-x.shape[0] // 8)
     splits = _splits(blocks, -(-weight.in_features // 64), 8 * launch.processors)
@@ -185,7 +186,7 @@ def _plain(launch: _Launch, rows: Tensor, weight: Plain, bias: Tensor | None) ->
     return y
 
 
-def _dense(launch: _Launch, weight: Prepacked, dtype: torch.dtype) -> Tensor:
+def _dense(launch: Launch, weight: Prepacked, dtype: torch.dtype) -> Tensor:
     """(in, out), inputs in the order of the words."""
     inputs, outputs = weight.in_features, weight.out_features
     kinds = (weight.bits, _TYPES[dtype])
@@ -218,14 +219,19 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def _place(x: Tensor, weight: Prepacked) -> tuple[ctypes.CDLL, int]:
-    there = words_of(weight).device
-    if not x.is_cuda or x.device != there:
-        raise ValueError(f"x is on {x.device}, the weight on {there}; both must be a GPU's")
+def current(x: Tensor) -> tuple[ctypes.CDLL, int]:
+    """The library, and the current stream of x's GPU."""
     library = _library()
     if library is None:
         raise RuntimeError("the CUDA kernels were not built; install again where nvcc is")
     return library, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _place(x: Tensor, weight: Prepacked) -> tuple[ctypes.CDLL, int]:
+    there = words_of(weight).device
+    if not x.is_cuda or x.device != there:
+        raise ValueError(f"x is on {x.device}, the weight on {there}; both must be a GPU's")
+    return current(x)
 
 
 @functools.cache

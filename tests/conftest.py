@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,6 +105,12 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory) -> Path:
+    """The CUDA kernels' own source, compiled for the host."""
+    return emulated.build(tmp_path_factory.mktemp("emulated"), emulated.KERNELS)
 
 
 @pytest.fixture(params=["llama", "bloom"])

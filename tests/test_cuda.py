@@ -32,11 +32,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory) -> Path:
-    return emulated.build(tmp_path_factory.mktemp("emulated"), emulated.KERNELS)
-
-
 @pytest.fixture(params=["emulated", "gpu"])
 def kernels(request) -> Kernels:
     if request.param == "emulated":
@@ -190,7 +185,7 @@ def test_errors(kernels):
     with pytest.raises(TypeError, match=r"^x must be float16[^\n]*float64$"):
         kernels.matmul(torch.ones(2, 96, dtype=torch.float64), prepacked)
     with pytest.raises(RuntimeError, match=r"^gemv failed: invalid argument$"):
-        cuda._Launch(kernels.library, 0, 1)("gemv", 5, 0, *[None] * 6, *[0] * 6)
+        cuda.Launch(kernels.library, 0, 1)("gemv", 5, 0, *[None] * 6, *[0] * 6)
 
 
 def test_a_tensor_that_is_not_on_a_gpu():

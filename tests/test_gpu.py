@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from emulated import emulated
-from test_cuda import host_library  # noqa: F401
 from test_matmul import activations, assert_as_good_as_naive, packed
 from torch import Tensor
 
