@@ -10,7 +10,7 @@ from torch import Tensor
 
 import quant_cuda
 from quant_cuda import gpu
-from quant_cuda.weight import PreparedWeight
+from quant_cuda.weight import PreparedWeight, facts
 
 BITS = (2, 3, 4, 8)
 
@@ -85,10 +85,13 @@ def test_the_operator_can_be_traced(on_host, bits):
 
 
 def test_what_is_refused():
-    weight, _ = packed(4)
-    assert gpu.refuses(weight, torch.float16) == "the weight is on cpu"
-    there = dataclasses.replace(gpu.prepare(weight), tensors=(torch.empty(0, device="meta"),))
-    assert gpu.refuses(there, torch.float16) == "the weight is on meta"
+    here = facts(packed(4)[0], torch.float16)
+    there = here._replace(device="cuda")
+    assert gpu.refuses(here) == "the weight is on a cpu device"
+    assert gpu.refuses(there) is None
+    assert "float64" in gpu.refuses(there._replace(dtype=torch.float64))
+    assert "float64" in gpu.refuses(there._replace(scale_dtype=torch.float64))
+    assert gpu.refuses(there._replace(out_features=0)) == "the weight is empty"
 
 
 def test_on_a_gpu():
