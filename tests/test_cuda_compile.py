@@ -22,7 +22,7 @@ def kernel_name(mangled: str) -> str:
     arguments = name[2] or ""
     arguments = re.sub(r"L[ib](\d+)E", r",\1", arguments).replace("6__half", ",half")
     arguments = arguments.replace("13__nv_bfloat16", ",bfloat")
-    arguments = re.sub(r"f$", ",float", arguments)
+    arguments = re.sub(r"(^|\d,?)f$", r"\1,float", arguments)
     return f"{name[1].lstrip('0123456789')}<{arguments.strip(',')}>"
 
 

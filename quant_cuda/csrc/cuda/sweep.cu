@@ -24,7 +24,7 @@ struct Sweep {
   const float* U;          // (inputs, inputs), U^T U = (H + damp)^-1
   const int32_t* labels;   // (inputs,), group of each column
   const int32_t* run_end;  // (inputs,), where a grid is to be found the end of its group, else 0
-  const float* factors;    // (factor_count,), shares of the range to try; none for the range itself
+  const float* factors;    // (factor_count,), shares of the range to try, see native.sweep; none for 1
   float* scales;           // (groups, outputs), written where a grid is found, else read
   float* zeros;            // (groups, outputs), likewise
   uint8_t* q;              // (inputs, outputs)
@@ -45,10 +45,11 @@ __device__ float stored(float scale) {
 
 __device__ Grid make_grid(float low, float high, float factor, const Sweep& s) {
   const float maxq = static_cast<float>((1 << s.bits) - 1);
-  const float a = __fmul_rn(low, factor), b = __fmul_rn(high, factor);
-  if (s.sym)
-    return {stored(__fdiv_rn(__fmul_rn(2.0f, fmaxf(-a, b)), maxq)),
-            static_cast<float>(1 << (s.bits - 1))};
+  const float a = __fmul_rn(low, fabsf(factor)), b = __fmul_rn(high, fabsf(factor));
+  if (s.sym) {
+    const float scale = stored(__fdiv_rn(__fmul_rn(2.0f, fmaxf(-a, b)), maxq));
+    return {factor < 0 ? -scale : scale, static_cast<float>(1 << (s.bits - 1))};
+  }
   const float scale = stored(__fdiv_rn(__fsub_rn(b, a), maxq));
   const float zero = rintf(__fdiv_rn(-a, scale));
   if (zero < 1.0f) return {stored(__fdiv_rn(b, maxq - 1.0f)), 1.0f};
@@ -61,7 +62,7 @@ __device__ float nearest(float w, const Grid& grid, float maxq) {
 }
 
 // This part's share of error^T H error, from the lower half of H. `error`: `size` rows.
-__device__ float share_of_loss(const Tile& error, const float* H, int stride, int size, int lane,
+__device__ __forceinline__ float share_of_loss(const Tile& error, const float* H, int stride, int size, int lane,
                                int part) {
   float loss = 0;
   for (int first = ROWS * part; first < size; first += ROWS * PARTS) {
@@ -87,7 +88,7 @@ __device__ float share_of_loss(const Tile& error, const float* H, int stride, in
 }
 
 // Loss of a grid on columns from..from+size of the block; alike in all parts of an output.
-__device__ float loss_of(const Tile& w, Tile& error, float (&shares)[PARTS][LANES], const Sweep& s,
+__device__ __forceinline__ float loss_of(const Tile& w, Tile& error, float (&shares)[PARTS][LANES], const Sweep& s,
                          const Grid& grid, int from, int size, int lane, int part) {
   const float maxq = static_cast<float>((1 << s.bits) - 1);
   for (int i = part; i < size; i += PARTS) {
@@ -104,7 +105,7 @@ __device__ float loss_of(const Tile& w, Tile& error, float (&shares)[PARTS][LANE
   return loss;
 }
 
-__device__ Grid find_grid(const Tile& w, Tile& error, float (&shares)[PARTS][LANES],
+__device__ __forceinline__ Grid find_grid(const Tile& w, Tile& error, float (&shares)[PARTS][LANES],
                           const Sweep& s, int from, int size, int lane, int part) {
   const float maxq = static_cast<float>((1 << s.bits) - 1);
   float low = 0, high = 0;
@@ -139,7 +140,7 @@ __device__ Grid find_grid(const Tile& w, Tile& error, float (&shares)[PARTS][LAN
   return best;
 }
 
-__global__ void __launch_bounds__(PARTS * LANES)
+__global__ void __launch_bounds__(PARTS * LANES, 1)
     sweep_block(Sweep s) {
   SHARED(float, w, [BLOCK][LANES]);
   SHARED(float, error, [BLOCK][LANES]);
