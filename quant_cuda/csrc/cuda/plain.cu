@@ -49,7 +49,7 @@ __device__ void for_period(const Weight& weight, int column, int period, Use use
 
 // y: (gridDim.y, rows, outputs), partial sums that are to be added.
 template <int BITS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     plain_multiply(const float* __restrict__ x, Weight weight, float* __restrict__ y, int rows) {
   const int column = blockIdx.x * THREADS + threadIdx.x, first = blockIdx.z * ROWS;
   if (column >= weight.outputs) return;
