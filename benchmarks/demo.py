@@ -35,8 +35,6 @@ WINDOWS, SEQLEN = 20, 512
 TIMED_TOKENS = 8
 PROMPT = "The most important thing about a good night's sleep is"
 NEW_TOKENS = 20
-PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
-PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     """Load and run the full model, or the checkpoint made from it; `write` on from PROMPT."""
     import torch
 
+    from benchmarks.measures import bits_per_weight
     from gptq.api import load, open_weights, perplexity
     from gptq.calibration import evaluation_windows
     from gptq.generate import benchmark, text
@@ -73,22 +72,12 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     windows = evaluation_windows(heldout, tokenizer, SEQLEN, WINDOWS)
     return Row(
         checkpoint.stat().st_size if checkpoint else 2 * parameters,
-        bits_per_weight(checkpoint) if checkpoint else 16,
+        bits_per_weight(open_weights(model, checkpoint)) if checkpoint else 16,
         latency.peak_memory,
         perplexity(open_weights(model, checkpoint), windows),
         latency.tokens_per_second,
         written,
     )
-
-
-def bits_per_weight(checkpoint: Path) -> float:
-    """Bits stored for a weight of the packed layers of a `.pt`, scales and zeros included."""
-    import torch
-
-    state = torch.load(checkpoint, weights_only=True, mmap=True)
-    packed = {name: tensor for name, tensor in state.items() if name.endswith(PACKED)}
-    words = sum(tensor.numel() for name, tensor in packed.items() if name.endswith(".qweight"))
-    return sum(8 * tensor.nbytes for tensor in packed.values()) / (words * 32 / BITS)
 
 
 def main() -> int:
