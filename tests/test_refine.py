@@ -1,5 +1,7 @@
 """Refinement against a literal search over single changes, and its promise never to do harm."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def literal(w, H, q, scales, zeros, runs, labels, bits) -> tuple[np.ndarray, np.
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [False, True])
 def test_a_round_takes_the_best_of_every_single_change(bits, sym):
-    w, H, q, scales, zeros, runs, labels = problem(20, 3, 8, bits, sym)
+    w, H, q, scales, zeros, runs, _ = problem(20, 3, 8, bits, sym)
     order = [runs[1], runs[2], runs[0]], [1, 2, 0]  # the last group is short
     found_q, found_scales = refine(w, H, q, scales, zeros, *order, bits, 1)
     expected_q, expected_scales = literal(w, H, q, scales, zeros, *order, bits)
@@ -94,7 +96,7 @@ def test_every_round_lowers_the_objective(size, dtype):
         assert done[0].min() >= 0
         assert done[0].max() <= 7
     slack = 1e-5 if dtype == torch.float32 else 1e-12
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + slack)).all()
     assert losses[-1].sum() < 0.9 * losses[0].sum()
 
