@@ -13,6 +13,7 @@ FLOORS = (
     ("gptq", "gptq.errors", "gptq.models"),
     ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.tensor_files", "gptq.gguf_reader", "gptq.calibration"),
+    ("gptq.journal", "gptq.shelf", "gptq.torch_file"),
     ("gptq.source", "gptq.solver", "gptq.eras"),
     ("gptq.qlinear",),
     ("gptq.skeleton",),
