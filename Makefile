@@ -18,13 +18,20 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH ?= torch$(if $(GPU),,==2.13.0)
 
+# Nothing here runs the CUDA kernels without a GPU: one target then shows that they compile. The
+# slow test of tests/test_cuda_compile.py compiles all of them.
+CUDA_TARGETS ?= $(if $(GPU),,sm_80)
+
+# The test files are shared out over several processes, where pytest-xdist is there.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test lint clean venv
 
 demo: venv
 	@$(RUN) -m benchmarks.demo
 
 test: venv
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $$($(RUN) -c "import xdist; print('$(SPREAD)')" 2>/dev/null)
 
 lint: venv
 	@$(RUN) -m ruff check .
@@ -42,7 +49,7 @@ venv: .venv/ready
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)"
-	@$(PIP) --editable ".[test]"
+	@CUDA_TARGETS="$(CUDA_TARGETS)" $(PIP) --editable ".[test]"
 	@touch $@
 else
 venv:
