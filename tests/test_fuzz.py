@@ -322,7 +322,7 @@ def test_settings_beside_a_file(name, world, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     outcomes = []
     for i, rng in enumerate(cases(100, 9)):
-        said: object = {**SETTINGS, **{rng.choice(list(SETTINGS)): rng.choice(JUNK)}}
+        said: object = {**SETTINGS, rng.choice(list(SETTINGS)): rng.choice(JUNK)}
         if i % 10 == 0:
             said = rng.choice([*JUNK[:-1], [said], {"": said}])
         whole = {**config, "quantization_config": said} if name == "config.json" else said
