@@ -13,27 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, thread_time
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from benchmarks.quality import PLAIN
 from benchmarks.shapes import SHAPES
 from gptq import QuantConfig, skeleton
+from gptq.adapt import DAMP_FACTORS
 from gptq.errors import UserError
 from gptq.grid import search_factors
 from gptq.models import SPECS
-from gptq.solver import DAMP_FACTORS
 from gptq.source import open_model
-
-PLAIN: dict[str, Any] = {
-    "order": "natural",
-    "scale_search": "minmax",
-    "adaptive_damp": False,
-    "error_feedback": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -97,6 +90,9 @@ def _of_group(group: Group, quantization: QuantConfig, tokens: int) -> Iterator[
         tries = len(search_factors(quantization.sym)) + (0 if quantization.sym else 2)
         size = n if quantization.group_size == -1 else min(n, quantization.group_size)
         yield "sweep", tries * m * n * size
+    if quantization.refine:
+        # The errors' gradient, and in each round what the changes make of it.
+        yield "refinement", 2 * (quantization.refine + 1) * m * n**2
     if quantization.adapts_damp:
         yield "damping", len(DAMP_FACTORS) * n**3 / 3
     if quantization.feeds_back:
@@ -161,7 +157,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     args = parse(words)
     torch.set_num_threads(args.threads)
-    quantization = QuantConfig(group_size=args.groupsize, **(PLAIN if args.plain else {}))
+    quantization = QuantConfig(group_size=args.groupsize, **(PLAIN if args.plain else {}))  # type: ignore[arg-type]
     try:
         config = configuration(args.model)
     except UserError as error:
