@@ -30,6 +30,7 @@ from benchmarks.permuted import permuted_copy
 from benchmarks.train_tiny import tiny_model
 from gptq import QuantConfig, api
 from gptq.calibration import calibration_windows, evaluation_windows
+from gptq.config import QUALITIES
 from gptq.errors import UserError
 from gptq.files import whole_file
 
@@ -55,6 +56,7 @@ METHODS: dict[str, dict[str, object]] = {
     "+ input feedback": {"residual_feedback": False, "refine": 0},
     "+ residual feedback": {"refine": 0},
     "default": {},
+    "best": {**QUALITIES["best"]},
 }
 PEER_METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "GPTQModel, its defaults": ("gptqmodel", {}),
