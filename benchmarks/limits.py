@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, thread_time
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from benchmarks.quality import PLAIN
 from benchmarks.shapes import SHAPES
 from gptq import QuantConfig, skeleton
 from gptq.adapt import DAMP_FACTORS
@@ -27,6 +27,14 @@ from gptq.errors import UserError
 from gptq.grid import search_factors
 from gptq.models import SPECS
 from gptq.source import open_model
+
+PLAIN: dict[str, Any] = {
+    "order": "natural",
+    "scale_search": "minmax",
+    "adaptive_damp": False,
+    "error_feedback": 0.0,
+    "refine": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     args = parse(words)
     torch.set_num_threads(args.threads)
-    quantization = QuantConfig(group_size=args.groupsize, **(PLAIN if args.plain else {}))  # type: ignore[arg-type]
+    quantization = QuantConfig(group_size=args.groupsize, **(PLAIN if args.plain else {}))
     try:
         config = configuration(args.model)
     except UserError as error:

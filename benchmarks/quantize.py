@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.assets import DEFAULT_CACHE
-from benchmarks.limits import Rates, measured_rates, operations
-from benchmarks.quality import PEERS, PLAIN, Subject, log_perplexities, subject, windows_of
+from benchmarks.limits import PLAIN, Rates, measured_rates, operations
+from benchmarks.quality import PEERS, Subject, log_perplexities, subject, windows_of
 from gptq import QuantConfig, api
 from gptq.errors import UserError
 

@@ -8,8 +8,8 @@ import torch
 from conftest import llama_config
 
 from benchmarks import quantize
-from benchmarks.limits import Group, groups_of, main, operations
-from benchmarks.quality import PLAIN, Subject
+from benchmarks.limits import PLAIN, Group, groups_of, main, operations
+from benchmarks.quality import Subject
 from benchmarks.quantize import Stopwatch, run_ours
 from gptq import QuantConfig
 
