@@ -199,13 +199,17 @@ def inverse_factor(H: Tensor, dead: Tensor, percdamp: float) -> tuple[Tensor, fl
     Cholesky factor of P H P, U is P L^-1 P: one factorization and one triangular inverse.
     """
     mean = _mean_diagonal(H, dead)
-    eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
     while True:
-        flipped = H.flip(0, 1)
-        flipped.diagonal().add_(percdamp * mean)
-        L, failed = torch.linalg.cholesky_ex(flipped)
+        # In place where it can be: of a wide layer each matrix is hundreds of megabytes.
+        L = H.flip(0, 1)
+        L.diagonal().add_(percdamp * mean)
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(L, out=(L, failed))
         if not failed:
-            U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
+            U = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            torch.linalg.solve_triangular(L, U, upper=False, out=U)
+            del L
+            U = U.flip(0, 1)
             if bool(torch.isfinite(U).all()):
                 return U, percdamp
         percdamp = max(percdamp, 1e-4) * DAMP_STEP

@@ -95,4 +95,3 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     write_state_dict(tmp_path / "m.pt", lazy, {}, {})
     assert len(alive) == 5
     assert torch.load(tmp_path / "m.pt", weights_only=True)["3"].tolist() == [3.0] * 10
-
