@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq import skeleton
+from gptq.adapt import choose_damp, feed_back
 from gptq.config import QuantConfig, check_packable
 from gptq.distributed import ALONE, Team
 from gptq.errors import UserError
@@ -21,7 +22,7 @@ from gptq.models import ModelSpec
 from gptq.moments import Moments, moments
 from gptq.qlinear import QuantLinear
 from gptq.shelf import Shelf
-from gptq.solver import Solution, choose_damp, feed_back, round_to_nearest, solve
+from gptq.solver import Solution, round_to_nearest, solve
 from gptq.source import ModelSource
 from gptq.stages import advance, finish
 from quant_cuda.reference import dequantize
@@ -274,7 +275,7 @@ def _solve(
             "is needed"
         )
     if seen.held is not None:
-        percdamp = choose_damp(weight, H - seen.held, seen.held, config)
+        percdamp = choose_damp(H - seen.held, seen.held, config)
         config = replace(config, percdamp=percdamp)
     return team.by_rows(lambda rows: _solve_rows(weight, rows, seen, config), len(weight))
 
