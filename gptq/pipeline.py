@@ -24,7 +24,7 @@ from gptq.qlinear import QuantLinear
 from gptq.shelf import Shelf
 from gptq.solver import Solution, round_to_nearest, solve
 from gptq.source import ModelSource
-from gptq.stages import advance, finish
+from gptq.stages import advance, advance_past, finish
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -199,8 +199,9 @@ def _solve_block(
     held_out = HELD_OUT if config.adapts_damp else 0.0
 
     def of_group(number: int) -> Moments | None:
-        beside = None if full is None else advance(full, twin, spec, number)
-        seen = moments(advance(ahead, block, spec, number), beside, held_out)
+        beside = None if full is None else advance_past(full, twin, spec, number)
+        here = advance(ahead, block, spec, number)
+        seen = moments(here, beside, held_out, config.residual_feedback)
         return run.team.mean(seen, sum(stream.hidden.sizes()))
 
     # Where layers are not solved in turn, all inputs are those of the unquantized block.
@@ -214,8 +215,6 @@ def _solve_block(
         for report in _quantize_group(block, index, number, seen, run, packed):
             yield replace(report, seconds=time.perf_counter() - started)
             started = time.perf_counter()
-    if full is not None:
-        finish(full, twin, spec)
     if config.true_sequential:
         finish(stream, block, spec)
     else:
@@ -283,11 +282,11 @@ def _solve(
 def _solve_rows(weight: Tensor, rows: slice, seen: Moments, config: QuantConfig) -> Solution:
     """Some rows of a stacked weight; none depends on another."""
     weight = weight[rows]
-    if seen.C is not None and config.error_feedback > 0:
-        missing = weight.float() @ seen.C
-        if seen.R is not None and config.residual_feedback:
-            missing += seen.R[rows]
-        weight = feed_back(weight, seen.H, missing, config.error_feedback, config.percdamp)
+    if config.feeds_back:
+        its = seen if seen.R is None else replace(seen, R=seen.R[rows])
+        missing = its.missing(weight)
+        if missing is not None:
+            weight = feed_back(weight, seen.H, missing, config.error_feedback, config.percdamp)
     return solve(weight, seen.H, config)
 
 
