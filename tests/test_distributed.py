@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 
 import pytest
 import torch
+from conftest import ROOT
 from forked import team
 
 import gptq
@@ -138,3 +141,17 @@ def test_alone_everything_is_its_own():
     assert ALONE.from_leader(lambda: 5) == 5
     assert ALONE.by_rows(lambda rows: rows, 7) == slice(0, 7)
     assert torch.distributed.is_initialized() is False
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, llama_dir, text_file):
+    """The README's line as a user's shell runs it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    argv = words(llama_dir, text_file, tmp_path / "m.pt", "--eval", "--eval-windows", "2")
+    done = subprocess.run(
+        [*command, str(ROOT / "llama.py"), *argv], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "m.pt").is_file()
+    assert done.stdout.count("mean loss") == 2  # its own line and that of rounding: printed once
+    assert done.stdout.count("perplexity") == 1
