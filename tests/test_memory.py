@@ -44,7 +44,7 @@ def growth(call, log: Path) -> int:
 
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path, text_file):
     grown = []
-    for blocks in (3, 15):
+    for blocks in (2, 8):
         folder = make_model(tmp_path / str(blocks), llama_config(num_hidden_layers=blocks, **WIDE))
         outputs = {
             "save": tmp_path / "m.pt",
@@ -56,16 +56,16 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path, text_file
             gptq.quantize(folder, text_file, CONFIG, nsamples=2, seqlen=64, device="cpu", **outputs)
 
         grown.append(growth(call, tmp_path / f"{blocks}.log"))
-    # Twelve more blocks of 8 bits; held at 16 or 32 they would be twice or four times as much.
-    assert grown[1] - grown[0] < 12 * WEIGHTS / 4, grown
+    # Six more blocks of 8 bits; held at 16 or 32 they would be twice or four times as much.
+    assert grown[1] - grown[0] < 6 * WEIGHTS / 4, grown
 
 
 def test_activations_go_to_disk_where_they_would_not_fit(tmp_path, text_file, monkeypatch):
     folder = make_model(tmp_path / "m", llama_config(**WIDE))
     monkeypatch.setattr(skeleton, "BATCH_TOKENS", 512)
-    run = {"nsamples": 96, "seqlen": 96, "device": "cpu"}
-    needed = needs(open_model(folder), CONFIG, 96 * 96, torch.float32)
-    assert needed.activations == 2 * 96 * 96 * (512 + 1024) * 4
+    run = {"nsamples": 64, "seqlen": 96, "device": "cpu"}
+    needed = needs(open_model(folder), CONFIG, 64 * 96, torch.float32)
+    assert needed.activations == 2 * 64 * 96 * (512 + 1024) * 4
     seen, grown = [], []
     shelf = gptq.api.Shelf
 
