@@ -5,7 +5,7 @@ H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323, Algo
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from quant_cuda import cuda, cuda_sweep, native
 # Columns whose error is spread one at a time before one matmul spreads it over all the rest.
 BLOCK = 128
 DAMP_STEP = 10.0
+# In what orders a layer is swept in turn, where it is swept several times.
+SWEEP_ORDERS = ("gar", "act", "natural")
 # Rows of H whose product is taken at once, and up to what size a triangle is not cut further.
 STRIP = 256
 TRIANGLE = 192
@@ -103,6 +105,7 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
     q, scales = _refined(w, damped, q, scales, zeros, g_idx, config)
+    q, scales = _swept_again(w, damped, q, scales, zeros, g_idx, config)
     return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
 
 
@@ -335,6 +338,39 @@ def _refined(
         w[order], H, q[order], scales, zeros, runs, labels, config.bits, config.refine
     )
     return q[torch.argsort(order)], scales
+
+
+def _swept_again(
+    w: Tensor,
+    damped: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    config: QuantConfig,
+) -> tuple[Tensor, Tensor]:
+    """More sweeps, each in another order and on the grids found so far, and refined.
+
+    Each output keeps what errs least under the damped H. q: (in, out), scales: (groups, out), in
+    the original order, as they are returned.
+    """
+    dead = torch.zeros_like(g_idx, dtype=torch.bool)
+    loss = _row_loss(dequantize(q, Grid(scales[g_idx], zeros[g_idx])).sub_(w), damped, dead)
+    for turn in range(1, config.sweeps):
+        turned = replace(config, order=SWEEP_ORDERS[turn % len(SWEEP_ORDERS)], static_groups=True)
+        order, runs = column_order(damped.diagonal(), turned)
+        H = damped[order][:, order]
+        U, _ = inverse_factor(H, dead, 0.0)
+        tried, _, _ = _sweep_for(w, turned)(
+            w[order], H, U, g_idx[order], runs, (scales, zeros), turned
+        )
+        tried, found = _refined(
+            w, damped, tried[torch.argsort(order)], scales, zeros, g_idx, config
+        )
+        again = _row_loss(dequantize(tried, Grid(found[g_idx], zeros[g_idx])).sub_(w), damped, dead)
+        q, scales = torch.where(again < loss, tried, q), torch.where(again < loss, found, scales)
+        loss = torch.minimum(loss, again)
+    return q, scales
 
 
 def _blocks(runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

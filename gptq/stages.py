@@ -44,9 +44,9 @@ def step(
     if number % 2:
         x, hidden = batch
         return _before_output(block, spec.branches[number // 2], x, arguments), hidden
-    *x, hidden = batch
-    if x:
-        hidden = hidden + _output(block, spec, number - 1)(*x)
+    hidden = batch[-1]
+    if len(batch) == 2:
+        hidden = hidden + _output(block, spec, number - 1)(batch[0])
     if number == len(spec.groups):
         return (hidden,)
     x = block.get_submodule(spec.branches[number // 2].norm)(hidden)
@@ -78,9 +78,8 @@ def advance_past(
     layer = cast(nn.Linear, _output(block, spec, number))
     for index, arguments in enumerate(stream.each_arguments()):
         x, hidden = step(block, spec, number, stream.hidden.get(index), arguments)
-        product = nn.functional.linear(x, layer.weight)
-        output = product if layer.bias is None else product + layer.bias
-        stream.hidden.put(index, (hidden + output,))
+        product, output = _outputs(layer, x, hidden)
+        stream.hidden.put(index, (output,))
         yield Inputs(x, hidden, product)
 
 
@@ -89,6 +88,13 @@ def finish(stream: skeleton.Stream, block: nn.Module, spec: ModelSpec) -> None:
     for index, arguments in enumerate(stream.each_arguments()):
         batch = step(block, spec, len(spec.groups), stream.hidden.get(index), arguments)
         stream.hidden.put(index, batch)
+
+
+@torch.no_grad()
+def _outputs(layer: nn.Linear, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's product with x, and the hidden states that its output is added to."""
+    product = nn.functional.linear(x, layer.weight)
+    return product, hidden + (product if layer.bias is None else product + layer.bias)
 
 
 def _output(block: nn.Module, spec: ModelSpec, number: int) -> nn.Module:
