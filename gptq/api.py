@@ -66,12 +66,7 @@ def quantize(
     started = perf_counter()
     config = config or QuantConfig()
     outputs = [Path(path) for path in (save, save_safetensors, save_dir) if path is not None]
-    if not outputs:
-        raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
-    if format not in (None, *FORMATS):
-        raise UserError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
-    for path in outputs:
-        check_writable(path, folder=path is outputs[-1] and save_dir is not None)
+    _check_outputs(outputs, save_dir is not None, format)
     limit = None if max_memory is None else parse_size(max_memory)
     source = open_model(model)
     if source.quantized:
@@ -96,8 +91,7 @@ def quantize(
         # The others may still be reading what the first would write on, and remove.
         team.wait()
         if team.leads:
-            tensors = export.assemble(source, journal)
-            said = export.settings(config, meta)
+            tensors, said = export.assemble(source, journal), export.settings(config, meta)
             if save is not None:
                 tied = skeleton.tied(source.config, source.spec, source.tensors)
                 export.write_pt(Path(save), tensors, said, tied)
@@ -108,6 +102,15 @@ def quantize(
             journal.remove()
     seconds = perf_counter() - started
     return Report(config, tuple(layers), tuple(outputs), seconds, peak_memory(where))
+
+
+def _check_outputs(outputs: list[Path], folder_last: bool, format: str | None) -> None:
+    if not outputs:
+        raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
+    if format not in (None, *FORMATS):
+        raise UserError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
+    for path in outputs:
+        check_writable(path, folder=folder_last and path is outputs[-1])
 
 
 @contextmanager

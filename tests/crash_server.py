@@ -8,6 +8,7 @@ find all that is imported on the way.
 import ctypes
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -28,6 +29,8 @@ LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ el
 
 def child(task: dict, log: str) -> int:
     number = task.get("signal_at")
+    # A parent that runs in the background lets its children ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as file, redirect_stdout(file), redirect_stderr(file):
         if LIBRARY is not None:
             LIBRARY.io_faults_arm(task["folder"].encode(), task.get("n", 0), task.get("how", 0))

@@ -16,7 +16,7 @@ from conftest import ROOT, llama_config, make_model
 
 KILLS = 50
 # Of the changes to files that a run makes, one in so many is tried, and all with -m slow.
-STRIDE = 11
+STRIDE = 23
 SHORT, NO_SPACE, IO_ERROR, KILL = 1, 2, 3, 4
 COMPILER = shutil.which("cc")
 
@@ -188,6 +188,7 @@ def test_killed_at_a_change_to_a_file(run_with_folder, stride):
 def test_short_writes_are_continued(run_with_folder):
     code, said = run_with_folder(n=0, how=SHORT)
     assert code == 0, said
+    assert int(re.search(r"changes (\d+)", said)[1]) > run_with_folder.changes
     run_with_folder.check_whole()
 
 
