@@ -1,7 +1,6 @@
 """How much memory a quantization takes, told from shapes before it begins."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -13,16 +12,17 @@ from gptq.source import ModelSource
 GIB = 2**30
 # Python, torch, the packed layers and one batch on its way through a block.
 FIXED = GIB
-# float32 matrices as wide as the widest layer's inputs: the moments, and all that a solve makes.
-MOMENTS, WORK = 4, 6
+# float32 matrices that a group of layers takes: as wide and high as its inputs, the moments and
+# what a solve makes of them; and of the size of its weights, what the solve makes of those.
+MOMENTS, SQUARES, COPIES = 4, 6, 8
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes at the most demanding layer."""
+    """Bytes at the most demanding group of layers."""
 
     least: int
-    """The block's weights and the layer's moments; the solve's own work comes on top."""
+    """The block's weights and the group's moments; the solve's own work comes on top."""
     most: int
     """With everything but the activations."""
     activations: int
@@ -34,16 +34,22 @@ def needs(source: ModelSource, config: QuantConfig, tokens: int, dtype: torch.dt
     spec = source.spec
     model = skeleton.build(source.config, spec, torch.device("cpu"))
     block = model.get_submodule(spec.block(0))
-    weights = {name: skeleton.linear(block, name).weight.shape for name in spec.linears}
-    group = max(sum(prod(weights[name]) for name in names) for names in spec.groups)
-    widest = max(columns for _, columns in weights.values())
-    square = 4 * widest**2 if config.method == "gptq" else 0
-    held = (sum(weight.numel() for weight in block.parameters()) + group) * dtype.itemsize
+    shapes = {name: skeleton.linear(block, name).weight.shape for name in spec.linears}
+    held = sum(weight.numel() for weight in block.parameters()) * dtype.itemsize
+    squares = 1 if config.method == "gptq" else 0
+    least = most = widest = 0
+    for group in spec.groups:
+        rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
+        new = rows * columns * dtype.itemsize
+        moments = 4 * squares * MOMENTS * columns**2
+        work = 4 * (squares * SQUARES * columns**2 + COPIES * rows * columns)
+        least, most = max(least, new + moments), max(most, new + moments + work)
+        widest = max(widest, columns)
     width = source.config.hidden_size + widest
     streams = 2 if config.feeds_back else 1
     return Needs(
-        least=held + MOMENTS * square,
-        most=held + (MOMENTS + WORK) * square + FIXED,
+        least=held + least,
+        most=held + most + FIXED,
         activations=streams * tokens * width * dtype.itemsize,
     )
 
