@@ -17,7 +17,7 @@ from conftest import ROOT, llama_config, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import gptq
+import gptq.pipeline
 from gptq.cli import main
 from gptq.config import QUALITIES
 from gptq.models import BLOOM, LLAMA

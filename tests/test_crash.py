@@ -70,7 +70,8 @@ class Run:
         self.server, self.room = server, room
         self.argv = [
             *(str(model), str(text), "--wbits", "4", "--groupsize", "32", "--percdamp", "0.01"),
-            *("--scale-search", "minmax", "--nsamples", "2", "--seqlen", "16", "--device", "cpu"),
+            *("--scale-search", "minmax", "--refine", "0", "--device", "cpu"),
+            *("--nsamples", "2", "--seqlen", "16"),
             *("--save", str(room / "m.pt"), "--save_safetensors", str(room / "m.safetensors")),
             *(("--save-dir", str(room / "d")) if folder else ()),
         ]

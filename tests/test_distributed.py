@@ -75,7 +75,8 @@ def test_two_processes_do_what_one_does(
 def words(folder, text, path, *more):
     return [
         *(str(folder), str(text), "--wbits", "4", "--groupsize", "32", "--percdamp", "0.01"),
-        *("--nsamples", "3", "--seqlen", "32", "--device", "cpu", "--save", str(path), *more),
+        *("--nsamples", "3", "--seqlen", "32", "--refine", "0", "--device", "cpu"),
+        *("--save", str(path), *more),
     ]
 
 
