@@ -69,11 +69,19 @@ struct bfloat_t {
   uint16_t bits;
 };
 
-inline float __half2float(half_t h) {
-  _Float16 x;
-  std::memcpy(&x, &h.bits, 2);
-  return static_cast<float>(x);
-}
+// Every float16 as a float: hosts without an instruction for it are slow.
+inline const std::vector<float> half_values = [] {
+  std::vector<float> values(1 << 16);
+  for (uint32_t bits = 0; bits < values.size(); ++bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    _Float16 x;
+    std::memcpy(&x, &half, 2);
+    values[bits] = static_cast<float>(x);
+  }
+  return values;
+}();
+
+inline float __half2float(half_t h) { return half_values[h.bits]; }
 
 inline half_t __float2half_rn(float f) {
   const _Float16 x = static_cast<_Float16>(f);
@@ -118,8 +126,15 @@ constexpr cudaError_t cudaErrorInvalidValue = 1;
 constexpr cudaError_t emulation_error = 999;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+// Twin of ptx.cuh's.
+struct alignas(8) barrier_t {
+  uint16_t count, arrived;
+  uint32_t phase;
+};
+
 namespace emulation {
 
+constexpr size_t MOST_SHARED = 227 * 1024;
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 * 1024;
 enum class Order { FORWARD, BACKWARD, ODD_FIRST };
@@ -128,6 +143,22 @@ struct Copy {
   void* to;
   const void* from;
   bool valid;
+};
+
+// Eight numbers of a matrix on their way to shared memory.
+struct Row {
+  void* to;
+  uint32_t words[4];
+};
+
+// A lane's part of a warpgroup's product.
+struct Product {
+  float* d;
+  float a[2][16];
+  const char* b;
+  size_t along, across;
+  bool add;
+  float (*number)(uint16_t bits);
 };
 
 struct Fiber {
@@ -141,6 +172,12 @@ struct Fiber {
   unsigned exchanges = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  const barrier_t* barrier = nullptr;  // in shared memory, whose phase of `parity` is awaited
+  unsigned parity = 0;
+  std::vector<Row> unfenced;
+  bool may_multiply = false;
+  std::vector<Product> products;
+  std::deque<std::vector<Product>> product_groups;
   void* fake_stack = nullptr;
 };
 
@@ -246,6 +283,8 @@ const Mine (&exchange(const char* operation, const Mine& mine))[WARP] {
 
 inline bool runnable(Fiber& fiber) {
   if (fiber.done || fiber.waits_at) return false;
+  if (fiber.barrier && fiber.barrier->phase % 2 == fiber.parity) return false;
+  fiber.barrier = nullptr;
   if (fiber.awaited && machine.warps[fiber.rank / WARP].completed < fiber.awaited) return false;
   fiber.awaited = 0;
   return true;
@@ -257,6 +296,7 @@ inline std::string stuck() {
   int waiting = 0;
   for (auto& fiber : machine.fibers) {
     if (fiber->awaited) return "a warp-wide operation was reached by only some lanes of a warp";
+    if (fiber->barrier) return "a barrier in shared memory is never completed";
     if (!fiber->waits_at) continue;
     if (site && site != fiber->waits_at) return "threads of a block wait at two barriers";
     site = fiber->waits_at;
@@ -385,6 +425,7 @@ inline void land(std::vector<Copy>& copies) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  if (static_cast<size_t>(bytes) > emulation::MOST_SHARED) return cudaErrorInvalidValue;
   emulation::machine.shared_limit = bytes;
   return cudaSuccess;
 }
@@ -407,140 +448,4 @@ extern "C" inline __attribute__((visibility("default"), used)) void emulation_se
   emulation::machine.eager_copies = eager_copies;
 }
 
-// --- warp-wide operations ---
-
-struct Fragments {
-  uint32_t a[4];
-  uint32_t b[2];
-  uint32_t unused[2];
-};
-
-template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  static_assert(sizeof(T) == 4, "one word");
-  Fragments mine = {};
-  std::memcpy(mine.a, &value, 4);
-  const auto& all = emulation::exchange("shfl", mine);
-  T got;
-  std::memcpy(&got, all[(emulation::machine.current->rank % emulation::WARP) ^ mask].a, 4);
-  return got;
-}
-
-inline unsigned __ballot_sync(unsigned, int vote) {
-  Fragments mine = {};
-  mine.a[0] = vote != 0;
-  const auto& all = emulation::exchange("ballot", mine);
-  unsigned votes = 0;
-  for (int lane = 0; lane < emulation::WARP; ++lane) votes |= all[lane].a[0] << lane;
-  return votes;
-}
-
-inline void __syncwarp(unsigned = ~0u) { emulation::exchange("syncwarp", Fragments{}); }
-
-inline int atomicAdd(int* address, int value) {
-  const int old = *address;
-  *address += value;
-  return old;
-}
-
-// Half `high` of a word, as a number of T's type.
-template <typename T>
-float half_of(uint32_t word, int high) {
-  const T number = {static_cast<uint16_t>(word >> (16 * high))};
-  if constexpr (std::is_same_v<T, half_t>)
-    return __half2float(number);
-  else
-    return __bfloat162float(number);
-}
-
-template <typename T>
-void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
-  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {}};
-  const auto& all = emulation::exchange("mma", mine);
-  const int lane = emulation::machine.current->rank % emulation::WARP, g = lane / 4, t = lane % 4;
-  for (int r = 0; r < 2; ++r)
-    for (int c = 0; c < 2; ++c) {
-      float sum = d[2 * r + c];
-      for (int k = 0; k < 16; ++k) {
-        const int owner = k % 8 / 2, upper = k / 8;
-        const uint32_t aw = all[4 * g + owner].a[2 * upper + r];
-        const uint32_t bw = all[4 * (2 * t + c) + owner].b[upper];
-        sum += half_of<T>(aw, k % 2) * half_of<T>(bw, k % 2);
-      }
-      d[2 * r + c] = sum;
-    }
-}
-
-// --- twins of ptx.cuh ---
-
-template <uint32_t MASK, uint32_t BITS>
-uint32_t and_or(uint32_t a) {
-  return (a & MASK) | BITS;
-}
-
-template <uint32_t SELECT>
-uint32_t pick_bytes(uint32_t a, uint32_t b) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  uint32_t d = 0;
-  for (int i = 0; i < 4; ++i)
-    d |= static_cast<uint32_t>(bytes >> (8 * (SELECT >> (4 * i) & 7)) & 0xFF) << (8 * i);
-  return d;
-}
-
-inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d = 0;
-  for (int i = 0; i < 2; ++i) {
-    const double exact = static_cast<double>(half_of<half_t>(a, i)) * half_of<half_t>(b, i) +
-                         half_of<half_t>(c, i);
-    _Float16 rounded = static_cast<_Float16>(exact);
-    uint16_t bits;
-    std::memcpy(&bits, &rounded, 2);
-    d |= static_cast<uint32_t>(bits) << (16 * i);
-  }
-  return d;
-}
-
-inline uint32_t half2_sub(uint32_t a, uint32_t b) { return half2_fma(b, 0xBC00BC00u, a); }
-
-inline uint32_t bfloat2_of(float low, float high) {
-  return static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16 |
-         __float2bfloat16_rn(low).bits;
-}
-
-// Exact before its one rounding for the integers that the kernels put in.
-inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
-  const auto one = [&](int i) {
-    return std::fma(half_of<bfloat_t>(a, i), half_of<bfloat_t>(b, i), half_of<bfloat_t>(c, i));
-  };
-  return bfloat2_of(one(0), one(1));
-}
-
-inline uint4 load_once(const uint4* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 && emulation::machine.error.empty())
-    emulation::machine.error = "a 16-byte load from an address that is no multiple of 16";
-  return *p;
-}
-
-inline void copy_async(void* shared, const void* global, bool valid) {
-  if ((reinterpret_cast<uintptr_t>(global) | reinterpret_cast<uintptr_t>(shared)) % 16 &&
-      emulation::machine.error.empty())
-    emulation::machine.error = "a 16-byte copy at an address that is no multiple of 16";
-  std::vector<emulation::Copy>& open = emulation::machine.current->open;
-  open.push_back({shared, global, valid});
-  if (emulation::machine.eager_copies) emulation::land(open);
-}
-
-inline void copy_commit() {
-  emulation::Fiber& fiber = *emulation::machine.current;
-  fiber.groups.push_back(std::move(fiber.open));
-  fiber.open.clear();
-}
-
-template <int PENDING>
-void copy_wait() {
-  auto& groups = emulation::machine.current->groups;
-  while (groups.size() > PENDING) {
-    emulation::land(groups.front());
-    groups.pop_front();
-  }
-}
+#include "cuda_twins.h"
