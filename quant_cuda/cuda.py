@@ -166,9 +166,7 @@ def launch_dequantize(launch: Launch, weight: Prepacked, dtype: torch.dtype) -> 
     return natural
 
 
-def _tiled(
-    launch: Launch, kernel: str, rows: Tensor, weight: Tiled, bias: Tensor | None
-) -> Tensor:
+def _tiled(launch: Launch, kernel: str, rows: Tensor, weight: Tiled, bias: Tensor | None) -> Tensor:
     """rows: (rows, in), float16 or bfloat16, in the order of the words."""
     x = _aligned(rows)
     count, blocks, processors = x.shape[0], weight.words.shape[1], launch.processors
@@ -274,7 +272,7 @@ def _place(x: Tensor, weight: Prepacked) -> Launch:
 @functools.cache
 def _facts(device: torch.device) -> tuple[int, bool]:
     """Multiprocessors of a GPU, and whether it runs the kernel for compute capability 9.0."""
-    properties = torch.cuda.get_device_properties(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     library = _library()
     has_wgmma = library is not None and bool(library.quant_cuda_has_wgmma())
-    return properties.multi_processor_count, has_wgmma and (properties.major, properties.minor) == (9, 0)
+    return processors, has_wgmma and torch.cuda.get_device_capability(device) == (9, 0)

@@ -137,7 +137,9 @@ namespace emulation {
 constexpr size_t MOST_SHARED = 227 * 1024;
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 * 1024;
-enum class Order { FORWARD, BACKWARD, ODD_FIRST };
+// In turn, by three orders; or always the first (or the last) thread that can run, so that one part
+// of a block gets as far ahead of another as it may.
+enum class Order { FORWARD, BACKWARD, ODD_FIRST, FIRST, LAST };
 
 struct Copy {
   void* to;
@@ -325,12 +327,12 @@ inline void run_block(int threads, dim3 block) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
+  const bool backward = machine.order == Order::BACKWARD || machine.order == Order::LAST;
+  const bool in_turn = machine.order != Order::FIRST && machine.order != Order::LAST;
   std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i)
-    order[i] = machine.order == Order::FORWARD    ? i
-               : machine.order == Order::BACKWARD ? threads - 1 - i
-                                                  : (2 * i + 1 < threads ? 2 * i + 1
-                                                                         : 2 * (i - threads / 2));
+  for (int i = 0; i < threads; ++i) order[i] = backward ? threads - 1 - i : i;
+  if (machine.order == Order::ODD_FIRST)
+    std::stable_partition(order.begin(), order.end(), [](int i) { return i % 2; });
   while (true) {
     bool ran = false, alive = false;
     for (int i : order) {
@@ -341,9 +343,11 @@ inline void run_block(int threads, dim3 block) {
       }
       if (!machine.error.empty()) return;
       alive = alive || !fiber.done;
+      if (ran && !in_turn) break;
     }
+    if (ran) continue;
     if (!alive) return;
-    if (!ran) machine.error = stuck();
+    machine.error = stuck();
     if (!machine.error.empty()) return;
   }
 }
@@ -441,7 +445,7 @@ inline const char* cudaGetErrorString(cudaError_t code) {
   return text.c_str();
 }
 
-// For tests: 0, 1 or 2 of emulation::Order, and whether asynchronous copies land at once.
+// For tests: an emulation::Order, and whether asynchronous copies land at once.
 extern "C" inline __attribute__((visibility("default"), used)) void emulation_settings(
     int order, int eager_copies) {
   emulation::machine.order = static_cast<emulation::Order>(order);

@@ -252,6 +252,7 @@ void wgmma_wait() {
     emulation::multiply(groups.front());
     groups.pop_front();
   }
+  emulation::exchange("wgmma wait", Fragments{});  // a warp waits as one
 }
 
 inline void wgmma_settle(float (&)[WGMMA_ROWS / 2]) {

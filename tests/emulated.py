@@ -56,7 +56,7 @@ class Kernels:
     library: CDLL
     device: str
     settle: Callable[[int, int], None]
-    """Order of threads (0, 1, 2) and whether asynchronous copies land at once; nothing on a GPU."""
+    """Order of threads (0 to 4) and whether asynchronous copies land at once; nothing on a GPU."""
     wgmma: bool
     """Whether the kernel for compute capability 9.0 runs here."""
 

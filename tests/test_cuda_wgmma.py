@@ -91,11 +91,11 @@ def test_bias_and_zero_points(kernels, bits):
 def test_order_of_threads_changes_nothing(kernels, bits):
     """Nor whether products and stores happen at once or as late as they may."""
     n_in = 128 * 40 // bits  # more stages than there is room for
-    weight, _ = packed(bits, n_in, 40, 64)
+    weight, _ = packed(bits, n_in, 128, 64)
     x = activations(9, n_in, dtype=torch.bfloat16)
     prepacked = ready(kernels, weight)
     first = multiply(kernels, x, prepacked)
-    for order in (0, 1, 2):
+    for order in (0, 1, 2, 3, 4):
         for eager in (0, 1):
             kernels.settle(order, eager)
             assert torch.equal(multiply(kernels, x, prepacked), first)
