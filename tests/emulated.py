@@ -19,7 +19,7 @@ KERNELS = sorted((HERE.parent / "quant_cuda" / "csrc" / "cuda").glob("*.cu"))
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-x", "c++"]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g"]
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
 def build(folder: Path, sources: list[Path], sanitize: bool = False) -> Path:

@@ -1,5 +1,7 @@
 """The parts of benchmarks/gpu.py that need no GPU, and what it says without one."""
 
+import os
+import shlex
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ from gptq.decode import stepper
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
 from gptq.qlinear import QuantLinear
+
+NO_GPU = "error: torch finds no GPU here; run this where there is one"
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -72,11 +76,42 @@ def test_tables_name_every_column():
     assert [next(iter(c.cells)) for c in other.columns] == ["llama", "123.5"]
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is an NVIDIA GPU here")
-    for command in ([sys.executable, "-m", "benchmarks.gpu", "measure"], ["benchmarks/gpu.sh"]):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert "torch finds no GPU here" in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    for part in ("check", "measure", "marlin"):
+        assert gpu.main([part]) == 2
+        assert capsys.readouterr().err == f"{NO_GPU}\n"
+    done = subprocess.run(
+        ["benchmarks/gpu.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, f"{NO_GPU}\n", "")
+
+
+def test_the_script_selects_the_tests_on_a_device():
+    """Its expression and files, from its own text: tests on a GPU are taken, emulated ones not."""
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
+    line = " ".join(text.partition("pytest -q ")[2].partition("||")[0].split("\\\n"))
+    names = pytest_names(shlex.split(line))
+    assert any("test_cuda_wgmma.py::" in name for name in names)
+    for part in ("[gpu-4]", "test_on_a_gpu", "test_streams_and_graphs_on_a_gpu", "-cuda]"):
+        assert any(part in name for name in names), part
+    assert not [name for name in names if "emulated" in name or "-cpu]" in name]
+
+
+def pytest_names(arguments: list[str]) -> list[str]:
+    """The tests that pytest would run."""
+    names: list[str] = []
+
+    class Listen:
+        def pytest_collection_finish(self, session):
+            names.extend(item.nodeid for item in session.items)
+
+    code = pytest.main(["--collect-only", "-q", "-p", "no:terminal", *arguments], [Listen()])
+    assert code == 0
+    return names

@@ -1,5 +1,5 @@
 // Every instruction that CUDA C++ has no plain name for. The host's twins of these, with the same
-// layout of fragments, are in tests/cuda_emulation.h.
+// layout of fragments, are in tests/cuda_twins.h.
 #pragma once
 
 #ifdef __CUDACC__
