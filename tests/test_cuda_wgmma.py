@@ -54,13 +54,20 @@ def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("column_tile", [128, 256])
 def test_several_thread_blocks(kernels, bits, column_tile, monkeypatch):
-    """Two along the rows, two or three along the columns, one to four along the inputs, of more
-    stages than there is room for; the same call gives the same bits."""
+    """Two along the rows, two or three along the columns; inputs in another order."""
     monkeypatch.setattr(cuda, "_column_tile", lambda *arguments: column_tile)
-    weight, matrix = packed(bits, 832, 272, 64, g_idx=True)
+    weight, matrix = packed(bits, 160, 272, 32, g_idx=True)
+    x = activations(130, 160, dtype=torch.float16)
+    assert_as_good_as_naive(multiply(kernels, x, ready(kernels, weight)), x, matrix)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_inputs_split_over_thread_blocks(kernels, bits):
+    """One, two and as many as there are steps for; the same call gives the same bits."""
+    weight, matrix = packed(bits, 1600, 20, 64)
     prepacked = ready(kernels, weight)
-    x = activations(130, 832, dtype=torch.float16)
-    for processors in (1, 24):
+    x = activations(7, 1600, dtype=torch.float16)
+    for processors in (1, 2, 100):
         y = multiply(kernels, x, prepacked, processors)
         assert_as_good_as_naive(y, x, matrix)
     assert torch.equal(y, multiply(kernels, x, prepacked, processors))
