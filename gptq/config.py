@@ -37,6 +37,10 @@ class QuantConfig:
     weights are corrected before it is solved; 0 aims at the layer's output on that input alone."""
     residual_feedback: bool = True
     """Whether layers that add to the residual stream are corrected for the error it has too."""
+    refine: int = 3
+    """Rounds in which a solved layer's integers and scales are improved one by one."""
+    sweeps: int = 1
+    """How often a layer is swept; after the first time in other orders, on the grids found so far."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
 
@@ -59,6 +63,9 @@ class QuantConfig:
             raise UserError(
                 f"--error-feedback {self.error_feedback} is not possible: give a share from 0 to 1"
             )
+
+        if type(self.refine) is not int or not 0 <= self.refine <= 1000:
+            raise UserError(f"--refine {self.refine} is not possible: give 0 to 1000 rounds")
 
     @property
     def needs_g_idx(self) -> bool:
