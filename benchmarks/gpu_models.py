@@ -16,7 +16,7 @@ from transformers import BloomConfig, LlamaConfig, PretrainedConfig, PreTrainedM
 from gptq import skeleton
 from gptq.config import QuantConfig
 from gptq.decode import stepper
-from gptq.files import open_journal
+from gptq.journal import open_journal
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
@@ -198,7 +198,7 @@ def quantize_model(
     started = perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_journal(Path(folder) / "model.pt", {"model": "random"}, False) as journal,
+        open_journal([Path(folder) / "model.pt"], {"model": "random"}, False) as journal,
     ):
         layers = list(quantize_blocks(source, windows, settings, journal, device, dtype))
     return [

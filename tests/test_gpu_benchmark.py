@@ -112,6 +112,8 @@ def pytest_names(arguments: list[str]) -> list[str]:
         def pytest_collection_finish(self, session):
             names.extend(item.nodeid for item in session.items)
 
-    code = pytest.main(["--collect-only", "-o", "addopts=", "-p", "no:terminal", *arguments], [Listen()])
+    code = pytest.main(
+        ["--collect-only", "-o", "addopts=", "-p", "no:terminal", *arguments], [Listen()]
+    )
     assert code == 0
     return names
