@@ -30,7 +30,8 @@ $PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null ||
 echo "building"
 CUDA_TARGETS=$($PYTHON -c "import torch; print('sm_%d%d' % torch.cuda.get_device_capability())")
 export CUDA_TARGETS
-step 150 $PYTHON setup.py --quiet build_ext --inplace
+step 150 $PYTHON setup.py --quiet build_ext --inplace ||
+  { echo "error: the build failed, or took more than 150 seconds"; exit 2; }
 test -e quant_cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; exit 2; }
 
 status=0

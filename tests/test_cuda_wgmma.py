@@ -135,3 +135,7 @@ def test_errors(kernels):
     short = dataclasses.replace(prepacked, shift=4)
     with pytest.raises(RuntimeError, match=r"^wgmma failed: invalid argument$"):
         kernels.matmul(x, short, kernel="wgmma")
+    nothing = [None] * 5
+    for splits, partial in ((0, None), (2, x)):  # of a single block of inputs
+        with pytest.raises(RuntimeError, match=r"^wgmma failed: invalid argument$"):
+            kernels.launch()("wgmma", 4, 0, *nothing, partial, 2, 96, 24, 32, 5, splits, 128)

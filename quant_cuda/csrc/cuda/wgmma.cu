@@ -257,6 +257,8 @@ template <int BITS, typename T, int TILES>
 int launch(const void* x, const void* words, const void* table, const float* bias, void* y,
            float* partial, int rows, int inputs, int outputs, int columns, int shift, int splits,
            cudaStream_t stream) {
+  // Each thread block has inputs, or its sums would never be set.
+  if (splits < 1 || splits > layout::block_count<BITS>(inputs)) return cudaErrorInvalidValue;
   constexpr int bytes = Sizes<BITS>::BYTES;
   const auto kernel = wgmma_gemm<BITS, T, TILES>;
   const cudaError_t code =
