@@ -25,7 +25,10 @@ NEEDS = {
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
 }
-QUANTIZING_ONLY = (*OUTPUTS, "--quality", "--format", "--nsamples", "--seed", "--resume")
+QUANTIZING_ONLY = (
+    *OUTPUTS,
+    *("--quality", "--format", "--nsamples", "--seed", "--resume", "--max-memory"),
+)
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
     "--nsamples": 1,
@@ -95,6 +98,12 @@ def parser(spec: ModelSpec) -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="type of activations (default: float32 on a CPU, the model's 16-bit type on a GPU)",
+    )
+    machine.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 6GiB: quantizing, activations go to disk where they would exceed it "
+        "(default: what is free)",
     )
     return command
 
