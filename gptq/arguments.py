@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptq.config import ORDERS, SCALE_SEARCHES, QuantConfig
+from gptq.config import ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 
@@ -25,7 +25,10 @@ NEEDS = {
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
 }
-QUANTIZING_ONLY = (*OUTPUTS, "--format", "--nsamples", "--seed", "--resume")
+QUANTIZING_ONLY = (
+    *OUTPUTS,
+    *("--quality", "--format", "--nsamples", "--seed", "--resume", "--max-memory"),
+)
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
     "--nsamples": 1,
@@ -96,6 +99,12 @@ def parser(spec: ModelSpec) -> argparse.ArgumentParser:
         choices=("float32", "float16", "bfloat16"),
         help="type of activations (default: float32 on a CPU, the model's 16-bit type on a GPU)",
     )
+    machine.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 6GiB: quantizing, activations go to disk where they would exceed it "
+        "(default: what is free)",
+    )
     return command
 
 
@@ -138,6 +147,13 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="solve a block's layers in turn, each on what the ones before it produce (default)",
     )
+    add(
+        "--refine",
+        type=int,
+        metavar="N",
+        help="rounds of refinement after a layer is solved (default: 3)",
+    )
+    add("--quality", choices=QUALITIES, help="best: a closer model in a few times the time")
     add("--scale-search", choices=SCALE_SEARCHES, help="how scales are found (default: hessian)")
 
 
@@ -182,6 +198,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "percdamp": arguments.percdamp,
         "scale_search": arguments.scale_search,
         "error_feedback": arguments.error_feedback,
+        "refine": arguments.refine,
         "method": "rtn" if arguments.nearest else None,
     }
     return {key: value for key, value in asked.items() if value is not None}
@@ -191,7 +208,8 @@ def quant_config(arguments: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for, defaults for what they leave open."""
     nearest = {"scale_search": "minmax"} if arguments.nearest else {}
     fixed = {} if arguments.percdamp is None else {"adaptive_damp": False}
-    return QuantConfig(**{**nearest, **fixed, **given_settings(arguments)})
+    quality = QUALITIES[arguments.quality or "default"]
+    return QuantConfig(**{**nearest, **fixed, **quality, **given_settings(arguments)})
 
 
 def default_name(name: str, config: QuantConfig, suffix: str) -> Path:

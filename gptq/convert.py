@@ -22,7 +22,7 @@ from gptq.machine import half_dtype
 from gptq.qlinear import QuantLinear
 from gptq.readers import facts, lines
 from gptq.source import ModelSource, open_model
-from gptq.tensor_files import mapped, write_tensors
+from gptq.tensor_files import write_tensors
 from gptq.tensors import LazyTensors, Read, open_tensors
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
@@ -72,7 +72,7 @@ def convert(
         with whole_file(target) as temporary:
             _write_file(temporary, _untied(opened, tensors), said)
     else:
-        _write_pt(target, opened, tensors, said)
+        write_pt(target, _untied(opened, tensors), said or {}, _tied(opened))
     _verify(opened, target, chosen)
     return len(opened.checkpoint.layers)
 
@@ -211,9 +211,12 @@ def _lazy(opened: _Opened, plan: _Plan) -> LazyTensors:
     )
 
 
+def _tied(opened: _Opened) -> dict[str, str]:
+    return skeleton.tied(opened.model.config, opened.source.spec, opened.checkpoint.tensors)
+
+
 def _untied(opened: _Opened, tensors: LazyTensors) -> LazyTensors:
-    tied = opened.model.config.tie_word_embeddings
-    return tensors.changed({f"{opened.source.spec.head}.weight": None}) if tied else tensors
+    return tensors.changed(dict.fromkeys(_tied(opened)))
 
 
 def _cast(opened: _Opened, name: str, expected: tuple[int, ...]) -> Tensor:
@@ -275,20 +278,6 @@ def _weight(opened: _Opened, layer: PackedLayer, dtype: torch.dtype) -> Tensor:
 def _write_file(path: Path, tensors: LazyTensors, said: dict[str, object] | None) -> None:
     about = {"format": "pt"} if said is None else header(said)
     write_tensors(path, tensors, list(tensors), about)
-
-
-def _write_pt(
-    path: Path, opened: _Opened, tensors: LazyTensors, said: dict[str, object] | None
-) -> None:
-    """By way of a safetensors file beside it, whose memory torch.save then writes from."""
-    with whole_file(path.with_suffix(".converting")) as temporary:
-        _write_file(temporary, _untied(opened, tensors), said)
-        state = mapped(temporary)
-        spec = opened.source.spec
-        if opened.model.config.tie_word_embeddings:
-            state[f"{spec.head}.weight"] = state[f"{spec.embed[0]}.weight"]
-        write_pt(path, {name: state[name] for name in tensors}, said or {})
-    path.with_suffix(".converting").unlink()
 
 
 # Whether it is right -------------------------------------------------------------------------
