@@ -51,7 +51,7 @@ def _serve(words: list[str]) -> None:
     from gptq import hf
 
     hf.register()
-    # The list of models, which clients ask for, is an error in transformers 5.17 without this folder.
+    # transformers 5.17 cannot list its models, as clients ask, without this folder.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     app = typer.Typer(add_completion=False)
     app.command(name="python -m gptq.serve")(Serve)
