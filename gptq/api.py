@@ -161,6 +161,9 @@ def open_weights(
         path = source.folder
     if path is None:
         source = open_model(model)
+        # A folder need not say that its weights are packed.
+        if any(name.endswith(".qweight") for name in source.tensors):
+            path = source.folder
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
     bare = skeleton.build(source.config, source.spec, where)
