@@ -81,6 +81,20 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return values.view(-1, m)[:count]
 
 
+def fields(words: Tensor, bits: int, columns: Tensor) -> Tensor:
+    """The fields of some outputs alone, out of words that are packed along the outputs.
+
+    words: int32 (groups, ceil(out * bits / 32)), as `qzeros`; columns: int64 (n,), each in
+    0..out - 1. Returns int32 (groups, n).
+    """
+    first = columns * bits
+    word, shift = first // 32, first % 32
+    low = words[:, word].to(torch.int64) & 0xFFFFFFFF
+    # The next word matters only to a 3-bit field that straddles two, and is then there.
+    high = words[:, (word + 1).clamp(max=words.shape[1] - 1)].to(torch.int64) & 0xFFFFFFFF
+    return ((low | high << 32) >> shift & ((1 << bits) - 1)).to(torch.int32)
+
+
 def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:
     """Pack zero points along the output dimension, less the offset of the format's era.
 
