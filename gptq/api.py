@@ -1,7 +1,7 @@
 """The two calls most people need: quantize a model into a file, and load it again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -18,7 +18,7 @@ from gptq.errors import UserError
 from gptq.files import check_writable, open_journal
 from gptq.machine import peak_memory, pick_device, pick_dtype
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
-from gptq.qlinear import QuantLinear
+from gptq.qlinear import QuantLinear, TiedHead
 from gptq.source import ModelSource, open_model
 
 DEFAULT_NSAMPLES = 128
@@ -34,6 +34,7 @@ def quantize(
     save_safetensors: str | Path | None = None,
     save_dir: str | Path | None = None,
     format: str | None = None,
+    quantize_embeddings: bool = False,
     nsamples: int = DEFAULT_NSAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
@@ -50,6 +51,8 @@ def quantize(
     save, save_safetensors, save_dir: a `.pt`, a `.safetensors`, a Hugging Face folder; at least
         one. Each appears complete or not at all.
     format: of the folder, "gptq" or "gptq_v2"; by default "gptq" where symmetric, else "gptq_v2".
+    quantize_embeddings: also in the folder, which then no other program reads; files always have
+        the embedding and the head in `config.embedding_bits`.
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
@@ -82,13 +85,17 @@ def quantize(
             if progress is not None:
                 progress(layer, total)
         tensors = export.assemble(source, journal)
-        said = export.settings(config, meta)
+        if save_dir is not None:
+            inside = config if quantize_embeddings else replace(config, embedding_bits=16)
+            some = export.with_embeddings(source, tensors, inside)
+            export.write_folder(Path(save_dir), source, some, inside, meta, format)
+        if save is not None or save_safetensors is not None:
+            tensors = export.with_embeddings(source, tensors, config)
+            said = export.settings(config, meta)
         if save is not None:
             export.write_pt(Path(save), tensors, said)
         if save_safetensors is not None:
             export.write_safetensors(Path(save_safetensors), tensors, said)
-        if save_dir is not None:
-            export.write_folder(Path(save_dir), source, tensors, config, meta, format)
         journal.remove()
     seconds = perf_counter() - started
     return Report(config, tuple(layers), tuple(outputs), seconds, peak_memory(where))
@@ -146,8 +153,12 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
     """
     model, spec = opened.model, opened.source.spec
     for name in skeleton.parts(model, spec):
-        if name == spec.head and model.config.tie_word_embeddings:
-            model.get_submodule(spec.head).weight = model.get_submodule(spec.embed[0]).weight
+        head, embedding = (model.get_submodule(path) for path in (spec.head, spec.embed[0]))
+        if name == spec.head and isinstance(head, TiedHead):
+            head.int8_activations = int8_activations
+            head.embedding.prepare()
+        elif name == spec.head and model.config.tie_word_embeddings:
+            head.weight = embedding.weight
         else:
             part = skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
             for layer in part.modules():

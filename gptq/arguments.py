@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptq.config import ORDERS, SCALE_SEARCHES, QuantConfig
+from gptq.config import EMBEDDING_BITS, ORDERS, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 
@@ -24,8 +24,9 @@ NEEDS = {
     "--check": ("--benchmark",),
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
+    "--quantize-embeddings": ("--save-dir",),
 }
-QUANTIZING_ONLY = (*OUTPUTS, "--format", "--nsamples", "--seed", "--resume")
+QUANTIZING_ONLY = (*OUTPUTS, "--format", "--plain", "--quantize-embeddings", "--nsamples", "--seed", "--resume")
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
     "--nsamples": 1,
@@ -139,6 +140,12 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         help="solve a block's layers in turn, each on what the ones before it produce (default)",
     )
     add("--scale-search", choices=SCALE_SEARCHES, help="how scales are found (default: hessian)")
+    add(
+        "--embedding-bits",
+        type=int,
+        choices=EMBEDDING_BITS,
+        help="of the embedding and the output head in files (default: 8)",
+    )
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
@@ -150,6 +157,16 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--format",
         choices=FORMATS,
         help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
+    )
+    add(
+        "--plain",
+        action="store_true",
+        help="files of exactly GPTQ-for-LLaMa's tensors: the same as --embedding-bits 16",
+    )
+    add(
+        "--quantize-embeddings",
+        action="store_true",
+        help="also in the folder of --save-dir, which then only this package reads",
     )
     add("--resume", action="store_true", help="continue a quantization that was stopped")
     add("--load", metavar="PATH", help="a quantized .pt, .safetensors or folder made from MODEL")
@@ -172,6 +189,10 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of a quantization, by the fields of QuantConfig; no defaults."""
     if arguments.act_order and arguments.order not in (None, "act"):
         raise UserError(f"--act-order and --order {arguments.order} disagree; give one of them")
+    if arguments.plain and arguments.embedding_bits not in (None, 16):
+        raise UserError(
+            f"--plain and --embedding-bits {arguments.embedding_bits} disagree; give one of them"
+        )
     asked = {
         "bits": arguments.wbits,
         "group_size": arguments.groupsize,
@@ -183,6 +204,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "scale_search": arguments.scale_search,
         "error_feedback": arguments.error_feedback,
         "method": "rtn" if arguments.nearest else None,
+        "embedding_bits": 16 if arguments.plain else arguments.embedding_bits,
     }
     return {key: value for key, value in asked.items() if value is not None}
 

@@ -146,6 +146,7 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
                 config,
                 **paths,
                 format=arguments.format,
+                quantize_embeddings=arguments.quantize_embeddings,
                 nsamples=arguments.nsamples or DEFAULT_NSAMPLES,
                 seqlen=arguments.seqlen,
                 seed=arguments.seed or 0,

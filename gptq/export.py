@@ -12,6 +12,7 @@ from torch import Tensor
 from gptq import __version__, skeleton
 from gptq.checkpoint import CONFIG_NAME, SETTINGS_KEY
 from gptq.config import QuantConfig
+from gptq.embeddings import with_packed
 from gptq.errors import UserError
 from gptq.files import Journal, whole_file, whole_folder
 from gptq.machine import half_dtype
@@ -61,7 +62,7 @@ def settings(
         "checkpoint_format": layout,
         "format": layout,
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": config.embedding_bits < 16,
         # transformers refuses shares of 1 and more; the true one is under `meta`.
         "damp_percent": min(config.percdamp, 0.99),
         "true_sequential": config.true_sequential,
@@ -99,6 +100,15 @@ def assemble(source: ModelSource, journal: Journal) -> "OrderedDict[str, Tensor]
             dense[found] = source.tensors[found].to(stored)
         result[name] = dense[found]
     return result
+
+
+def with_embeddings(
+    source: ModelSource, tensors: Mapping[str, Tensor], config: QuantConfig
+) -> Mapping[str, Tensor]:
+    """What `assemble` returned, with the embedding and the head in the bits the settings ask for."""
+    if config.embedding_bits == 16:
+        return tensors
+    return with_packed(tensors, source.spec, source.config.tie_word_embeddings, config)
 
 
 def write_pt(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, object]) -> None:
@@ -141,11 +151,13 @@ def write_folder(
 ) -> None:
     """A Hugging Face folder of what `assemble` returned.
 
+    config: with `embedding_bits` as the tensors have them.
     layout: "gptq" or "gptq_v2"; by default symmetric checkpoints are of format "gptq", which every
         reader takes, and others "gptq_v2".
     """
     v2 = not config.sym if layout is None else layout == "gptq_v2"
-    state = _untied(_without_offset(tensors, config.bits) if v2 else tensors)
+    ends = (source.spec.embed[0], source.spec.head)
+    state = _untied(_without_offset(tensors, config, ends) if v2 else tensors)
     with whole_folder(folder) as temporary:
         fill_folder(temporary, source, as_lazy(state), settings(config, meta, v2))
 
@@ -222,12 +234,19 @@ def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _without_offset(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Zero points of the "gptq" format, stored less 1, as "gptq_v2" stores them."""
+def _without_offset(
+    tensors: Mapping[str, Tensor], config: QuantConfig, ends: tuple[str, str]
+) -> dict[str, Tensor]:
+    """Zero points of the "gptq" format, stored less 1, as "gptq_v2" stores them.
+
+    ends: names of the embedding and the head, whose bits are their own.
+    """
     result = dict(tensors)
     for name, tensor in tensors.items():
-        if name.endswith(".qzeros"):
-            out_features = tensors[name.removesuffix("qzeros") + "scales"].shape[1]
+        layer, _, kind = name.rpartition(".")
+        if kind == "qzeros":
+            bits = config.embedding_bits if layer in ends else config.bits
+            out_features = tensors[f"{layer}.scales"].shape[1]
             zeros = unpack_zeros(tensor, bits, out_features, zero_offset=1)
             result[name] = pack_zeros(zeros, bits, zero_offset=0)
     return result

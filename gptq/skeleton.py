@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gptq.errors import UserError
 from gptq.models import ModelSpec
-from gptq.qlinear import STORED_AS_IS
+from gptq.qlinear import STORED_AS_IS, QuantEmbedding, TiedHead
 from gptq.tensors import cause
 
 # Tokens that go through a block at once: enough to keep matrix units busy, little memory.
@@ -82,6 +82,9 @@ def fill(
     Raises UserError for a tensor that is absent or of another shape.
     """
     part = model.get_submodule(name)
+    if isinstance(part, TiedHead):
+        fill(model, spec, spec.embed[0], tensors, device, dtype)
+        return part
     state = {}
     for key, expected in part.state_dict().items():
         full = stored_name(model, spec, f"{name}.{key}", tensors)
@@ -98,6 +101,8 @@ def fill(
         as_is = key.rpartition(".")[2] in STORED_AS_IS or not tensor.is_floating_point()
         state[key] = tensor.to(device=device, dtype=tensor.dtype if as_is else dtype)
     part.load_state_dict(state, assign=True)
+    if isinstance(part, QuantEmbedding):
+        part.like = torch.empty(0, dtype=dtype, device=device)
     return part.requires_grad_(False)
 
 

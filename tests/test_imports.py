@@ -14,7 +14,7 @@ FLOORS = (
     ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.tensor_files", "gptq.gguf_reader", "gptq.calibration"),
     ("gptq.source", "gptq.solver", "gptq.eras"),
-    ("gptq.qlinear",),
+    ("gptq.qlinear", "gptq.embeddings"),
     ("gptq.skeleton",),
     ("gptq.stages",),
     ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate"),
