@@ -17,10 +17,11 @@ from gptq.config import QuantConfig, check_packable
 from gptq.errors import UserError
 from gptq.files import Journal
 from gptq.models import ModelSpec
+from gptq.moments import Moments, moments
 from gptq.qlinear import QuantLinear
 from gptq.solver import Solution, choose_damp, feed_back, round_to_nearest, solve
 from gptq.source import ModelSource
-from gptq.stages import Inputs, advance, finish, stages
+from gptq.stages import advance, finish, stages
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -168,15 +169,16 @@ def _solve_block(
     runs = [stages(block, spec, *item) for item in stream]
     beside = [] if twin is None else [stages(twin, spec, *item) for item in full]
 
-    def moments() -> _Moments | None:
-        beside_too = advance(beside) if beside else None
-        return _moments(advance(runs), beside_too, HELD_OUT if config.adapts_damp else 0.0)
+    held_out = HELD_OUT if config.adapts_damp else 0.0
+
+    def of_next_group() -> Moments | None:
+        return moments(advance(runs), advance(beside) if beside else None, held_out)
 
     prefix = spec.block(index)
     # Where layers are not solved in turn, all inputs are those of the unquantized block.
-    known = None if config.true_sequential else iter([moments() for _ in spec.groups])
+    known = None if config.true_sequential else iter([of_next_group() for _ in spec.groups])
     for group in spec.groups:
-        its = known.__next__ if known else moments
+        its = known.__next__ if known else of_next_group
         yield from _quantize_group(block, prefix, index, group, its, config, solutions)
     if beside:
         full.hidden = finish(beside)
@@ -186,62 +188,12 @@ def _solve_block(
         stream.through(block)
 
 
-@dataclass
-class _Moments:
-    """Second moments of a layer's inputs, means over all tokens, float32 (in, in)."""
-
-    H: Tensor
-    """Of x x^T, x being the quantized model's inputs."""
-    C: Tensor | None = None
-    """Of (x_full - x) x^T, where the full model runs beside it."""
-    held: Tensor | None = None
-    """The part of H, in the same measure, that comes of held-out tokens."""
-    R: Tensor | None = None
-    """(out, in) of (h_full - h) x^T, h being the hidden states that the layer's output is added
-    to, for a layer that has such."""
-
-
-def _moments(
-    inputs: Iterator[Inputs], beside: Iterator[Inputs] | None, held_out: float
-) -> _Moments | None:
-    """Moments over batches of inputs, and of the full model's where it runs; None of none.
-
-    held_out: the share of each batch, at its end, whose part of H is kept apart too.
-    """
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-
-    def add(name: str, left: Tensor, x: Tensor) -> None:
-        left = left.flatten(0, -2).float()
-        if name not in sums:
-            sums[name] = x.new_zeros((left.shape[1], x.shape[1]))
-        sums[name].addmm_(left.T, x)
-
-    for batch in inputs:
-        x = batch.x.flatten(0, -2).float()
-        tokens += len(x)
-        cut = len(x) - int(held_out * len(x))
-        add("H", x[:cut], x[:cut])
-        if cut < len(x):
-            add("held", x[cut:], x[cut:])
-        if beside is not None:
-            full = next(beside)
-            add("C", full.x - batch.x, x)
-            if full.residual is not None and batch.residual is not None:
-                add("R", full.residual - batch.residual, x)
-    if not sums:
-        return None
-    if "held" in sums:
-        sums["H"] += sums["held"]
-    return _Moments(**{name: total.div_(tokens) for name, total in sums.items()})
-
-
 def _quantize_group(
     block: nn.Module,
     prefix: str,
     index: int,
     group: tuple[str, ...],
-    moments: Callable[[], _Moments | None],
+    of_inputs: Callable[[], Moments | None],
     config: QuantConfig,
     solutions: dict[str, Solution],
 ) -> Iterator[LayerReport]:
@@ -249,7 +201,7 @@ def _quantize_group(
     started = time.perf_counter()
     layers = [skeleton.linear(block, name) for name in group]
     weight = torch.cat([layer.weight for layer in layers])
-    solution = _solve(f"{prefix}.{group[0]}", weight, moments(), config)
+    solution = _solve(f"{prefix}.{group[0]}", weight, of_inputs(), config)
     first = 0
     for name, layer in zip(group, layers, strict=True):
         solutions[name] = solution.rows(first, first + layer.out_features)
@@ -264,22 +216,22 @@ def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> None:
     layer.weight.copy_(dequantize(_pack(layer, solution, config).packed(), layer.weight.dtype).T)
 
 
-def _solve(name: str, weight: Tensor, moments: _Moments | None, config: QuantConfig) -> Solution:
-    if moments is None:
+def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig) -> Solution:
+    if seen is None:
         return round_to_nearest(weight, None, config)
-    H = moments.H
+    H = seen.H
     if not bool(torch.isfinite(H).all()):
         raise UserError(
             f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "
             "is needed"
         )
-    if moments.held is not None:
-        percdamp = choose_damp(weight, H - moments.held, moments.held, config)
+    if seen.held is not None:
+        percdamp = choose_damp(weight, H - seen.held, seen.held, config)
         config = replace(config, percdamp=percdamp)
-    if moments.C is not None and config.error_feedback > 0:
-        missing = weight.float() @ moments.C
-        if moments.R is not None and config.residual_feedback:
-            missing += moments.R
+    if seen.C is not None and config.error_feedback > 0:
+        missing = weight.float() @ seen.C
+        if seen.R is not None and config.residual_feedback:
+            missing += seen.R
         weight = feed_back(weight, H, missing, config.error_feedback, config.percdamp)
     return solve(weight, H, config)
 

@@ -17,6 +17,7 @@ FLOORS = (
     ("gptq.qlinear", "gptq.embeddings"),
     ("gptq.skeleton",),
     ("gptq.stages",),
+    ("gptq.moments",),
     ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate"),
     ("gptq.export", "gptq.readers", "gptq.report"),
     ("gptq.api",),

@@ -1,0 +1,81 @@
+"""Second moments against a plain float64 sum over tokens."""
+
+import pytest
+import torch
+
+from gptq import moments as module
+from gptq.moments import add_upper, mirror_upper, moments
+from gptq.stages import Inputs
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def batches(sizes, features, outputs=None):
+    """Inputs of (batch, seq) each; outputs: the width of the residual stream, if any."""
+    return [
+        Inputs(
+            torch.randn(*size, features, generator=GENERATOR),
+            None if outputs is None else torch.randn(*size, outputs, generator=GENERATOR),
+        )
+        for size in sizes
+    ]
+
+
+def mean_product(left, right):
+    """Mean over tokens of the outer product, in float64."""
+    pairs = [
+        (a.flatten(0, 1).double(), b.flatten(0, 1).double())
+        for a, b in zip(left, right, strict=True)
+    ]
+    return sum(a.T @ b for a, b in pairs) / sum(len(a) for a, _ in pairs)
+
+
+@pytest.mark.parametrize("features", [1, 33, 128, 129, 300, 700])
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_means_of_products(features, held_out):
+    sizes = [(2, 50), (2, 50), (1, 33)]
+    inputs, beside = batches(sizes, features, 24), batches(sizes, features, 24)
+    found = moments(iter(inputs), iter(beside), held_out)
+    x = [batch.x for batch in inputs]
+    missing = [full.x - batch.x for full, batch in zip(beside, inputs, strict=True)]
+    residual = [full.residual - batch.residual for full, batch in zip(beside, inputs, strict=True)]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found.H.double(), mean_product(x, x), **close)
+    torch.testing.assert_close(found.C.double(), mean_product(missing, x), **close)
+    torch.testing.assert_close(found.R.double(), mean_product(residual, x), **close)
+    assert torch.equal(found.H, found.H.T)
+    if not held_out:
+        assert found.held is None
+        return
+    ends = [batch.flatten(0, 1)[-int(held_out * batch[..., 0].numel()) :, None] for batch in x]
+    tokens = sum(batch[..., 0].numel() for batch in x)
+    share = sum(map(len, ends)) / tokens
+    torch.testing.assert_close(found.held.double(), mean_product(ends, ends) * share, **close)
+    assert torch.equal(found.held, found.held.T)
+
+
+def test_one_model_alone_has_no_missing_part():
+    found = moments(iter(batches([(1, 8)], 5, 5)), None, 0.0)
+    assert (found.C, found.R, found.held) == (None, None, None)
+
+
+def test_nothing_in_nothing_out():
+    assert moments(iter([]), None, 0.25) is None
+
+
+def test_half_precision_is_summed_in_float32():
+    x = torch.full((1, 4096, 3), 0.1, dtype=torch.bfloat16)
+    found = moments(iter([Inputs(x, None)]), None, 0.0)
+    assert found.H.dtype == torch.float32
+    exact = x.double()[0].T @ x.double()[0] / 4096
+    torch.testing.assert_close(found.H.double(), exact, rtol=1e-4, atol=0)
+
+
+def test_upper_blocks_alone_are_computed():
+    x = torch.randn(40, 700, dtype=torch.float64, generator=GENERATOR)
+    total = torch.zeros(700, 700, dtype=torch.float64)
+    add_upper(total, x)
+    # A strip starts on the diagonal: what is left of it was not touched.
+    assert float(total[-1, : 700 - module.WIDEST].abs().max()) == 0
+    mirror_upper(total)
+    torch.testing.assert_close(total, x.T @ x)
