@@ -6,15 +6,12 @@ Nothing is measured in this process: each model is run in a fresh one, so that i
 its own.
 """
 
-import multiprocessing
 import os
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.assets import DEFAULT_CACHE, model_path, text_path
+from benchmarks.measures import bits_per_weight, in_fresh_process
 from gptq.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +54,6 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     """Load and run the full model, or the checkpoint made from it; `write` on from PROMPT."""
     import torch
 
-    from benchmarks.measures import bits_per_weight
     from gptq.api import load, open_weights, perplexity
     from gptq.calibration import evaluation_windows
     from gptq.generate import benchmark, text
@@ -124,12 +121,6 @@ def llama(arguments: list[str | Path]) -> int:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"{perf_counter() - started:.0f} s, peak memory so far {peak / 1e6:.0f} MB\n", flush=True)
     return done.returncode
-
-
-def in_fresh_process(function: Callable[..., Row], *arguments: object) -> Row:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
-        return executor.submit(function, *arguments).result()
 
 
 def table(rows: dict[str, Row]) -> Table:

@@ -73,7 +73,9 @@ def quantize(
         raise UserError(f"{model}: is quantized already; give the full model")
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
+    reading = perf_counter()
     windows = _windows(source, dataset, config, nsamples, seqlen, seed)
+    stages = [("reading the calibration text", perf_counter() - reading)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
     meta = {**calibration, **({} if dataset is None else {"dataset": Path(dataset).name})}
     total = len(source.spec.linears) * source.config.num_hidden_layers
@@ -84,6 +86,7 @@ def quantize(
             layers.append(layer)
             if progress is not None:
                 progress(layer, total)
+        writing = perf_counter()
         tensors = export.assemble(source, journal)
         if save_dir is not None:
             inside = config if quantize_embeddings else replace(config, embedding_bits=16)
@@ -97,8 +100,10 @@ def quantize(
         if save_safetensors is not None:
             export.write_safetensors(Path(save_safetensors), tensors, said)
         journal.remove()
-    seconds = perf_counter() - started
-    return Report(config, tuple(layers), tuple(outputs), seconds, peak_memory(where))
+    now = perf_counter()
+    stages.append(("writing", now - writing))
+    peak = peak_memory(where)
+    return Report(config, tuple(layers), tuple(outputs), now - started, peak, tuple(stages))
 
 
 @dataclass(frozen=True)

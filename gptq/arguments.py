@@ -26,7 +26,7 @@ NEEDS = {
     "--format": ("--save-dir",),
     "--quantize-embeddings": ("--save-dir",),
 }
-QUANTIZING_ONLY = (*OUTPUTS, "--format", "--plain", "--quantize-embeddings", "--nsamples", "--seed", "--resume")
+QUANTIZING_ONLY = (*OUTPUTS, "--format", "--plain", "--quantize-embeddings", "--report", "--nsamples", "--seed", "--resume")
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
     "--nsamples": 1,
@@ -168,6 +168,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="also in the folder of --save-dir, which then only this package reads",
     )
+    add("--report", metavar="DIR", help="write a page about the quantization, DIR/index.html")
     add("--resume", action="store_true", help="continue a quantization that was stopped")
     add("--load", metavar="PATH", help="a quantized .pt, .safetensors or folder made from MODEL")
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("gptq.stages",),
     ("gptq.moments",),
     ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate"),
-    ("gptq.export", "gptq.readers", "gptq.report"),
+    ("gptq.export", "gptq.html_report", "gptq.readers", "gptq.report"),
     ("gptq.api",),
     ("gptq.cli", "gptq.convert", "gptq.hf"),
     ("gptq.serve",),
