@@ -47,9 +47,7 @@ def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
 
 def log_perplexity(source: ModelSource, tensors: LazyTensors, windows: torch.Tensor) -> float:
     model = skeleton.build(source.config, source.spec, CPU)
-    return math.log(
-        evaluate.perplexity(model, source.spec, tensors, windows, CPU, torch.float32)
-    )
+    return math.log(evaluate.perplexity(model, source.spec, tensors, windows, CPU, torch.float32))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -58,7 +56,9 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", nargs="?", help="default: SmolLM2-135M")
     parser.add_argument("--bits", nargs="+", type=int, choices=EMBEDDING_BITS[:-1], default=[8, 4])
-    parser.add_argument("--windows", type=int, default=10, help="of 512 tokens a text (default: 10)")
+    parser.add_argument(
+        "--windows", type=int, default=10, help="of 512 tokens a text (default: 10)"
+    )
     args = parser.parse_args(words)
     try:
         source = open_model(args.model or model_path())

@@ -70,9 +70,7 @@ def measure(task: Task) -> Row:
     # The full model in 16 bits, as it is on disk, also where activations would be wider.
     narrow = task.checkpoint is None and device.type == "cpu"
     started = perf_counter()
-    model, tokenizer = gptq.load(
-        task.model, task.checkpoint, dtype="bfloat16" if narrow else None
-    )
+    model, tokenizer = gptq.load(task.model, task.checkpoint, dtype="bfloat16" if narrow else None)
     load_seconds = perf_counter() - started
     latency = benchmark(model, _tokens(task, tokenizer))
     value = None
@@ -121,7 +119,7 @@ def _cache_bytes(config, tokens: int) -> int:
 
 
 def shape_rows(shape: str, task: Task, scratch: Path) -> Iterator[Row]:
-    """The full model, its 8-bit and its 4-bit file; one of them at a time is on disk."""
+    """The 8-bit file, the 4-bit file and the full model; one of them at a time is on disk."""
     spec = SPECS[SHAPES[shape]().model_type]
     blocks = SHAPES[shape]().num_hidden_layers
     one = write_model(scratch / "one-block", shape, blocks=1)
@@ -136,11 +134,6 @@ def shape_rows(shape: str, task: Task, scratch: Path) -> Iterator[Row]:
     first = f"{spec.block(0)}."
     dense = open_model(one).tensors
     assert isinstance(dense, LazyTensors)
-    full = whole / "model.safetensors"
-    tensors = repeated(dense, first, blocks)
-    write_tensors(full, tensors, list(tensors), {"format": "pt"})
-    yield _marked(replace(task, name=shape, model=whole, checkpoint=None), shape, 16)
-    full.unlink()
     for bits in BITS:
         small, name = scratch / "small.safetensors", f"{shape}-{bits}bit-{GROUP_SIZE}g.pt"
         gptq.quantize(one, None, replace(ROUNDING, bits=bits), save_safetensors=small)
@@ -151,10 +144,13 @@ def shape_rows(shape: str, task: Task, scratch: Path) -> Iterator[Row]:
         write_pt(scratch / name, mapped(large), said)
         large.unlink()
         small.unlink()
-        yield _marked(
-            replace(task, name=name, model=whole, checkpoint=scratch / name), shape, bits
-        )
+        yield _marked(replace(task, name=name, model=whole, checkpoint=scratch / name), shape, bits)
         (scratch / name).unlink()
+    # Last, since it may not fit this machine's memory.
+    full = whole / "model.safetensors"
+    tensors = repeated(dense, first, blocks)
+    write_tensors(full, tensors, list(tensors), {"format": "pt"})
+    yield _marked(replace(task, name=shape, model=whole, checkpoint=None), shape, 16)
 
 
 def repeated(tensors: LazyTensors, first: str, blocks: int) -> LazyTensors:
@@ -195,9 +191,7 @@ def model_rows(
         yield in_fresh_process(measure, replace(task, name=file.name, model=path, checkpoint=file))
 
 
-def _quantized(
-    model: Path, name: str, args: argparse.Namespace, scratch: Path
-) -> Iterator[Path]:
+def _quantized(model: Path, name: str, args: argparse.Namespace, scratch: Path) -> Iterator[Path]:
     config = ROUNDING if args.data is None else QuantConfig(group_size=GROUP_SIZE)
     for bits in BITS:
         suffix = "-nearest" if args.data is None else ""

@@ -26,7 +26,16 @@ NEEDS = {
     "--format": ("--save-dir",),
     "--quantize-embeddings": ("--save-dir",),
 }
-QUANTIZING_ONLY = (*OUTPUTS, "--format", "--plain", "--quantize-embeddings", "--report", "--nsamples", "--seed", "--resume")
+QUANTIZING_ONLY = (
+    *OUTPUTS,
+    "--format",
+    "--plain",
+    "--quantize-embeddings",
+    "--report",
+    "--nsamples",
+    "--seed",
+    "--resume",
+)
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
     "--nsamples": 1,

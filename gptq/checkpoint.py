@@ -173,7 +173,11 @@ def _put_embedding(
         dtype=model.dtype,
         device="meta",
     )
-    if tied and head is not None and model.get_submodule(layer.name) is model.get_input_embeddings():
+    if (
+        tied
+        and head is not None
+        and model.get_submodule(layer.name) is model.get_input_embeddings()
+    ):
         name = next(name for name, module in model.named_modules() if module is head)
         replace(model, name, TiedHead(embedding))
     replace(model, layer.name, embedding)

@@ -159,9 +159,7 @@ def _settings(
 
 
 def _is_symmetric(checkpoint: Checkpoint, layers: tuple[PackedLayer, ...]) -> bool:
-    return all(
-        bool((_zeros(checkpoint, layer) == 2 ** (layer.bits - 1)).all()) for layer in layers
-    )
+    return all(bool((_zeros(checkpoint, layer) == 2 ** (layer.bits - 1)).all()) for layer in layers)
 
 
 def _zeros(checkpoint: Checkpoint, layer: PackedLayer) -> Tensor:

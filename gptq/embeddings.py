@@ -5,15 +5,14 @@ Both are rounded to nearest in groups of EMBEDDING_GROUP inputs, without calibra
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
 from gptq.errors import UserError
+from gptq.grid import Grid, find_grid, quantize
 from gptq.models import ModelSpec
-from gptq.solver import round_to_nearest
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import group_count
 
@@ -52,14 +51,6 @@ def pack_rows(name: str, weight: Tensor, config: QuantConfig) -> dict[str, Tenso
         raise UserError(
             f"{name}: {inputs} inputs at {bits} bits do not fill whole 32-bit words; use --plain"
         )
-    # A search is worth its time where steps are wide.
-    rounding = replace(
-        config,
-        bits=bits,
-        group_size=EMBEDDING_GROUP,
-        method="rtn",
-        scale_search="mse" if bits < 8 else "minmax",
-    )
     outputs = len(weight)
     groups = group_count(inputs, EMBEDDING_GROUP)
     qweight = torch.empty((words_for(inputs, bits), outputs), dtype=torch.int32)
@@ -69,11 +60,29 @@ def pack_rows(name: str, weight: Tensor, config: QuantConfig) -> dict[str, Tenso
         rows = weight[start : start + _CHUNK]
         if not bool(torch.isfinite(rows).all()):
             raise UserError(f"{name}: holds NaN or infinity; the model is damaged, fetch it again")
-        solution = round_to_nearest(rows.float(), None, rounding)
+        q, zeros, chunk_scales = _round(rows.T.float().contiguous(), bits, config.sym)
         columns, word = slice(start, start + len(rows)), start * bits // 32
-        qweight[:, columns] = pack(solution.q.T, bits)
-        zeros = pack_zeros(solution.zeros, bits, zero_offset=1)
-        qzeros[:, word : word + zeros.shape[1]] = zeros
-        scales[:, columns] = solution.scales
+        qweight[:, columns] = pack(q, bits)
+        zero_words = pack_zeros(zeros, bits, zero_offset=1)
+        qzeros[:, word : word + zero_words.shape[1]] = zero_words
+        scales[:, columns] = chunk_scales
     packed = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
     return {f"{name}.{key}": tensor for key, tensor in packed.items()}
+
+
+def _grid(w: Tensor, bits: int, sym: bool) -> Grid:
+    """Of one group; with wide steps the one of the least squared error is worth its time."""
+    if bits == 8:
+        return find_grid(w, bits, sym, "minmax")
+    return find_grid(w, bits, sym, "hessian", torch.eye(len(w)))
+
+
+def _round(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers uint8 (in, out), zero points and scales (groups, out) of w, float32 (in, out)."""
+    found = [(part, _grid(part, bits, sym)) for part in w.split(EMBEDDING_GROUP)]
+    q = torch.cat([quantize(part, grid, bits).to(torch.uint8) for part, grid in found])
+    zeros, scales = (
+        torch.stack(values)
+        for values in zip(*((grid.zero, grid.scale) for _, grid in found), strict=True)
+    )
+    return q, zeros, scales

@@ -105,7 +105,7 @@ def assemble(source: ModelSource, journal: Journal) -> "OrderedDict[str, Tensor]
 def with_embeddings(
     source: ModelSource, tensors: Mapping[str, Tensor], config: QuantConfig
 ) -> Mapping[str, Tensor]:
-    """What `assemble` returned, with the embedding and the head in the bits the settings ask for."""
+    """What `assemble` returned, the embedding and the head in the bits that the settings ask for."""
     if config.embedding_bits == 16:
         return tensors
     return with_packed(tensors, source.spec, source.config.tie_word_embeddings, config)

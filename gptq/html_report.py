@@ -110,7 +110,7 @@ def _weights(tensors: LazyTensors, name: str) -> int:
     if kind != "qweight":
         return prod(tensors.shape(name))
     words, outputs = tensors.shape(name)
-    groups, zero_words = tensors.shape(f"{layer}.qzeros")
+    _, zero_words = tensors.shape(f"{layer}.qzeros")
     # Zero points are as many for each group as there are outputs, in words of the same bits.
     bits = max(b for b in (2, 3, 4, 8) if -(-outputs * b // 32) <= zero_words)
     return words * 32 // bits * outputs
@@ -178,8 +178,8 @@ thead th { color: var(--soft); font-size: .85rem; vertical-align: bottom; }
   padding-right: .4rem; }
 .heat td i { display: block; height: 1.15rem; border-radius: 3px; }
 .scale { display: flex; align-items: center; gap: .5rem; color: var(--soft); font-size: .85rem; }
-.scale i { flex: 1; height: .7rem; border-radius: 3px; background: linear-gradient(to right in oklch,
-  oklch(.93 .04 90), oklch(.72 .15 55), oklch(.42 .16 20)); }
+.scale i { flex: 1; height: .7rem; border-radius: 3px; background: linear-gradient(
+  to right in oklch, oklch(.93 .04 90), oklch(.42 .16 20)); }
 </style>
 </head>
 <body>

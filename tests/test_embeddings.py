@@ -77,7 +77,7 @@ def test_the_files_and_what_they_stand_for(kind, bits, sym, models, tokens, tmp_
     rounded(models[kind], bits, sym, **paths)
     state = torch.load(paths["save"], weights_only=True)
     again = load_file(paths["save_safetensors"])
-    assert list(state) and set(state) == set(again)
+    assert set(state) == set(again)
     assert all(torch.equal(state[name], again[name]) for name in state)
     oracle = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
     plain = tmp_path / "plain.pt"

@@ -98,7 +98,8 @@ def test_the_page(made):
     path = write_page(folder / "new", "<My & model>", spec, report, {"wiki.txt": 12.3456})
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert page.open == [] == page.fetched
+    assert not page.open
+    assert not page.fetched
     assert "url(" not in text
     assert "@import" not in text
     said = "".join(page.texts)
