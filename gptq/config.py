@@ -38,6 +38,8 @@ class QuantConfig:
     weights are corrected before it is solved; 0 aims at the layer's output on that input alone."""
     residual_feedback: bool = True
     """Whether layers that add to the residual stream are corrected for the error it has too."""
+    refine: int = 3
+    """Rounds in which a solved layer's integers and scales are improved one by one."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
     embedding_bits: int = 8
@@ -63,6 +65,9 @@ class QuantConfig:
             raise UserError(
                 f"--error-feedback {self.error_feedback} is not possible: give a share from 0 to 1"
             )
+
+        if type(self.refine) is not int or not 0 <= self.refine <= 1000:
+            raise UserError(f"--refine {self.refine} is not possible: give 0 to 1000 rounds")
 
     @property
     def needs_g_idx(self) -> bool:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq import skeleton
+from gptq.adapt import choose_damp, feed_back
 from gptq.config import QuantConfig, check_packable
 from gptq.errors import UserError
 from gptq.files import Journal
 from gptq.models import ModelSpec
 from gptq.moments import Moments, moments
 from gptq.qlinear import QuantLinear
-from gptq.solver import Solution, choose_damp, feed_back, round_to_nearest, solve
+from gptq.solver import Solution, round_to_nearest, solve
 from gptq.source import ModelSource
 from gptq.stages import advance, finish, stages
 from quant_cuda.reference import dequantize
@@ -228,7 +229,7 @@ def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig)
             "is needed"
         )
     if seen.held is not None:
-        percdamp = choose_damp(weight, H - seen.held, seen.held, config)
+        percdamp = choose_damp(H - seen.held, seen.held, config)
         config = replace(config, percdamp=percdamp)
     if seen.C is not None and config.error_feedback > 0:
         missing = weight.float() @ seen.C

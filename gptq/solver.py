@@ -5,21 +5,19 @@ H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323, Algo
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
 from gptq.grid import Grid, dequantize, find_grid, quantize, search_factors
+from gptq.refine import refine
 from quant_cuda import cuda, cuda_sweep, native
 
 # Columns whose error is spread one at a time before one matmul spreads it over all the rest.
 BLOCK = 128
 DAMP_STEP = 10.0
-# What choose_damp multiplies the damping by, and the most rows of W that it tries them on.
-DAMP_FACTORS = (1, 3, 10, 30, 100)
-DAMP_ROWS = 128
 DAMP_LIMIT = 1e4
 
 
@@ -80,7 +78,7 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
         return round_to_nearest(W, H, config)
     _check_finite(W, H)
     w = _transposed(W, H.device, H.dtype)
-    H, dead = _mend_dead(H)
+    H, dead = mend_dead(H)
     w[dead] = 0
     order, runs = column_order(H.diagonal(), config)
     U, damp = inverse_factor(H[order][:, order], dead[order], config.percdamp)
@@ -101,42 +99,8 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
 
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
+    q, scales = _refined(w, damped, q, scales, zeros, g_idx, config)
     return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
-
-
-def choose_damp(W: Tensor, H: Tensor, held: Tensor, config: QuantConfig) -> float:
-    """The damping with which W, solved for H, errs least on inputs that H has not seen.
-
-    W: floating (out, in), of which some rows are tried; H, held: (in, in), second moments of the
-    inputs to solve for and of others. Tries `percdamp` and DAMP_FACTORS times as much.
-    With few tokens the small eigenvalues of H are too small, and a solve with little damping puts
-    its errors there.
-    """
-    rows = W[:: max(1, -(-len(W) // DAMP_ROWS))].detach().to(H.device, H.dtype)
-
-    def loss(percdamp: float) -> float:
-        trial = replace(config, percdamp=percdamp)
-        error = rows - solve(rows, H, trial).dequantize(H.dtype)
-        return float(((error @ held) * error).sum())
-
-    return min((factor * config.percdamp for factor in DAMP_FACTORS), key=loss)
-
-
-def feed_back(W: Tensor, H: Tensor, missing: Tensor, share: float, percdamp: float) -> Tensor:
-    """Correct a weight for the error that quantized layers before it have brought about.
-
-    W: floating (out, in); H: (in, in), mean of x x^T over the quantized model's inputs x;
-    missing: (out, in), mean of d x^T, where d is what the layer's output W x lacks of what it
-        should be, given the full model's activations.
-    share: 1 makes up for all of d; a share below 1 shrinks the correction, which few calibration
-        tokens determine poorly.
-    Returns W + share * missing (H + damp)^-1 in H's dtype: for 1, the least-squares solution of
-    asymmetric calibration (Li et al. 2025, GPTAQ, arXiv 2504.02692; LoaQ, arXiv 2509.06297).
-    """
-    H, dead = _mend_dead(H)
-    U, _ = inverse_factor(H, dead, percdamp)
-    missing = missing.to(H.device, H.dtype).masked_fill(dead, 0)
-    return W.to(H.device, H.dtype) + share * (missing @ U.T) @ U
 
 
 def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:
@@ -151,7 +115,7 @@ def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Soluti
     w = _transposed(W, device, dtype)
     dead = torch.zeros(w.shape[0], dtype=torch.bool, device=device)
     if H is not None:
-        H, dead = _mend_dead(H)
+        H, dead = mend_dead(H)
         w[dead] = 0
     natural = natural_groups(w.shape[0], config.group_size).to(device)
     grids = static_grids(w, H, natural, config)
@@ -181,14 +145,24 @@ def column_order(diagonal: Tensor, config: QuantConfig) -> tuple[Tensor, list[tu
         return torch.arange(n, device=diagonal.device), natural
     if config.order == "act":
         return torch.argsort(diagonal, descending=True, stable=True), natural
-    means = torch.stack([diagonal[a:b].mean() for a, b in natural])
-    columns, runs, position = [], [], 0
-    for group in torch.argsort(means, descending=True, stable=True).tolist():
-        start, stop = natural[group]
-        columns.append(start + torch.argsort(diagonal[start:stop], descending=True, stable=True))
-        runs.append((position, position + stop - start))
-        position += stop - start
-    return torch.cat(columns), runs
+    columns, runs, _ = by_group(diagonal, natural_groups(n, size).to(diagonal.device))
+    return columns, runs
+
+
+def by_group(diagonal: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[int, int]], list[int]]:
+    """Columns group by group, the heaviest first and in each its heaviest first.
+
+    diagonal: (in,); labels: integer (in,), the group of each column, 0 to the last.
+    Returns a permutation int64 (in,), (start, stop) of each group in it, and each one's label.
+    """
+    sizes = torch.bincount(labels.long())
+    means = torch.zeros_like(sizes, dtype=diagonal.dtype).index_add_(0, labels, diagonal) / sizes
+    visited = torch.argsort(means, descending=True, stable=True)
+    rank = torch.argsort(visited)
+    columns = torch.argsort(diagonal, descending=True, stable=True)
+    columns = columns[torch.argsort(rank[labels[columns].long()], stable=True)]
+    stops = sizes[visited].cumsum(0).tolist()
+    return columns, list(zip([0, *stops[:-1]], stops, strict=True)), visited.tolist()
 
 
 def inverse_factor(H: Tensor, dead: Tensor, percdamp: float) -> tuple[Tensor, float]:
@@ -322,6 +296,26 @@ def _cuda_sweep(
     return q.to(w.dtype), scales, zeros
 
 
+def _refined(
+    w: Tensor,
+    damped: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    config: QuantConfig,
+) -> tuple[Tensor, Tensor]:
+    """q (in, out) and scales (groups, out) after the rounds of refinement that are asked for."""
+    if config.refine == 0:
+        return q, scales
+    order, runs, labels = by_group(damped.diagonal(), g_idx)
+    H = damped[order][:, order]
+    q, scales = refine(
+        w[order], H, q[order], scales, zeros, runs, labels, config.bits, config.refine
+    )
+    return q[torch.argsort(order)], scales
+
+
 def _blocks(runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Cut the columns into blocks of about BLOCK such that no group starts before its weights
     are up to date: a block holds whole groups, or is a piece of one group."""
@@ -386,7 +380,7 @@ def _transposed(W: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return W.detach().to(device, dtype).T.clone(memory_format=torch.contiguous_format)
 
 
-def _mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
+def mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
     """H with an ordinary diagonal for inputs that never fired, and which those are: bool (in,)."""
     dead = H.diagonal() == 0
     if not bool(dead.any()):

@@ -7,6 +7,7 @@ import torch
 
 from gptq import solver
 from gptq.config import QuantConfig
+from gptq.grid import to_stored
 from quant_cuda import native
 
 BUILT = native.instruction_sets()
@@ -66,19 +67,39 @@ def test_it_equals_the_torch_sweep(instruction_set, bits, settings, monkeypatch)
         assert torch.equal(compiled.g_idx, plain.g_idx)
 
 
-def test_threads_share_the_work_and_not_the_result():
+def test_threads_share_the_work_and_not_the_result(monkeypatch):
+    """The sweep alone: what it is given comes of LAPACK, whose sums may depend on threads."""
     W, H = layer(130, 300)
-    config = QuantConfig(group_size=64)
+    calls = []
+    sweep = native.sweep
+    monkeypatch.setattr(native, "sweep", lambda *a: calls.append(a) or sweep(*a))
+    solver.solve(W, H, QuantConfig(group_size=64))
     before = torch.get_num_threads()
+    results = []
     try:
-        torch.set_num_threads(1)
-        one = solver.solve(W, H, config)
-        torch.set_num_threads(3)
-        three = solver.solve(W, H, config)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(sweep(*calls[0]))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one.q, three.q)
-    assert torch.equal(one.scales, three.scales)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_scales_are_rounded_as_float16_is(instruction_set):
+    """Normal and subnormal, ties included, and both ends: one weight a group spans 2 bits' grid."""
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(0, 0x7C00, (4000,), generator=generator, dtype=torch.int16)
+    halves = bits.view(torch.float16).float()
+    ties = (halves[:2000] + (bits[:2000] + 1).view(torch.float16).float()) / 2
+    odd = halves[2000:] * (1 + torch.rand(2000, generator=generator) / 1000)
+    high = torch.cat([ties.clamp(max=65504), odd, torch.tensor([1e-9, 2.0**-25, 65503.9, 65530])])
+    w = torch.stack([-high, 2 * high])  # the range is thrice as much, on three steps
+    eye = torch.eye(2)
+    labels = torch.zeros(2, dtype=torch.int32)
+    arguments = (w, eye, eye, labels, [(0, 2)], [(0, 2)], None, (), 2, False)
+    _, scales, _ = native.sweep(*arguments, instruction_set)
+    assert torch.equal(scales[0], to_stored(3 * high / 3))
 
 
 def test_an_instruction_set_that_is_not_there():

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -17,15 +18,27 @@
 
 namespace {
 
-constexpr int LANES = 32;
+#if defined(__AVX512F__)
 constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int LANES = 32;
 constexpr int PARTS = LANES / WIDTH;
+// A product's sums: STRIP rows by PAIR vectors of them, with their operands, fill 16 registers.
+constexpr int STRIP = 6;
+constexpr int PAIR = 2;
 constexpr int BLOCK = 128;
 constexpr float HALF_SMALLEST = 5.9604644775390625e-08f;
+constexpr float HALF_NORMAL = 6.103515625e-05f;
 constexpr float HALF_MAX = 65504.0f;
 constexpr float INFINITE = __builtin_inff();
 
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(WIDTH * sizeof(int32_t)), aligned(4), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 // One number for each output of a tile.
 struct Row {
@@ -47,11 +60,13 @@ inline vec nearest(vec x) {
   return (x + magic) - magic;
 }
 
-// A scale as checkpoints store it: float16, positive, finite.
+// A scale as checkpoints store it: float16, positive, finite. Adding 1.5 * 2**13 times its power of
+// two leaves eleven bits, the last one even in a tie; below 2**-14 the bits end at 2**-24.
 inline vec stored(vec scale) {
   scale = least(greatest(scale, fill(HALF_SMALLEST)), fill(HALF_MAX));
-  for (int i = 0; i < WIDTH; ++i) scale[i] = static_cast<float>(static_cast<_Float16>(scale[i]));
-  return scale;
+  const vec power = (vec)((ivec)scale & 0x7f800000);
+  const vec magic = greatest(power, fill(HALF_NORMAL)) * 12288.0f;
+  return (scale + magic) - magic;
 }
 
 struct Grid {
@@ -85,39 +100,43 @@ inline vec error_of(vec w, vec scale, vec zero, float maxq) {
   return step * scale - w;
 }
 
-// error^T H error of the group for each output; H is symmetric, and its lower half is read.
-Row loss_of(const Row* w, int size, const float* H, int stride, const Grid& grid, float maxq,
-            Row* error) {
+// Adds to sum[r], for ROWS rows of a, the products a[r][j] * e[j] over j < count.
+template <int ROWS>
+inline void accumulate(vec (&sum)[ROWS][PAIR], const float* a, size_t stride, const Row* e, int first,
+                       int count) {
+  for (int j = 0; j < count; ++j)
+    for (int r = 0; r < ROWS; ++r)
+      for (int p = 0; p < PAIR; ++p) sum[r][p] += a[r * stride + j] * e[j].part[first + p];
+}
+
+// Of ROWS rows from i on, what error^T H error has on and below the diagonal.
+template <int ROWS>
+inline void add_loss(Row& loss, const float* H, size_t size, const Row* error, int i, int first) {
+  vec sum[ROWS][PAIR] = {};
+  accumulate<ROWS>(sum, H + i * size, size, error, first, i);
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PAIR; ++p) {
+      const float* row = H + (i + r) * size;
+      vec s = sum[r][p];
+      for (int j = i; j < i + r; ++j) s += row[j] * error[j].part[first + p];
+      const vec e = error[i + r].part[first + p];
+      loss.part[first + p] += e * (2 * s + row[i + r] * e);
+    }
+}
+
+// error^T H error of the group for each output; H (size, size) is symmetric, and its lower half is
+// read.
+Row loss_of(const Row* w, int size, const float* H, const Grid& grid, float maxq, Row* error) {
   for (int i = 0; i < size; ++i)
     for (int p = 0; p < PARTS; ++p)
       error[i].part[p] =
           error_of(w[i].part[p], grid.scale.part[p], grid.zero.part[p], maxq);
   Row loss = {};
-  int i = 0;
-  for (; i + 4 <= size; i += 4) {  // four rows of H at a time, so that errors are loaded once
-    vec sum[4][PARTS] = {};
-    for (int j = 0; j < i; ++j)
-      for (int p = 0; p < PARTS; ++p) {
-        const vec e = error[j].part[p];
-        for (int r = 0; r < 4; ++r)
-          sum[r][p] += H[static_cast<size_t>(i + r) * stride + j] * e;
-      }
-    for (int r = 0; r < 4; ++r)
-      for (int p = 0; p < PARTS; ++p) {
-        const float* row = H + static_cast<size_t>(i + r) * stride;
-        vec s = sum[r][p];
-        for (int j = i; j < i + r; ++j) s += row[j] * error[j].part[p];
-        const vec e = error[i + r].part[p];
-        loss.part[p] += e * (2 * s + row[i + r] * e);
-      }
+  for (int first = 0; first < PARTS; first += PAIR) {
+    int i = 0;
+    for (; i + STRIP <= size; i += STRIP) add_loss<STRIP>(loss, H, size, error, i, first);
+    for (; i < size; ++i) add_loss<1>(loss, H, size, error, i, first);
   }
-  for (; i < size; ++i)
-    for (int p = 0; p < PARTS; ++p) {
-      const float* row = H + static_cast<size_t>(i) * stride;
-      vec s = {};
-      for (int j = 0; j < i; ++j) s += row[j] * error[j].part[p];
-      loss.part[p] += error[i].part[p] * (2 * s + row[i] * error[i].part[p]);
-    }
   return loss;
 }
 
@@ -149,7 +168,7 @@ Grid find_grid(const Row* w, int size, const float* H, const SweepArgs& args, Ro
   for (int p = 0; p < PARTS; ++p) best_loss.part[p] = fill(INFINITE);
   for (int k = 0; k < args.factor_count; ++k) {
     const Grid grid = make_grid(low, high, args.factors[k], args);
-    keep_better(best, best_loss, grid, loss_of(w, size, H, args.inputs, grid, maxq, error));
+    keep_better(best, best_loss, grid, loss_of(w, size, H, grid, maxq, error));
   }
   if (args.sym) return best;
   const Row found = best.zero;
@@ -158,45 +177,72 @@ Grid find_grid(const Row* w, int size, const float* H, const SweepArgs& args, Ro
     for (int p = 0; p < PARTS; ++p)
       moved.zero.part[p] =
           least(greatest(found.part[p] + step, fill(1.0f)), fill(maxq));
-    keep_better(best, best_loss, moved, loss_of(w, size, H, args.inputs, moved, maxq, error));
+    keep_better(best, best_loss, moved, loss_of(w, size, H, moved, maxq, error));
   }
   return best;
 }
 
+// Takes from ROWS columns of w, from k on, their share of the errors of columns start..stop.
+template <int ROWS>
+inline void take(Row* w, const Row* error, const SweepArgs& args, int start, int stop, int k) {
+  const size_t n = args.inputs;
+  for (int first = 0; first < PARTS; first += PAIR) {
+    vec sum[ROWS][PAIR] = {};
+    accumulate<ROWS>(sum, args.Ut + k * n + start, n, error, first, stop - start);
+    for (int r = 0; r < ROWS; ++r)
+      for (int p = 0; p < PAIR; ++p) w[k + r].part[first + p] -= sum[r][p];
+  }
+}
+
 // Spread the errors of columns start..stop over all that come after.
 void spread(Row* w, const Row* error, const SweepArgs& args, int start, int stop) {
-  const int count = stop - start;
   int k = stop;
-  for (; k + 4 <= args.inputs; k += 4) {
-    vec sum[4][PARTS] = {};
-    for (int j = 0; j < count; ++j)
-      for (int p = 0; p < PARTS; ++p) {
-        const vec e = error[j].part[p];
-        for (int r = 0; r < 4; ++r)
-          sum[r][p] += args.Ut[static_cast<size_t>(k + r) * args.inputs + start + j] * e;
-      }
-    for (int r = 0; r < 4; ++r)
-      for (int p = 0; p < PARTS; ++p) w[k + r].part[p] -= sum[r][p];
-  }
-  for (; k < args.inputs; ++k)
-    for (int j = 0; j < count; ++j)
-      for (int p = 0; p < PARTS; ++p)
-        w[k].part[p] -= args.Ut[static_cast<size_t>(k) * args.inputs + start + j] * error[j].part[p];
+  for (; k + STRIP <= args.inputs; k += STRIP) take<STRIP>(w, error, args, start, stop, k);
+  for (; k < args.inputs; ++k) take<1>(w, error, args, start, stop, k);
 }
+
+// Square blocks along the diagonal of a matrix, each in one piece: rows of a large matrix that are
+// used together would push each other out of the cache.
+struct DiagonalBlocks {
+  std::vector<float> numbers;
+  std::vector<size_t> place;  // by a block's first column
+
+  // matrix: (inputs, inputs); block j..end(j) for each j with end(j) > j.
+  template <typename End>
+  DiagonalBlocks(const float* matrix, int inputs, bool transposed, const End& end) : place(inputs) {
+    const size_t n = inputs;
+    for (size_t j = 0; j < n; ++j) {
+      const size_t stop = end(j) > static_cast<int>(j) ? end(j) : j;
+      place[j] = numbers.size();
+      for (size_t row = j; row < stop; ++row)
+        for (size_t k = j; k < stop; ++k)
+          numbers.push_back(transposed ? matrix[k * n + row] : matrix[row * n + k]);
+    }
+  }
+
+  const float* at(int j) const { return numbers.data() + place[j]; }
+};
+
+// What all tiles read beside the arguments.
+struct Shared {
+  DiagonalBlocks H;  // of the groups
+  DiagonalBlocks U;  // of the blocks
+};
 
 struct Scratch {
   std::vector<Row> w, block_error, group_error;
   std::vector<Grid> grids;
 };
 
-void solve_tile(const SweepArgs& args, int first, Scratch& scratch) {
+void solve_tile(const SweepArgs& args, const Shared& shared, int first, Scratch& scratch) {
   const int n = args.inputs, lanes = std::min(LANES, args.outputs - first);
   const float maxq = static_cast<float>((1 << args.bits) - 1);
   Row* w = scratch.w.data();
   const size_t m = static_cast<size_t>(args.outputs);
-  for (int j = 0; j < n; ++j)
-    for (int l = 0; l < LANES; ++l)
-      w[j].part[l / WIDTH][l % WIDTH] = l < lanes ? args.w[j * m + first + l] : 0.0f;
+  for (int j = 0; j < n; ++j) {
+    w[j] = Row{};
+    std::memcpy(&w[j], args.w + j * m + first, lanes * sizeof(float));
+  }
   for (int g = 0; g < args.groups; ++g)  // static grids; found ones overwrite them
     for (int l = 0; l < LANES; ++l) {
       const bool real = args.is_static && l < lanes;
@@ -208,25 +254,24 @@ void solve_tile(const SweepArgs& args, int first, Scratch& scratch) {
   for (int b = 0; b < args.block_count; ++b) {
     const int start = args.blocks[b], stop = args.blocks[b + 1];
     Row* error = scratch.block_error.data();
+    const float* U = shared.U.at(start);
     for (int j = start; j < stop; ++j) {
       const int end = args.run_end[j];
       Grid& grid = scratch.grids[args.labels[j]];
       if (!args.is_static && end > 0)
-        grid = find_grid(w + j, end - j, args.H + static_cast<size_t>(j) * n + j, args,
-                         scratch.group_error.data());
-      const float pivot = args.Ut[static_cast<size_t>(j) * n + j];
-      uint8_t* q = args.q + j * m + first;
+        grid = find_grid(w + j, end - j, shared.H.at(j), args, scratch.group_error.data());
+      const float* row = U + static_cast<size_t>(j - start) * (stop - start) - start;
+      const float pivot = row[j];
+      bytes numbers[PARTS];
       for (int p = 0; p < PARTS; ++p) {
         const vec zero = grid.zero.part[p], scale = grid.scale.part[p];
         const vec step = least(greatest(nearest(w[j].part[p] / scale), -zero), maxq - zero);
-        const vec number = step + zero;
-        for (int i = 0; i < WIDTH; ++i)
-          if (p * WIDTH + i < lanes) q[p * WIDTH + i] = static_cast<uint8_t>(number[i]);
+        numbers[p] = __builtin_convertvector(__builtin_convertvector(step + zero, ivec), bytes);
         error[j - start].part[p] = (w[j].part[p] - step * scale) / pivot;
       }
+      std::memcpy(args.q + j * m + first, numbers, lanes);
       for (int k = j + 1; k < stop; ++k)
-        for (int p = 0; p < PARTS; ++p)
-          w[k].part[p] -= args.Ut[static_cast<size_t>(k) * n + j] * error[j - start].part[p];
+        for (int p = 0; p < PARTS; ++p) w[k].part[p] -= row[k] * error[j - start].part[p];
     }
     spread(w, error, args, start, stop);
   }
@@ -246,6 +291,14 @@ void SWEEP_NAME(const SweepArgs& args) {
     longest = std::max(longest, args.blocks[b + 1] - args.blocks[b]);
   int widest = 1;
   for (int j = 0; j < args.inputs; ++j) widest = std::max(widest, args.run_end[j] - j);
+  const bool searches = !args.is_static && args.factor_count > 0;
+  const Shared shared{
+      DiagonalBlocks(args.H, args.inputs, false,
+                     [&](int j) { return searches ? args.run_end[j] : 0; }),
+      DiagonalBlocks(args.Ut, args.inputs, true, [&](int j) {
+        const int* stop = std::upper_bound(args.blocks, args.blocks + args.block_count, j);
+        return stop[-1] == j ? *stop : 0;
+      })};
   const int tiles = (args.outputs + LANES - 1) / LANES;
   std::atomic<int> next{0};
   auto work = [&] {
@@ -254,7 +307,7 @@ void SWEEP_NAME(const SweepArgs& args) {
     scratch.block_error.resize(longest);
     scratch.group_error.resize(widest);
     scratch.grids.resize(args.groups);
-    for (int tile; (tile = next.fetch_add(1)) < tiles;) solve_tile(args, tile * LANES, scratch);
+    for (int tile; (tile = next.fetch_add(1)) < tiles;) solve_tile(args, shared, tile * LANES, scratch);
   };
   std::vector<std::thread> threads;
   for (int t = 1; t < std::min(args.threads, tiles); ++t) threads.emplace_back(work);

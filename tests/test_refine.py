@@ -1,0 +1,134 @@
+"""Refinement against a literal search over single changes, and its promise never to do harm."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from gptq.config import QuantConfig
+from gptq.grid import find_grid, quantize
+from gptq.refine import PIECE, refine
+from gptq.solver import solve
+
+
+def problem(inputs: int, outputs: int, size: int, bits: int, sym: bool, seed: int = 0):
+    """(w, H, q, scales, zeros, runs, labels): a rounded layer in float64, group by group."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = randn(3 * inputs, inputs) @ (torch.eye(inputs) + randn(inputs, inputs) / inputs**0.5)
+    w, H = randn(inputs, outputs), x.T @ x / len(x)
+    runs = [(start, min(start + size, inputs)) for start in range(0, inputs, size)]
+    grids = [find_grid(w[a:b], bits, sym, "hessian", H[a:b, a:b]) for a, b in runs]
+    scales = torch.stack([grid.scale for grid in grids])
+    zeros = torch.stack([grid.zero for grid in grids])
+    q = torch.cat([quantize(w[a:b], g, bits) for (a, b), g in zip(runs, grids, strict=True)])
+    return w, H, q, scales, zeros, runs, list(range(len(runs)))
+
+
+def errors(w, q, scales, zeros, runs, labels) -> np.ndarray:
+    """w - dequantized (in, out)."""
+    group = np.empty(len(w), dtype=int)
+    for (start, stop), label in zip(runs, labels, strict=True):
+        group[start:stop] = label
+    return (w - (q - zeros[group]) * scales[group]).numpy()
+
+
+def loss(H, error) -> np.ndarray:
+    return np.einsum("io,ij,jo->o", error, H.numpy(), error)
+
+
+def literal(w, H, q, scales, zeros, runs, labels, bits) -> tuple[np.ndarray, np.ndarray]:
+    """One round by trying every integer and by the least-squares scale, a weight at a time."""
+    q, scales = q.clone(), scales.clone()
+    for (start, stop), g in zip(runs, labels, strict=True):
+        for o in range(w.shape[1]):
+            for j in range(start, stop):
+                found = []
+                for number in range(2**bits):
+                    q[j, o] = number
+                    error = errors(w, q, scales, zeros, runs, labels)[:, o]
+                    found.append(error @ H.numpy() @ error)
+                q[j, o] = int(np.argmin(found))
+        for o in range(w.shape[1]):
+            old = scales[g, o].clone()
+            before = loss(H, errors(w, q, scales, zeros, runs, labels))[o]
+            scales[g, o] = 0
+            rest = errors(w, q, scales, zeros, runs, labels)[:, o]
+            v = np.zeros(len(w))
+            v[start:stop] = (q[start:stop, o] - zeros[g, o]).numpy()
+            best = (v @ H.numpy() @ rest) / (v @ H.numpy() @ v)
+            scales[g, o] = float(np.float16(np.float32(best)))
+            if loss(H, errors(w, q, scales, zeros, runs, labels))[o] >= before:
+                scales[g, o] = old
+    return q, scales
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [False, True])
+def test_a_round_takes_the_best_of_every_single_change(bits, sym):
+    w, H, q, scales, zeros, runs, _ = problem(20, 3, 8, bits, sym)
+    order = [runs[1], runs[2], runs[0]], [1, 2, 0]  # the last group is short
+    found_q, found_scales = refine(w, H, q, scales, zeros, *order, bits, 1)
+    expected_q, expected_scales = literal(w, H, q, scales, zeros, *order, bits)
+    assert torch.equal(found_q, expected_q)
+    assert torch.equal(found_scales, expected_scales)
+    assert (found_q != q).any()
+    assert (found_scales != scales).any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_round_lowers_the_objective(size, dtype):
+    inputs = PIECE + 72  # a group of 200 is done in two pieces
+    parts = problem(inputs, 16, size, 3, False, seed=1)
+    w, H, q, scales, zeros = (part.to(dtype) for part in parts[:5])
+    runs, labels = parts[5:]
+    losses = []
+    for rounds in (0, 1, 2, 6):
+        done = refine(w, H, q, scales, zeros, runs, labels, 3, rounds)
+        e = errors(w.double(), done[0].double(), done[1].double(), zeros.double(), runs, labels)
+        losses.append(loss(H.double(), e))
+        assert torch.equal(done[1], done[1].half().to(dtype)), "scales are float16 numbers"
+        assert done[0].min() >= 0
+        assert done[0].max() <= 7
+    slack = 1e-5 if dtype == torch.float32 else 1e-12
+    for before, after in itertools.pairwise(losses):
+        assert (after <= before * (1 + slack)).all()
+    assert losses[-1].sum() < 0.9 * losses[0].sum()
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("order", ["gar", "natural", "act"])
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_a_solve_is_refined_in_every_order(sym, order, static_groups):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(400, 100, generator=generator)
+    x = x @ (torch.eye(100) + torch.randn(100, 100, generator=generator) / 10)
+    x[:, 7] = 0  # an input that never fires
+    H = x.T @ x / len(x)
+    W = torch.randn(24, 100, generator=generator)
+    W[3] = 0
+    settings = {"sym": sym, "order": order, "static_groups": static_groups, "group_size": 32}
+    swept = solve(W, H, QuantConfig(bits=3, **settings, refine=0))
+    refined = solve(W, H, QuantConfig(bits=3, **settings, refine=4))
+    assert torch.equal(swept.g_idx, refined.g_idx)
+    assert torch.equal(swept.zeros, refined.zeros)
+    assert torch.equal(swept.scales < 0, refined.scales < 0)
+    assert refined.loss.sum() < 0.99 * swept.loss.sum()
+    e = W - refined.dequantize()
+    e[:, 7] = 0
+    torch.testing.assert_close(refined.loss, ((e @ H) * e).sum(1), rtol=1e-3, atol=1e-6)
+    assert (refined.dequantize()[3] == 0).all()
+    assert (refined.dequantize()[:, 7] == 0).all()
+
+
+def test_nothing_given_is_changed():
+    w, H, q, scales, zeros, runs, labels = problem(20, 3, 8, 4, False)
+    kept = [part.clone() for part in (w, H, q, scales, zeros)]
+    refine(w, H, q, scales, zeros, runs, labels, 4, 2)
+    for before, after in zip(kept, (w, H, q, scales, zeros), strict=True):
+        assert torch.equal(before, after)
