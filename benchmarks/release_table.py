@@ -40,7 +40,7 @@ from gptq.machine import pick_device
 from gptq.models import SPECS
 from gptq.report import size_of
 from gptq.source import open_model
-from gptq.tensor_files import mapped, write_tensors
+from gptq.tensor_files import write_tensors
 from gptq.tensors import LazyTensors
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,11 +138,7 @@ def shape_rows(shape: str, task: Task, scratch: Path) -> Iterator[Row]:
         small, name = scratch / "small.safetensors", f"{shape}-{bits}bit-{GROUP_SIZE}g.pt"
         gptq.quantize(one, None, replace(ROUNDING, bits=bits), save_safetensors=small)
         packed, said = open_checkpoint(small)
-        large = scratch / "large.safetensors"
-        tensors = repeated(packed, first, blocks)
-        write_tensors(large, tensors, list(tensors), {})
-        write_pt(scratch / name, mapped(large), said)
-        large.unlink()
+        write_pt(scratch / name, repeated(packed, first, blocks), said)
         small.unlink()
         yield _marked(replace(task, name=name, model=whole, checkpoint=scratch / name), shape, bits)
         (scratch / name).unlink()

@@ -15,7 +15,8 @@ from gptq.checkpoint import Checkpoint, attach
 from gptq.config import QuantConfig
 from gptq.eras import FORMATS
 from gptq.errors import UserError
-from gptq.files import check_writable, open_journal
+from gptq.files import check_writable
+from gptq.journal import open_journal
 from gptq.machine import peak_memory, pick_device, pick_dtype
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
 from gptq.qlinear import QuantLinear, TiedHead
@@ -81,7 +82,7 @@ def quantize(
     total = len(source.spec.linears) * source.config.num_hidden_layers
     layers = []
     run = identity(source, config, dtype=kind, **calibration)
-    with open_journal(outputs[0], run, resume) as journal:
+    with open_journal(outputs, run, resume) as journal:
         for layer in quantize_blocks(source, windows, config, journal, where, kind):
             layers.append(layer)
             if progress is not None:
@@ -96,7 +97,8 @@ def quantize(
             tensors = export.with_embeddings(source, tensors, config)
             said = export.settings(config, meta)
         if save is not None:
-            export.write_pt(Path(save), tensors, said)
+            tied = skeleton.tied(source.config, source.spec, tensors)
+            export.write_pt(Path(save), tensors, said, tied)
         if save_safetensors is not None:
             export.write_safetensors(Path(save_safetensors), tensors, said)
         journal.remove()

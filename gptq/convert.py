@@ -19,10 +19,10 @@ from gptq.errors import UserError
 from gptq.export import QUANTIZER, SHARD_BYTES, fill_folder, header, write_pt
 from gptq.files import check_writable, whole_file, whole_folder
 from gptq.machine import half_dtype
-from gptq.qlinear import PackedModule, QuantEmbedding, TiedHead
+from gptq.qlinear import PackedModule, QuantEmbedding
 from gptq.readers import facts, lines
 from gptq.source import ModelSource, open_model
-from gptq.tensor_files import mapped, write_tensors
+from gptq.tensor_files import write_tensors
 from gptq.tensors import LazyTensors, Read, open_tensors
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
@@ -79,7 +79,7 @@ def convert(
         with whole_file(target) as temporary:
             _write_file(temporary, _untied(opened, tensors), said)
     else:
-        _write_pt(target, opened, tensors, said)
+        write_pt(target, _untied(opened, tensors), said or {}, _tied(opened, tensors))
     _verify(opened, packed, target)
     return len(opened.checkpoint.layers)
 
@@ -209,11 +209,9 @@ def _packed(opened: _Opened, layer: PackedLayer, zero_offset: int) -> _Plan:
 
 def _dense(opened: _Opened, layer: PackedLayer) -> _Plan:
     """A layer's tensors as the full model has them, in 16 bits."""
-    dtype, name, spec = opened.stored, layer.name, opened.source.spec
+    dtype, name = opened.stored, layer.name
     weight = partial(_weight, opened, layer, dtype)
     plan: _Plan = {f"{name}.weight": (weight, (layer.outputs, layer.inputs), dtype)}
-    if isinstance(opened.model.get_submodule(spec.head), TiedHead) and name == spec.embed[0]:
-        plan[f"{spec.head}.weight"] = plan[f"{name}.weight"]
     if opened.layer(layer).bias is not None:
         bias = partial(_cast, opened, f"{name}.bias", (layer.outputs,))
         plan[f"{name}.bias"] = (bias, (layer.outputs,), dtype)
@@ -241,9 +239,12 @@ def _lazy(opened: _Opened, plan: _Plan) -> LazyTensors:
     )
 
 
+def _tied(opened: _Opened, tensors: LazyTensors) -> dict[str, str]:
+    return skeleton.tied(opened.model.config, opened.source.spec, tensors)
+
+
 def _untied(opened: _Opened, tensors: LazyTensors) -> LazyTensors:
-    tied = opened.model.config.tie_word_embeddings
-    return tensors.changed({f"{opened.source.spec.head}.weight": None}) if tied else tensors
+    return tensors.changed(dict.fromkeys(_tied(opened, tensors)))
 
 
 def _cast(opened: _Opened, name: str, expected: tuple[int, ...]) -> Tensor:
@@ -308,20 +309,6 @@ def _weight(opened: _Opened, layer: PackedLayer, dtype: torch.dtype) -> Tensor:
 def _write_file(path: Path, tensors: LazyTensors, said: dict[str, object] | None) -> None:
     about = {"format": "pt"} if said is None else header(said)
     write_tensors(path, tensors, list(tensors), about)
-
-
-def _write_pt(
-    path: Path, opened: _Opened, tensors: LazyTensors, said: dict[str, object] | None
-) -> None:
-    """By way of a safetensors file beside it, whose memory torch.save then writes from."""
-    with whole_file(path.with_suffix(".converting")) as temporary:
-        _write_file(temporary, _untied(opened, tensors), said)
-        state = mapped(temporary)
-        spec = opened.source.spec
-        if opened.model.config.tie_word_embeddings and f"{spec.embed[0]}.weight" in state:
-            state[f"{spec.head}.weight"] = state[f"{spec.embed[0]}.weight"]
-        write_pt(path, {name: state[name] for name in tensors}, said or {})
-    path.with_suffix(".converting").unlink()
 
 
 # Whether it is right -------------------------------------------------------------------------

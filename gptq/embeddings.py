@@ -3,8 +3,7 @@
 Both are rounded to nearest in groups of EMBEDDING_GROUP inputs, without calibration.
 """
 
-from collections import OrderedDict
-from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from gptq.config import QuantConfig
 from gptq.errors import UserError
 from gptq.grid import Grid, find_grid, quantize
 from gptq.models import ModelSpec
+from gptq.tensors import LazyTensors
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import group_count
 
@@ -21,23 +21,29 @@ EMBEDDING_GROUP = 128
 _CHUNK = 4096
 
 
-def with_packed(
-    tensors: Mapping[str, Tensor], spec: ModelSpec, tied: bool, config: QuantConfig
-) -> "OrderedDict[str, Tensor]":
+def with_packed(tensors: LazyTensors, spec: ModelSpec, config: QuantConfig) -> LazyTensors:
     """The same tensors, those of the embedding and the head packed to `config.embedding_bits`.
 
-    tied: the head has no tensors then, since the embedding's serve both.
+    tensors: without a tied head's, since the embedding's serve both. The packed ones are in memory.
     """
-    embedding, head = f"{spec.embed[0]}.weight", f"{spec.head}.weight"
-    result: OrderedDict[str, Tensor] = OrderedDict()
-    for name, tensor in tensors.items():
-        if name == head and tied:
-            continue
-        if name in (embedding, head):
-            result.update(pack_rows(name.removesuffix(".weight"), tensor, config))
-        else:
-            result[name] = tensor
-    return result
+    ends = (f"{spec.embed[0]}.weight", f"{spec.head}.weight")
+    packed: dict[str, Tensor] = {}
+    names: list[str] = []
+    for name in tensors:
+        made = {}
+        if name in ends:
+            made = pack_rows(name.removesuffix(".weight"), tensors[name], config)
+        packed |= made
+        names += made or [name]
+    reads = {
+        name: partial((packed if name in packed else tensors).__getitem__, name) for name in names
+    }
+    return LazyTensors(
+        reads,
+        tensors.metadata,
+        {n: tuple(packed[n].shape) if n in packed else tensors.shape(n) for n in names},
+        {n: packed[n].dtype if n in packed else tensors.dtype(n) for n in names},
+    )
 
 
 def pack_rows(name: str, weight: Tensor, config: QuantConfig) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ def perplexity(
     progress: called with (blocks done, blocks in all).
     Raises UserError where the result is not a number.
     """
-    stream = skeleton.embed(model, spec, tensors, windows, device, dtype)
+    batches = skeleton.batches(windows)
+    stream = skeleton.embed(model, spec, tensors, batches, device, dtype)
     count = skeleton.block_count(model, spec)
     for index in range(count):
         block = skeleton.fill(model, spec, spec.block(index), tensors, device, dtype)
@@ -45,7 +46,7 @@ def perplexity(
         skeleton.fill(model, spec, name, tensors, device, dtype) for name in (spec.norm, spec.head)
     )
     losses = []
-    for tokens, hidden in zip(_like(windows, stream.hidden), stream.hidden, strict=True):
+    for tokens, (hidden,) in zip(batches, stream.hidden, strict=True):
         losses += [_window_loss(norm, head, *pair) for pair in zip(tokens, hidden, strict=True)]
     for part in (norm, head):
         skeleton.drop(part)
@@ -66,7 +67,3 @@ def _window_loss(norm: nn.Module, head: nn.Module, tokens: Tensor, hidden: Tenso
         logits = head(norm(hidden[start : start + len(target)])).float()
         total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
     return total / len(targets)
-
-
-def _like(windows: Tensor, batches: list[Tensor]) -> tuple[Tensor, ...]:
-    return windows.split([len(batch) for batch in batches])

@@ -2,23 +2,26 @@
 
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gptq import __version__, skeleton
 from gptq.checkpoint import CONFIG_NAME, SETTINGS_KEY
 from gptq.config import QuantConfig
 from gptq.embeddings import with_packed
 from gptq.errors import UserError
-from gptq.files import Journal, whole_file, whole_folder
+from gptq.files import whole_file, whole_folder
+from gptq.journal import Journal
 from gptq.machine import half_dtype
 from gptq.source import ModelSource
-from gptq.tensor_files import as_lazy, nbytes, shards, write_tensors
-from gptq.tensors import LazyTensors
+from gptq.tensor_files import nbytes, shards, write_tensors
+from gptq.tensors import LazyTensors, Read, Shape
+from gptq.torch_file import write_state_dict
 from quant_cuda.packing import pack_zeros, unpack_zeros
 
 QUANTIZER = f"belle-gptq:{__version__}"
@@ -74,66 +77,70 @@ def settings(
 _STANDARD = ("bits", "group_size", "sym", "true_sequential", "static_groups")
 
 
-def assemble(source: ModelSource, journal: Journal) -> "OrderedDict[str, Tensor]":
+def assemble(source: ModelSource, journal: Journal) -> LazyTensors:
     """Every tensor of the quantized model, under Hugging Face's names and in their order.
 
-    What is not quantized is stored in the model's own 16-bit type. A tied head is the very
-    tensor of the embedding.
+    None is in memory before it is asked for. What is not quantized is stored in the model's own
+    16-bit type. A tied head is left out.
     """
     spec = source.spec
     model = skeleton.build(source.config, spec, torch.device("cpu"))
-    stored = half_dtype(source.config.dtype)
-    packed: dict[str, Tensor] = {}
-    for index in range(source.config.num_hidden_layers):
-        packed.update(journal.read(index)[0])
+    packed = journal.tensors()
     prefixes = {name.rpartition(".")[0] for name in packed}
-    result: OrderedDict[str, Tensor] = OrderedDict()
-    dense: dict[str, Tensor] = {}
-    for name in model.state_dict():
-        prefix, _, kind = name.rpartition(".")
-        if prefix in prefixes:
-            if kind == "weight":
-                result.update(_of_layer(packed, prefix))
-            continue
-        found = skeleton.stored_name(model, spec, name, source.tensors)
-        if found not in dense:
-            dense[found] = source.tensors[found].to(stored)
-        result[name] = dense[found]
-    return result
+    tied = skeleton.tied(source.config, spec, source.tensors)
+    kind = half_dtype(source.config.dtype)
+    reads: dict[str, Read] = {}
+    shapes: dict[str, Shape] = {}
+    for name, expected in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if prefix not in prefixes:
+            if name not in tied:
+                reads[name] = partial(_stored, source, model, name, expected, kind)
+                shapes[name] = tuple(expected.shape)
+        elif last == "weight":
+            for part in _of_layer(packed, prefix):
+                reads[part] = partial(packed.__getitem__, part)
+                shapes[part] = packed.shape(part)
+    dtypes = {name: packed.dtype(name) if name in packed else kind for name in reads}
+    return LazyTensors(reads, shapes=shapes, dtypes=dtypes)
 
 
-def with_embeddings(
-    source: ModelSource, tensors: Mapping[str, Tensor], config: QuantConfig
-) -> Mapping[str, Tensor]:
+def with_embeddings(source: ModelSource, tensors: LazyTensors, config: QuantConfig) -> LazyTensors:
     """What `assemble` returned, the embedding and the head in the bits that the settings ask for."""
-    if config.embedding_bits == 16:
-        return tensors
-    return with_packed(tensors, source.spec, source.config.tie_word_embeddings, config)
+    return with_packed(tensors, source.spec, config) if config.embedding_bits < 16 else tensors
 
 
-def write_pt(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, object]) -> None:
+def _stored(
+    source: ModelSource, model: PreTrainedModel, name: str, expected: Tensor, kind: torch.dtype
+) -> Tensor:
+    return skeleton.stored(model, source.spec, name, source.tensors, expected).to(kind)
+
+
+def write_pt(
+    path: Path,
+    tensors: LazyTensors,
+    said: Mapping[str, object],
+    tied: Mapping[str, str] | None = None,
+) -> None:
     """A plain state dict as GPTQ-for-LLaMa writes it.
 
     The settings travel in the dict's `_metadata`, which loaders that do not know them ignore.
+    tied: more names, each with the one of `tensors` whose memory it shares.
     """
-    state = OrderedDict(tensors)
-    modules = {name.rpartition(".")[0] for name in tensors}
-    state._metadata = {  # type: ignore[attr-defined]
+    tied = tied or {}
+    modules = {name.rpartition(".")[0] for name in (*tensors, *tied)}
+    metadata = {
         **{name: {"version": 1} for name in ("", *sorted(modules))},
         SETTINGS_KEY: json.dumps(said),
     }
-    # Given a path, torch.save would write its name into the file, and equal runs would differ.
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
-
-
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, object]
-) -> None:
-    """The same tensors as safetensors, a tied head left out; the settings are in the header."""
     with whole_file(path) as temporary:
-        state = as_lazy(_untied(tensors))
-        write_tensors(temporary, state, list(state), header(said))
+        write_state_dict(temporary, tensors, tied, metadata)
+
+
+def write_safetensors(path: Path, tensors: LazyTensors, said: Mapping[str, object]) -> None:
+    """The same tensors as safetensors, where tied names have no place; settings in the header."""
+    with whole_file(path) as temporary:
+        write_tensors(temporary, tensors, list(tensors), header(said))
 
 
 def header(said: Mapping[str, object]) -> dict[str, str]:
@@ -144,7 +151,7 @@ def header(said: Mapping[str, object]) -> dict[str, str]:
 def write_folder(
     folder: Path,
     source: ModelSource,
-    tensors: Mapping[str, Tensor],
+    tensors: LazyTensors,
     config: QuantConfig,
     meta: Mapping[str, object],
     layout: str | None = None,
@@ -157,9 +164,9 @@ def write_folder(
     """
     v2 = not config.sym if layout is None else layout == "gptq_v2"
     ends = (source.spec.embed[0], source.spec.head)
-    state = _untied(_without_offset(tensors, config, ends) if v2 else tensors)
+    state = _without_offset(tensors, config, ends) if v2 else tensors
     with whole_folder(folder) as temporary:
-        fill_folder(temporary, source, as_lazy(state), settings(config, meta, v2))
+        fill_folder(temporary, source, state, settings(config, meta, v2))
 
 
 def fill_folder(
@@ -217,39 +224,31 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _of_layer(packed: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _of_layer(packed: LazyTensors, prefix: str) -> list[str]:
     keys = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    names = (f"{prefix}.{key}" for key in keys)
-    return {name: packed[name] for name in names if name in packed}
-
-
-def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, those that share memory with an earlier one left out."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() not in seen:
-            result[name] = tensor.contiguous()
-        seen.add(tensor.data_ptr())
-    return result
+    return [f"{prefix}.{key}" for key in keys if f"{prefix}.{key}" in packed]
 
 
 def _without_offset(
-    tensors: Mapping[str, Tensor], config: QuantConfig, ends: tuple[str, str]
-) -> dict[str, Tensor]:
+    tensors: LazyTensors, config: QuantConfig, ends: tuple[str, str]
+) -> LazyTensors:
     """Zero points of the "gptq" format, stored less 1, as "gptq_v2" stores them.
 
     ends: names of the embedding and the head, whose bits are their own.
     """
-    result = dict(tensors)
-    for name, tensor in tensors.items():
+    changes: dict[str, Read | None] = {}
+    for name in tensors:
         layer, _, kind = name.rpartition(".")
         if kind == "qzeros":
             bits = config.embedding_bits if layer in ends else config.bits
-            out_features = tensors[f"{layer}.scales"].shape[1]
-            zeros = unpack_zeros(tensor, bits, out_features, zero_offset=1)
-            result[name] = pack_zeros(zeros, bits, zero_offset=0)
-    return result
+            changes[name] = partial(_zeros_v2, tensors, name, bits)
+    return tensors.changed(changes)
+
+
+def _zeros_v2(tensors: LazyTensors, name: str, bits: int) -> Tensor:
+    out_features = tensors.shape(name.removesuffix("qzeros") + "scales")[1]
+    zeros = unpack_zeros(tensors[name], bits, out_features, zero_offset=1)
+    return pack_zeros(zeros, bits, zero_offset=0)
 
 
 def _config_of(source: ModelSource) -> dict[str, object]:

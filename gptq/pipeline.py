@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from gptq import skeleton
 from gptq.adapt import choose_damp, feed_back
 from gptq.config import QuantConfig, check_packable
 from gptq.errors import UserError
-from gptq.files import Journal
+from gptq.journal import Journal
 from gptq.models import ModelSpec
 from gptq.moments import Moments, moments
 from gptq.qlinear import QuantLinear
+from gptq.shelf import Shelf
 from gptq.solver import Solution, round_to_nearest, solve
 from gptq.source import ModelSource
-from gptq.stages import advance, finish, stages
+from gptq.stages import advance, finish
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -69,11 +70,13 @@ def quantize_blocks(
     journal: Journal,
     device: torch.device,
     dtype: torch.dtype,
+    shelf: Shelf | None = None,
 ) -> Iterator[LayerReport]:
     """Solve every linear layer of every block and write each finished block to the journal.
 
     windows: int64 (nsamples, seqlen), the calibration tokens; method "rtn" can do without, and
         its losses are then those of the weights.
+    shelf: where activations are put between two uses, by default in memory.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
     Raises UserError for a layer whose weights or inputs are not finite or cannot be packed.
@@ -81,38 +84,26 @@ def quantize_blocks(
     spec = source.spec
     model = skeleton.build(source.config, spec, device)
     check_layers(model, spec, config.bits)
-    stream = skeleton.Stream([], {})
-    if windows is not None:
-        stream = skeleton.embed(model, spec, source.tensors, windows, device, dtype)
+    skeleton.check_complete(model, spec, source.tensors)
+    batches = [] if windows is None else skeleton.batches(windows)
+    stream = skeleton.embed(model, spec, source.tensors, batches, device, dtype, shelf)
     # The full-precision model's activations, beside those of the model quantized so far.
-    full = skeleton.Stream(list(stream.hidden), stream.arguments)
+    full = stream.copy("full") if config.feeds_back else None
     for index in range(skeleton.block_count(model, spec)):
-        name = spec.block(index)
-        block = skeleton.fill(model, spec, name, source.tensors, device, dtype)
-        twin = copy.deepcopy(block) if config.feeds_back else None
+        block = skeleton.fill(model, spec, spec.block(index), source.tensors, device, dtype)
+        weights = digest(block)
         if journal.has(index):
-            tensors, record = journal.read(index)
-            for linear in spec.linears:
-                put_quantized(skeleton.linear(block, linear), tensors, f"{name}.{linear}", config)
+            tensors, record = journal.read(index, weights)
             yield from (LayerReport(**layer) for layer in record)
-            stream.through(block)
-            if twin is not None:
-                full.through(twin)
+            _replay(block, spec.block(index), spec, stream, full, tensors, config)
         else:
-            _check_weights(block, name)
+            _check_weights(block, spec.block(index))
             reports: list[LayerReport] = []
-            solutions: dict[str, Solution] = {}
-            for report in _solve_block(block, twin, index, spec, stream, full, config, solutions):
+            packed: dict[str, Tensor] = {}
+            for report in _solve_block(block, index, spec, stream, full, config, packed):
                 reports.append(report)
                 yield report
-            tensors = {
-                f"{name}.{linear}.{key}": tensor.cpu().contiguous()
-                for linear, solution in solutions.items()
-                for key, tensor in _pack(skeleton.linear(block, linear), solution, config)
-                .state_dict()
-                .items()
-            }
-            journal.write(index, tensors, [asdict(report) for report in reports])
+            journal.write(index, packed, [asdict(report) for report in reports], weights)
         skeleton.drop(block)
 
 
@@ -137,15 +128,29 @@ def put_quantized(
 
 
 def fingerprint(source: ModelSource) -> str:
-    """A short hash that tells models apart: the configuration and the first and last block."""
-    digest = hashlib.sha256(source.config.to_json_string().encode())
+    """A short hash that tells models apart: configuration, embeddings, the first and last block.
+
+    The journal holds a hash of each of the other blocks, see `digest`.
+    """
+    found = hashlib.sha256(source.config.to_json_string().encode())
     last = source.config.num_hidden_layers - 1
-    prefixes = tuple(source.spec.block(index) + "." for index in {0, last})
+    parts = (*source.spec.embed, *(source.spec.block(index) for index in {0, last}))
+    prefixes = tuple(f"{part}." for part in parts)
     for name in sorted(source.tensors):
         if name.startswith(prefixes):
-            digest.update(name.encode())
-            digest.update(source.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            found.update(name.encode())
+            found.update(source.tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def digest(block: nn.Module) -> str:
+    """A short hash of a block's weights: of the sums of their bits, row by row."""
+    found = hashlib.sha256()
+    for name, weight in block.named_parameters():
+        words = weight.detach().view(torch.int32 if weight.itemsize == 4 else torch.int16)
+        found.update(name.encode())
+        found.update(words.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict[str, object]:
@@ -154,41 +159,71 @@ def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict
     return json.loads(json.dumps(known, default=str))
 
 
+def _replay(
+    block: nn.Module,
+    name: str,
+    spec: ModelSpec,
+    stream: skeleton.Stream,
+    full: skeleton.Stream | None,
+    tensors: Mapping[str, Tensor],
+    config: QuantConfig,
+) -> None:
+    """Take both streams through a block that was solved before."""
+    if full is not None:
+        full.through(block)
+    for linear in spec.linears:
+        put_quantized(skeleton.linear(block, linear), tensors, f"{name}.{linear}", config)
+    stream.through(block)
+
+
 def _solve_block(
     block: nn.Module,
-    twin: nn.Module | None,
     index: int,
     spec: ModelSpec,
     stream: skeleton.Stream,
-    full: skeleton.Stream,
+    full: skeleton.Stream | None,
     config: QuantConfig,
-    solutions: dict[str, Solution],
+    packed: dict[str, Tensor],
 ) -> Iterator[LayerReport]:
-    """Quantize a block's linear layers in place and take both streams through it.
+    """Quantize a block's linear layers and take both streams through it.
 
-    twin: the block as it was, for the full-precision stream; None where nothing is fed back.
-    solutions: filled with the layers' solutions, by their names in the block.
+    packed: filled with the layers' packed tensors, by their names in the model.
     """
-    runs = [stages(block, spec, *item) for item in stream]
-    beside = [] if twin is None else [stages(twin, spec, *item) for item in full]
-
+    # The full model's block shares its weights; a layer that is solved gets a new one in `block`.
+    twin = copy.deepcopy(block, {id(weight): weight for weight in block.parameters()})
+    ahead = stream if config.true_sequential else stream.copy("ahead")
     held_out = HELD_OUT if config.adapts_damp else 0.0
 
-    def of_next_group() -> Moments | None:
-        return moments(advance(runs), advance(beside) if beside else None, held_out)
+    def of_group(number: int) -> Moments | None:
+        beside = None if full is None else advance(full, twin, spec, number)
+        return moments(advance(ahead, block, spec, number), beside, held_out)
 
-    prefix = spec.block(index)
     # Where layers are not solved in turn, all inputs are those of the unquantized block.
-    known = None if config.true_sequential else iter([of_next_group() for _ in spec.groups])
-    for group in spec.groups:
-        its = known.__next__ if known else of_next_group
-        yield from _quantize_group(block, prefix, index, group, its, config, solutions)
-    if beside:
-        full.hidden = finish(beside)
+    every = range(len(spec.groups))
+    known = None if config.true_sequential else iter([of_group(number) for number in every])
+    for number, group in enumerate(spec.groups):
+        started = time.perf_counter()
+        seen = of_group(number) if known is None else next(known)
+        if known is None and number:
+            _forget((block, twin), spec.groups[number - 1])
+        prefix = spec.block(index)
+        for report in _quantize_group(block, prefix, index, group, seen, config, packed):
+            seconds = time.perf_counter() - started
+            yield replace(report, seconds=seconds)
+            started = time.perf_counter()
+    if full is not None:
+        finish(full, twin, spec)
     if config.true_sequential:
-        stream.hidden = finish(runs)
+        finish(stream, block, spec)
     else:
         stream.through(block)
+
+
+def _forget(blocks: Iterable[nn.Module], group: Iterable[str]) -> None:
+    """Free the weights of layers that both streams have passed."""
+    for block in blocks:
+        for name in group:
+            skeleton.drop(block.get_submodule(name))
 
 
 def _quantize_group(
@@ -196,27 +231,33 @@ def _quantize_group(
     prefix: str,
     index: int,
     group: tuple[str, ...],
-    of_inputs: Callable[[], Moments | None],
+    seen: Moments | None,
     config: QuantConfig,
-    solutions: dict[str, Solution],
+    packed: dict[str, Tensor],
 ) -> Iterator[LayerReport]:
     """Solve layers that share their input, rows stacked: one factorization for all of them."""
-    started = time.perf_counter()
     layers = [skeleton.linear(block, name) for name in group]
-    weight = torch.cat([layer.weight for layer in layers])
-    solution = _solve(f"{prefix}.{group[0]}", weight, of_inputs(), config)
+    weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
+    solution = _solve(f"{prefix}.{group[0]}", weight, seen, config)
     first = 0
     for name, layer in zip(group, layers, strict=True):
-        solutions[name] = solution.rows(first, first + layer.out_features)
+        rows = solution.rows(first, first + layer.out_features)
         first += layer.out_features
-        _put(layer, solutions[name], config)
-        yield _report(index, name, solutions[name], time.perf_counter() - started)
-        started = time.perf_counter()
+        state = _put(layer, rows, config)
+        packed |= {f"{prefix}.{name}.{key}": tensor for key, tensor in state.items()}
+        yield _report(index, name, rows)
 
 
-def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> None:
-    """Give a layer its quantized weight: what later layers see is the stored words."""
-    layer.weight.copy_(dequantize(_pack(layer, solution, config).packed(), layer.weight.dtype).T)
+def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> dict[str, Tensor]:
+    """Give a layer its quantized weight, a new tensor: what later layers see is the stored words.
+
+    Returns the packed tensors, on the CPU.
+    """
+    bias = layer.bias if layer.bias is None else layer.bias.to(torch.float16)
+    packed = QuantLinear.from_solution(solution, config.bits, config.group_size, bias)
+    weight = dequantize(packed.packed(), layer.weight.dtype).T.contiguous()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return {key: tensor.cpu().contiguous() for key, tensor in packed.state_dict().items()}
 
 
 def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig) -> Solution:
@@ -239,12 +280,7 @@ def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig)
     return solve(weight, H, config)
 
 
-def _pack(layer: nn.Linear, solution: Solution, config: QuantConfig) -> QuantLinear:
-    bias = layer.bias if layer.bias is None else layer.bias.to(torch.float16)
-    return QuantLinear.from_solution(solution, config.bits, config.group_size, bias)
-
-
-def _report(block: int, name: str, solution: Solution, seconds: float) -> LayerReport:
+def _report(block: int, name: str, solution: Solution) -> LayerReport:
     energy = max(float(solution.energy.sum(dtype=torch.float64)), torch.finfo(torch.float64).tiny)
     return LayerReport(
         block=block,
@@ -254,7 +290,7 @@ def _report(block: int, name: str, solution: Solution, seconds: float) -> LayerR
         kept_rtn=int(solution.kept_rtn.sum()),
         rows=len(solution.loss),
         damp=solution.damp,
-        seconds=seconds,
+        seconds=0.0,
     )
 
 

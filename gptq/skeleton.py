@@ -4,7 +4,7 @@ The modules, masks and position terms are Hugging Face's own; this only decides 
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 from gptq.qlinear import STORED_AS_IS, QuantEmbedding, TiedHead
+from gptq.shelf import Shelf
 from gptq.tensors import cause
 
 # Tokens that go through a block at once: enough to keep matrix units busy, little memory.
@@ -87,23 +88,45 @@ def fill(
         return part
     state = {}
     for key, expected in part.state_dict().items():
-        full = stored_name(model, spec, f"{name}.{key}", tensors)
-        if full not in tensors:
-            raise UserError(
-                f"{full}: not in the checkpoint; it is incomplete or made for another model"
-            )
-        tensor = tensors[full]
-        if tensor.shape != expected.shape:
-            raise UserError(
-                f"{full}: has shape {tuple(tensor.shape)} where the model's configuration wants "
-                f"{tuple(expected.shape)}; the weights are another model's"
-            )
+        tensor = stored(model, spec, f"{name}.{key}", tensors, expected)
         as_is = key.rpartition(".")[2] in STORED_AS_IS or not tensor.is_floating_point()
         state[key] = tensor.to(device=device, dtype=tensor.dtype if as_is else dtype)
     part.load_state_dict(state, assign=True)
     if isinstance(part, QuantEmbedding):
         part.like = torch.empty(0, dtype=dtype, device=device)
     return part.requires_grad_(False)
+
+
+def stored(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    expected: Tensor,
+) -> Tensor:
+    """The tensor that belongs in the place of `expected`, as it is stored; errors as `fill`."""
+    full = stored_name(model, spec, name, tensors)
+    _check_present(full, tensors)
+    tensor = tensors[full]
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"{full}: has shape {tuple(tensor.shape)} where the model's configuration wants "
+            f"{tuple(expected.shape)}; the weights are another model's"
+        )
+    return tensor
+
+
+def check_complete(model: PreTrainedModel, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless there is a tensor for every part, whatever its shape."""
+    for name in model.state_dict():
+        _check_present(stored_name(model, spec, name, tensors), tensors)
+
+
+def _check_present(name: str, tensors: Mapping[str, Tensor]) -> None:
+    if name not in tensors:
+        raise UserError(
+            f"{name}: not in the checkpoint; it is incomplete or made for another model"
+        )
 
 
 def drop(part: nn.Module) -> None:
@@ -115,10 +138,16 @@ def stored_name(
     model: PreTrainedModel, spec: ModelSpec, name: str, tensors: Mapping[str, Tensor]
 ) -> str:
     """The name under which a tensor is found: a tied head's is the embedding's."""
-    tied = model.config.tie_word_embeddings
-    if name == f"{spec.head}.weight" and tied and f"{spec.embed[0]}.weight" in tensors:
-        return f"{spec.embed[0]}.weight"
-    return name
+    return tied(model.config, spec, tensors).get(name, name)
+
+
+def tied(
+    config: PretrainedConfig, spec: ModelSpec, tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """The head's weight by its name, and whose it is, where it is the embedding's."""
+    embedding = f"{spec.embed[0]}.weight"
+    shared = config.tie_word_embeddings and embedding in tensors
+    return {f"{spec.head}.weight": embedding} if shared else {}
 
 
 class _Caught(Exception):
@@ -162,34 +191,64 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) ->
 class Stream:
     """Activations on their way through the model: the only thing carried from block to block."""
 
-    hidden: list[Tensor]
-    """One (batch, seq, hidden) each."""
+    hidden: Shelf
+    """Batches of hidden states, each one (batch, seq, hidden)."""
     arguments: dict[int, Mapping[str, Any]]
     """A block's other arguments, by batch size."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-        return ((hidden, self.arguments[len(hidden)]) for hidden in self.hidden)
+    def each_arguments(self) -> Iterator[Mapping[str, Any]]:
+        """A block's other arguments, batch after batch."""
+        return (self.arguments[size] for size in self.hidden.sizes())
 
     def through(self, block: nn.Module) -> None:
-        self.hidden = [run_block(block, *item) for item in self]
+        for index, arguments in enumerate(self.each_arguments()):
+            (hidden,) = self.hidden.get(index)
+            self.hidden.put(index, (run_block(block, hidden, arguments),))
+
+    def copy(self, name: str) -> "Stream":
+        """The same activations, to go another way; `name` is their folder's, where in files."""
+        hidden = self.hidden.beside(name)
+        for index, batch in enumerate(self.hidden):
+            hidden.put(index, batch)
+        return Stream(hidden, self.arguments)
 
 
 def embed(
     model: PreTrainedModel,
     spec: ModelSpec,
     tensors: Mapping[str, Tensor],
-    windows: Tensor,
+    windows: Sequence[Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    shelf: Shelf | None = None,
 ) -> Stream:
-    """Fill the embeddings, run them on every window, and free them."""
-    for name in spec.embed:
+    """Fill the embeddings, run them on batches of windows, and free them.
+
+    windows: int64 (batch, seq) each, as from `batches`. shelf: where the activations are put, by
+        default in memory.
+    Of the embedding only the rows of tokens that occur are kept.
+    """
+    stream = Stream(Shelf() if shelf is None else shelf, {})
+    if not windows:
+        return stream
+    first, *others = spec.embed
+    used = torch.cat([tokens.unique() for tokens in windows]).unique()
+    whole = cast(nn.Embedding, model.get_submodule(first))
+    rows = stored(model, spec, f"{first}.weight", tensors, whole.weight)[used]
+    replace(model, first, nn.Embedding.from_pretrained(rows.to(device, dtype)))
+    for name in others:
         fill(model, spec, name, tensors, device, dtype)
-    stream = Stream([], {})
-    for tokens in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
-        hidden, arguments = first_hidden(model, spec, tokens.to(device))
-        stream.hidden.append(hidden)
+    for index, tokens in enumerate(windows):
+        places = torch.searchsorted(used, tokens).to(device)
+        hidden, arguments = first_hidden(model, spec, places)
+        stream.hidden.put(index, (hidden,))
         stream.arguments[len(hidden)] = arguments
-    for name in spec.embed:
+    replace(model, first, whole)
+    for name in others:
         drop(model.get_submodule(name))
     return stream
+
+
+def batches(windows: Tensor) -> list[Tensor]:
+    """Windows int64 (n, seqlen) in parts that go through a block at once."""
+    return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))

@@ -1,10 +1,10 @@
-"""One forward of a block that stops before each group of linear layers.
+"""A block's forward in steps, one before each group of linear layers.
 
 Each group can be solved on what it receives and changed before the forward goes on, so that a
 block is run once however many groups it has.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gptq import skeleton
 from gptq.models import Branch, ModelSpec
+from gptq.shelf import Batch
 
 
 @dataclass(frozen=True)
@@ -26,46 +27,50 @@ class Inputs:
     """(batch, seq, out): the hidden states that the group's output is added to, where it is."""
 
 
-Stages = Generator[Inputs, None, Tensor]
+@torch.no_grad()
+def step(
+    block: nn.Module, spec: ModelSpec, number: int, batch: Batch, arguments: Mapping[str, Any]
+) -> Batch:
+    """Take a batch on to where the group of linear layers `number` reads it.
 
-
-def stages(
-    block: nn.Module, spec: ModelSpec, hidden: Tensor, arguments: Mapping[str, Any]
-) -> Stages:
-    """Run `block` on hidden states (batch, seq, hidden), a group of linear layers at a time.
-
-    arguments: the block's others: masks, rotary or ALiBi terms.
-    Yields what each of `spec.groups` receives, and returns the block's output.
-    Between stages it holds the hidden states and what it has yielded, nothing else.
+    batch: hidden states (batch, seq, hidden) alone for number 0, else what this returned for the
+        group before. arguments: the block's others: masks, rotary or ALiBi terms.
+    Returns what the group receives and the hidden states beside it; after the last group, for
+    number len(spec.groups), the block's output alone.
     """
+    if number % 2:
+        x, hidden = batch
+        return _before_output(block, spec.branches[number // 2], x, arguments), hidden
+    if number == 0:
+        (hidden,) = batch
+    else:
+        x, hidden = batch
+        hidden = hidden + block.get_submodule(spec.branches[number // 2 - 1].output)(x)
+    if number == len(spec.groups):
+        return (hidden,)
+    x = block.get_submodule(spec.branches[number // 2].norm)(hidden)
     after_norm = getattr(block, "apply_residual_connection_post_layernorm", False)
-    for branch in spec.branches:
-        x = _no_grad(block.get_submodule(branch.norm), hidden)
-        if after_norm:
-            hidden = x
-        yield Inputs(x, None)
-        x = _before_output(block, branch, x, arguments)
-        yield Inputs(x, hidden)
-        hidden = hidden + _no_grad(block.get_submodule(branch.output), x)
-    return hidden
+    return x, (x if after_norm else hidden)
 
 
-def advance(runs: Iterable[Stages]) -> Iterator[Inputs]:
-    """What the next group receives in each run, one at a time."""
-    return (next(run) for run in runs)
+def advance(
+    stream: skeleton.Stream, block: nn.Module, spec: ModelSpec, number: int
+) -> Iterator[Inputs]:
+    """Take a stream to where group `number` reads it; yields what it receives, a batch at a time.
+
+    After the last group nothing is yielded for there is none to receive it: use `finish`.
+    """
+    for index, arguments in enumerate(stream.each_arguments()):
+        x, hidden = step(block, spec, number, stream.hidden.get(index), arguments)
+        stream.hidden.put(index, (x, hidden))
+        yield Inputs(x, hidden if number % 2 else None)
 
 
-def finish(runs: Iterable[Stages]) -> list[Tensor]:
-    """Outputs of runs that have no group left."""
-    return [_finish(run) for run in runs]
-
-
-def _finish(run: Stages) -> Tensor:
-    while True:
-        try:
-            next(run)
-        except StopIteration as stop:
-            return stop.value
+def finish(stream: skeleton.Stream, block: nn.Module, spec: ModelSpec) -> None:
+    """Take a stream from the last group to the block's end."""
+    for index, arguments in enumerate(stream.each_arguments()):
+        batch = step(block, spec, len(spec.groups), stream.hidden.get(index), arguments)
+        stream.hidden.put(index, batch)
 
 
 def _before_output(
@@ -75,14 +80,8 @@ def _before_output(
     args = (x, x.new_zeros(())) if branch.adds_residual else (x,)
     with _left_out(block, branch.output):
         module = block.get_submodule(branch.module)
-        result = _no_grad(module, *args, **(arguments if branch.takes_arguments else {}))
+        result = module(*args, **(arguments if branch.takes_arguments else {}))
     return result[0] if isinstance(result, tuple) else result
-
-
-@torch.no_grad()
-def _no_grad(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # Not around the generator: between stages its caller's own setting must hold.
-    return module(*args, **kwargs)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,20 +69,3 @@ def write_tensors(
         for name in ordered:
             data = tensors[name].contiguous().reshape(-1).view(torch.uint8)
             file.write(data.numpy())  # type: ignore[arg-type]
-
-
-def mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `write_tensors`, in the file's own memory and not the process's."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__")
-    data = np.memmap(path, np.uint8, "c", offset=8 + length)
-    result = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        # An empty one would share its address with its neighbour.
-        held = torch.from_numpy(data[start:stop]) if stop > start else torch.empty(0).byte()
-        result[name] = held.view(dtype).view(entry["shape"])
-    return result

@@ -11,7 +11,8 @@ import torch
 
 from gptq.errors import UserError
 from gptq.export import write_pt, write_safetensors
-from gptq.files import Journal, check_writable, open_journal, whole_file, whole_folder
+from gptq.files import check_writable, remove_partial, whole_file, whole_folder
+from gptq.tensor_files import as_lazy
 
 
 def full_disk(*_args, **_kwargs):
@@ -92,17 +93,6 @@ def test_paths_that_cannot_be_written(tmp_path):
         check_writable(Path("/proc/nowhere/x.pt"))
 
 
-def test_a_journal_gives_back_what_was_written(tmp_path):
-    journal = Journal(tmp_path)
-    tensors = {"a.qweight": torch.arange(6, dtype=torch.int32).view(2, 3)}
-    journal.write(3, tensors, [{"loss": 0.1}])
-    assert journal.has(3)
-    assert not journal.has(2)
-    read, record = journal.read(3)
-    assert record == [{"loss": 0.1}]
-    assert torch.equal(read["a.qweight"], tensors["a.qweight"])
-
-
 @contextlib.contextmanager
 def largest_file(size):
     """The system refuses, in the middle of a write, to let a file grow any further."""
@@ -116,11 +106,12 @@ def largest_file(size):
 
 @pytest.mark.parametrize("write", [write_pt, write_safetensors])
 def test_a_write_that_the_system_ends(tmp_path, write):
+    tensors = {"a": torch.zeros(100_000), "b": torch.ones(100_000)}
     with (
         largest_file(100_000),
         pytest.raises(UserError, match=r"cannot be written \(File too large\); free space"),
     ):
-        write(tmp_path / "out", {"a": torch.zeros(100_000), "b": torch.ones(100_000)}, {})
+        write(tmp_path / "out", as_lazy(tensors), {})
     assert os.listdir(tmp_path) == []
 
 
@@ -145,14 +136,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         check_writable(folder)
 
 
-def test_a_run_without_a_finished_block_leaves_nothing_to_resume(tmp_path):
-    with pytest.raises(RuntimeError), open_journal(tmp_path / "m.pt", {"bits": 4}, resume=False):
-        raise RuntimeError("stopped")
-    assert os.listdir(tmp_path) == []
-    with open_journal(tmp_path / "m.pt", {"bits": 8}, resume=False) as journal:
-        journal.write(0, {"a": torch.zeros(1)}, [])
-    with (
-        pytest.raises(UserError, match="holds 1 finished blocks"),
-        open_journal(tmp_path / "m.pt", {"bits": 8}, resume=False),
-    ):
-        pass
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".m.pt.77.partial", "m.pt.partial", ".m.pt.rc", ".other.77.partial", "m.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".m.pt.abc.partial").mkdir()
+    (tmp_path / ".m.pt.abc.partial" / "model.safetensors").touch()
+    remove_partial(tmp_path / "m.pt")
+    left = {"m.pt.partial", ".m.pt.rc", ".other.77.partial", "m.pt"}
+    assert set(os.listdir(tmp_path)) == left

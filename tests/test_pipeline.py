@@ -13,7 +13,7 @@ from gptq import QuantConfig, QuantLinear
 from gptq.adapt import choose_damp
 from gptq.calibration import calibration_windows
 from gptq.errors import UserError
-from gptq.files import open_journal
+from gptq.journal import open_journal
 from gptq.solver import solve
 from gptq.source import open_model
 from quant_cuda.reference import dequantize
@@ -191,9 +191,9 @@ def test_stopped_and_resumed_is_bit_identical(llama_dir, text_file, tmp_path):
 
 def test_two_runs_do_not_share_an_output(tmp_path):
     with (
-        open_journal(tmp_path / "m.pt", {"bits": 4}, resume=False),
+        open_journal([tmp_path / "m.pt"], {"bits": 4}, resume=False),
         pytest.raises(UserError, match="another run is writing it"),
-        open_journal(tmp_path / "m.pt", {"bits": 4}, resume=True),
+        open_journal([tmp_path / "m.pt"], {"bits": 4}, resume=True),
     ):
         pass
 

@@ -6,7 +6,7 @@ from conftest import bloom_config, make_model
 
 from gptq import skeleton
 from gptq.source import open_model
-from gptq.stages import advance, finish, stages
+from gptq.stages import advance, finish
 
 CPU = torch.device("cpu")
 
@@ -18,14 +18,14 @@ def post_norm_bloom(tmp_path):
 
 
 def first_block(folder):
-    """The first block filled, its spec, and one batch with the block's other arguments."""
+    """The first block filled, its spec, and a stream of one batch with its parts."""
     source = open_model(folder)
     spec = source.spec
     model = skeleton.build(source.config, spec, CPU)
     tokens = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
-    stream = skeleton.embed(model, spec, source.tensors, tokens, CPU, torch.float32)
+    stream = skeleton.embed(model, spec, source.tensors, [tokens], CPU, torch.float32)
     block = skeleton.fill(model, spec, spec.block(0), source.tensors, CPU, torch.float32)
-    return block, spec, *next(iter(stream))
+    return block, spec, stream, stream.hidden.get(0)[0], stream.arguments[3]
 
 
 def reads(spec):
@@ -43,26 +43,26 @@ def seen_by(block, name, hidden, arguments):
 
 @pytest.mark.parametrize("fixture", ["llama_dir", "bloom_dir", "post_norm_bloom"])
 def test_stages_are_hugging_faces_own_forward(fixture, request):
-    block, spec, hidden, arguments = first_block(request.getfixturevalue(fixture))
-    run = stages(block, spec, hidden, arguments)
-    for group in spec.groups:
-        (found,) = advance([run])
+    block, spec, stream, hidden, arguments = first_block(request.getfixturevalue(fixture))
+    for number, group in enumerate(spec.groups):
+        (found,) = advance(stream, block, spec, number)
         for name in group:  # every layer of a group sees what its first one does
             expected = seen_by(block, name, hidden, arguments)
             torch.testing.assert_close(found.x, expected, rtol=0, atol=0)
         assert (found.residual is None) == (group[0] in reads(spec))
-    (output,) = finish([run])
+    finish(stream, block, spec)
     expected = skeleton.run_block(block, hidden, arguments)
+    ((output,),) = stream.hidden
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
 def test_a_change_between_stages_reaches_the_rest(model_dir):
-    block, spec, hidden, arguments = first_block(model_dir)
-    run = stages(block, spec, hidden, arguments)
-    for group in spec.groups:
-        next(run)
+    block, spec, stream, hidden, arguments = first_block(model_dir)
+    for number, group in enumerate(spec.groups):
+        assert len(list(advance(stream, block, spec, number))) == 1
         for name in group:
             skeleton.linear(block, name).weight.mul_(0.9)
-    (output,) = finish([run])
+    finish(stream, block, spec)
     expected = skeleton.run_block(block, hidden, arguments)
+    ((output,),) = stream.hidden
     torch.testing.assert_close(output, expected, rtol=0, atol=0)

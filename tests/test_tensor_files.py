@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gptq.tensor_files import as_lazy, mapped, nbytes, shards, write_tensors
+from gptq.tensor_files import as_lazy, nbytes, shards, write_tensors
 from gptq.tensors import LazyTensors
 
 TENSORS = {
@@ -47,15 +47,6 @@ def test_the_bytes_are_the_librarys(tmp_path):
 def load_data(path):
     raw = path.read_bytes()
     return raw[8 + int.from_bytes(raw[:8], "little") :]
-
-
-def test_mapped(tmp_path):
-    write_tensors(tmp_path / "m", as_lazy(TENSORS), list(TENSORS), {})
-    again = mapped(tmp_path / "m")
-    assert all(torch.equal(again[name], tensor) for name, tensor in TENSORS.items())
-    torch.save(again, tmp_path / "m.pt")
-    # Each tensor's own bytes are saved, not the whole file for each.
-    assert (tmp_path / "m.pt").stat().st_size < 10_000
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):

@@ -1,0 +1,74 @@
+"""Activations between two uses of them: in memory, or in files where memory is short."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptq.files import unwritable
+from gptq.tensors import read_span
+
+Batch = tuple[Tensor, ...]
+
+
+class Shelf:
+    """Batches, each some tensors that are put away and taken together.
+
+    folder: where each batch gets a file; None keeps them in memory. Files are read and written,
+        not mapped, since mapped pages count as the process's own. They are not synced: no run
+        outlives its own activations.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._held: list[Batch] = []
+        """The tensors, or where they are in files tensors of the same kind without memory."""
+        self._devices: list[torch.device] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.get(index) for index in range(len(self)))
+
+    def sizes(self) -> list[int]:
+        """Windows in each batch."""
+        return [len(batch[0]) for batch in self._held]
+
+    def put(self, index: int, batch: Batch) -> None:
+        """Put a batch in place `index`, or behind the last. Raises UserError for a full disk."""
+        held = batch
+        if self.folder is not None:
+            _write(self.folder / str(index), batch)
+            held = tuple(torch.empty_like(tensor, device="meta") for tensor in batch)
+        if index == len(self):
+            self._held.append(held)
+            self._devices.append(batch[0].device)
+        self._held[index] = held
+
+    def get(self, index: int) -> Batch:
+        held = self._held[index]
+        if self.folder is None:
+            return held
+        start, batch = 0, []
+        for like in held:
+            tensor = read_span(self.folder / str(index), start, like.dtype, like.shape)
+            batch.append(tensor.to(self._devices[index]))
+            start += like.nbytes
+        return tuple(batch)
+
+    def beside(self, name: str) -> "Shelf":
+        """An empty shelf of the same kind."""
+        return Shelf(None if self.folder is None else self.folder.with_name(name))
+
+
+def _write(path: Path, batch: Batch) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for tensor in batch:
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(data.numpy())  # type: ignore[arg-type]
+    except OSError as error:
+        raise unwritable(path, error) from error
