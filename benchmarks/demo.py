@@ -126,7 +126,7 @@ def llama(arguments: list[str | Path]) -> int:
 def table(rows: dict[str, Row]) -> Table:
     result = Table(
         title=f"SmolLM2-135M-Instruct, {os.cpu_count()} CPU cores",
-        caption="Bits a weight: of the quantized layers. Embeddings stay at 16 bits. Perplexity: "
+        caption="Bits a weight: of the layers in blocks. Embeddings have 8 bits. Perplexity: "
         f"{WINDOWS} windows of {SEQLEN} tokens of an encyclopedia, calibrated on web pages. "
         "The weights come from a file of 4 bits in groups of 32.",
         caption_justify="left",

@@ -106,7 +106,7 @@ def assemble(source: ModelSource, journal: Journal) -> LazyTensors:
 
 
 def with_embeddings(source: ModelSource, tensors: LazyTensors, config: QuantConfig) -> LazyTensors:
-    """What `assemble` returned, the embedding and the head in the bits that the settings ask for."""
+    """What `assemble` returned, the embedding and head in the bits that the settings ask for."""
     return with_packed(tensors, source.spec, config) if config.embedding_bits < 16 else tensors
 
 

@@ -20,7 +20,7 @@ class Written:
     """ "gptq" or "gptq_v2"."""
     sizes: frozenset[tuple[int, int]]
     """(in, out) of its packed layers."""
-    embeddings: bool
+    embeddings: bool = False
     """Whether the embedding and the head are packed too."""
 
     @property

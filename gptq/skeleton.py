@@ -233,9 +233,9 @@ def embed(
         return stream
     first, *others = spec.embed
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
-    whole = cast(nn.Embedding, model.get_submodule(first))
-    rows = stored(model, spec, f"{first}.weight", tensors, whole.weight)[used]
-    replace(model, first, nn.Embedding.from_pretrained(rows.to(device, dtype)))
+    whole = model.get_submodule(first)
+    rows = _rows(model, spec, tensors, used, device, dtype)
+    replace(model, first, nn.Embedding.from_pretrained(rows))
     for name in others:
         fill(model, spec, name, tensors, device, dtype)
     for index, tokens in enumerate(windows):
@@ -247,6 +247,26 @@ def embed(
     for name in others:
         drop(model.get_submodule(name))
     return stream
+
+
+def _rows(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    used: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The embeddings of tokens `used`, int64 (n,), as dtype (n, hidden)."""
+    first = spec.embed[0]
+    embedding = model.get_submodule(first)
+    if not isinstance(embedding, QuantEmbedding):
+        whole = cast(nn.Embedding, embedding).weight
+        return stored(model, spec, f"{first}.weight", tensors, whole)[used].to(device, dtype)
+    fill(model, spec, first, tensors, device, dtype)
+    rows = embedding(used.to(device))
+    drop(embedding)
+    return rows
 
 
 def batches(windows: Tensor) -> list[Tensor]:
