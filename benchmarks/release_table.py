@@ -44,7 +44,7 @@ from gptq.tensor_files import write_tensors
 from gptq.tensors import LazyTensors
 
 RESULTS = Path(__file__).parent / "results"
-BITS = (8, 4)
+BITS = (8, 4, 16)
 GROUP_SIZE = 128
 ROUNDING = QuantConfig(group_size=GROUP_SIZE, method="rtn", scale_search="minmax")
 # In a run of random weights any will do; they are in every vocabulary.
@@ -118,8 +118,8 @@ def _cache_bytes(config, tokens: int) -> int:
 # Random weights of a real shape --------------------------------------------------------------
 
 
-def shape_rows(shape: str, task: Task, scratch: Path) -> Iterator[Row]:
-    """The 8-bit file, the 4-bit file and the full model; one of them at a time is on disk."""
+def shape_rows(shape: str, bits: Sequence[int], task: Task, scratch: Path) -> Iterator[Row]:
+    """The full model, of 16 bits, and its files; one of them at a time is on disk."""
     spec = SPECS[SHAPES[shape]().model_type]
     blocks = SHAPES[shape]().num_hidden_layers
     one = write_model(scratch / "one-block", shape, blocks=1)
@@ -134,14 +134,18 @@ def shape_rows(shape: str, task: Task, scratch: Path) -> Iterator[Row]:
     first = f"{spec.block(0)}."
     dense = open_model(one).tensors
     assert isinstance(dense, LazyTensors)
-    for bits in BITS:
-        small, name = scratch / "small.safetensors", f"{shape}-{bits}bit-{GROUP_SIZE}g.pt"
-        gptq.quantize(one, None, replace(ROUNDING, bits=bits), save_safetensors=small)
+    for width in (width for width in bits if width < 16):
+        small, name = scratch / "small.safetensors", f"{shape}-{width}bit-{GROUP_SIZE}g.pt"
+        gptq.quantize(one, None, replace(ROUNDING, bits=width), save_safetensors=small)
         packed, said = open_checkpoint(small)
         write_pt(scratch / name, repeated(packed, first, blocks), said)
         small.unlink()
-        yield _marked(replace(task, name=name, model=whole, checkpoint=scratch / name), shape, bits)
+        yield _marked(
+            replace(task, name=name, model=whole, checkpoint=scratch / name), shape, width
+        )
         (scratch / name).unlink()
+    if 16 not in bits:
+        return
     # Last, since it may not fit this machine's memory.
     full = whole / "model.safetensors"
     tensors = repeated(dense, first, blocks)
@@ -182,14 +186,15 @@ def model_rows(
     """The full model and its files, quantized now where there are none."""
     source = open_model(model)
     path = source.folder / source.gguf if source.gguf else source.folder
-    yield in_fresh_process(measure, replace(task, name=source.name, model=path))
+    if 16 in args.bits:
+        yield in_fresh_process(measure, replace(task, name=source.name, model=path))
     for file in checkpoints or _quantized(path, source.name, args, scratch):
         yield in_fresh_process(measure, replace(task, name=file.name, model=path, checkpoint=file))
 
 
 def _quantized(model: Path, name: str, args: argparse.Namespace, scratch: Path) -> Iterator[Path]:
     config = ROUNDING if args.data is None else QuantConfig(group_size=GROUP_SIZE)
-    for bits in BITS:
+    for bits in (width for width in args.bits if width < 16):
         suffix = "-nearest" if args.data is None else ""
         file = scratch / f"{name.lower()}-{bits}bit-{GROUP_SIZE}g{suffix}.pt"
         gptq.quantize(
@@ -214,6 +219,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("models", nargs="*", metavar="MODEL", help="folder, hub name or .gguf file")
     add("--checkpoints", nargs="+", type=Path, default=[], metavar="FILE", help="of one MODEL")
     add("--shapes", help=f"comma-separated: {', '.join(SHAPES)}")
+    add("--bits", nargs="+", type=int, choices=BITS, default=BITS, help="default: all three")
     add("--data", help="what to calibrate on (default: round to nearest)")
     add("--eval", type=Path, metavar="TEXT", help="perplexity on this file (default: none)")
     add("--nsamples", type=int, default=128, help="calibration windows (default: 128)")
@@ -245,7 +251,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield from model_rows(model, args.checkpoints, args, task, Path(scratch))
     for shape in shapes:
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-            yield from shape_rows(shape, replace(task, evaluation=None), Path(scratch))
+            yield from shape_rows(shape, args.bits, replace(task, evaluation=None), Path(scratch))
 
 
 def main(words: Sequence[str] | None = None) -> int:
