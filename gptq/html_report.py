@@ -172,9 +172,9 @@ thead th { color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 .bar { display: block; height: 4px; border-radius: 2px; background: var(--bar); }
 .heat { table-layout: fixed; }
 .heat td, .heat th { border: 0; padding: 1px; text-align: center; }
-.heat thead th { height: 8.5rem; }
 .heat thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; }
-.heat th:first-child { width: 2.2rem; color: var(--soft); font-size: .8rem; text-align: right;
+td:not(:first-child) { white-space: nowrap; }
+.heat th:first-child { width: 2.8rem; overflow-wrap: normal; color: var(--soft); font-size: .8rem; text-align: right;
   padding-right: .4rem; }
 .heat td i { display: block; height: 1.15rem; border-radius: 3px; }
 .scale { display: flex; align-items: center; gap: .5rem; color: var(--soft); font-size: .85rem; }

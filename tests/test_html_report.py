@@ -120,8 +120,10 @@ def test_the_flag(llama_dir, text_file, tmp_path, monkeypatch, capsys):
     assert main(SPECS["llama"], words) == 0
     printed = capsys.readouterr().out
     value = re.search(r"perplexity words.txt ([\d.]+)", printed)[1]
-    assert f"{float(value):.3f}" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    shown = re.search(r"<b>([\d.]+)</b><span>perplexity, words.txt</span>", page)[1]
+    assert float(shown) == pytest.approx(float(value), abs=6e-4)
     (tmp_path / "file").touch()
-    assert main(SPECS["llama"], [*words[:-5], "file", "--save", "n.pt"]) == 2
+    assert main(SPECS["llama"], [*words[:-6], "file", "--save", "n.pt"]) == 2
     assert "file" in capsys.readouterr().err
     assert not (tmp_path / "n.pt").exists()
