@@ -1,7 +1,10 @@
 # make demo    quantize a real model to 4 bit, load it again, and compare
 # make test    the test-suite
 # make lint    ruff and mypy
-# make clean   remove the environment and everything downloaded or built
+# make clean   remove the environments and everything downloaded or built
+#
+# make test-installed   what pip installs of the wheel of the source archive, in an empty environment
+# make test-oldest      the same with the oldest of everything that pyproject.toml allows
 #
 # PYTHON=python3.12   the interpreter that the environment is made with
 # VENV=path           an environment that has everything already; nothing is installed into it
@@ -18,13 +21,40 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH ?= torch$(if $(GPU),,==2.13.0)
 
-.PHONY: demo test lint clean venv
+# Nothing here runs the CUDA kernels without a GPU: one target then shows that they compile. The
+# slow test of tests/test_cuda_compile.py compiles all of them.
+CUDA_TARGETS ?= $(if $(GPU),,sm_80)
+
+# The test files are shared out over several processes, where pytest-xdist is there.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-installed test-oldest lint clean venv
 
 demo: venv
 	@$(RUN) -m benchmarks.demo
 
 test: venv
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $$($(RUN) -c "import xdist; print('$(SPREAD)')" 2>/dev/null)
+
+# Each in an environment of its own, with tests that need nothing of the checkout.
+test-installed: WANTED := "$(TORCH)"
+test-installed: EXTRAS := data
+test-installed: FILES := cli convert hf
+test-oldest: WANTED = --constraint $(BARE)/floors.txt
+test-oldest: EXTRAS := data,serve,train,report
+test-oldest: FILES := calibration checkpoint cli convert eras export extras generate hf pipeline \
+	qlinear report skeleton source stages tensor_files tensors
+test-oldest: CHOSEN := -m "not slow and not peers" -k "not lm_eval and not of_the_page"
+test-installed test-oldest: BARE = .cache/$@
+test-installed test-oldest: venv
+	@rm -rf $(BARE)
+	@$(PYTHON) -m venv $(BARE)
+	@$(RUN) tests/floors.py > $(BARE)/floors.txt
+	@CUDA_TARGETS="$(CUDA_TARGETS)" $(RUN) -m build --outdir $(BARE)/dist . > $(BARE)/build.log
+	@$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(WANTED) "$$(echo $(BARE)/dist/*.whl)[$(EXTRAS)]" "accelerate>=1.5" "pytest>=8"
+	@cd tests && ../$(BARE)/bin/python -c "import gptq; assert 'site-packages' in gptq.__file__"
+	@cd tests && ../$(BARE)/bin/pytest $(CHOSEN) $(FILES:%=test_%.py)
 
 lint: venv
 	@$(RUN) -m ruff check .
@@ -42,7 +72,7 @@ venv: .venv/ready
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)"
-	@$(PIP) --editable ".[test]"
+	@CUDA_TARGETS="$(CUDA_TARGETS)" $(PIP) --editable ".[test]"
 	@touch $@
 else
 venv:

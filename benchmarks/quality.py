@@ -42,6 +42,7 @@ PLAIN = {
     "scale_search": "minmax",
     "adaptive_damp": False,
     "error_feedback": 0.0,
+    "refine": 0,
 }
 # Each of ours after the second adds one idea to the one before it.
 METHODS: dict[str, dict[str, object]] = {
@@ -49,9 +50,10 @@ METHODS: dict[str, dict[str, object]] = {
     "plain GPTQ": PLAIN,
     "act-order": {**PLAIN, "order": "act", "static_groups": True},
     "group-aware order": {**PLAIN, "order": "gar"},
-    "+ Hessian-aware grids": {"adaptive_damp": False, "error_feedback": 0.0},
-    "+ damping by held-out loss": {"error_feedback": 0.0},
-    "+ input feedback": {"residual_feedback": False},
+    "+ Hessian-aware grids": {"adaptive_damp": False, "error_feedback": 0.0, "refine": 0},
+    "+ damping by held-out loss": {"error_feedback": 0.0, "refine": 0},
+    "+ input feedback": {"residual_feedback": False, "refine": 0},
+    "+ residual feedback": {"refine": 0},
     "default": {},
 }
 PEER_METHODS: dict[str, tuple[str, dict[str, object]]] = {

@@ -40,6 +40,8 @@ class QuantConfig:
     """Whether layers that add to the residual stream are corrected for the error it has too."""
     refine: int = 3
     """Rounds in which a solved layer's integers and scales are improved one by one."""
+    sweeps: int = 1
+    """How often a layer is swept; after the first time in other orders, on the grids found so far."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
     embedding_bits: int = 8

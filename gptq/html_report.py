@@ -174,7 +174,8 @@ thead th { color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 .heat td, .heat th { border: 0; padding: 1px; text-align: center; }
 .heat thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; }
 td:not(:first-child) { white-space: nowrap; }
-.heat th:first-child { width: 2.8rem; overflow-wrap: normal; color: var(--soft); font-size: .8rem; text-align: right;
+.heat th:first-child { width: 2.8rem; overflow-wrap: normal;
+  color: var(--soft); font-size: .8rem; text-align: right;
   padding-right: .4rem; }
 .heat td i { display: block; height: 1.15rem; border-radius: 3px; }
 .scale { display: flex; align-items: center; gap: .5rem; color: var(--soft); font-size: .85rem; }

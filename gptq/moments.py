@@ -20,21 +20,33 @@ class Moments:
     H: Tensor
     """Of x x^T, x being the quantized model's inputs."""
     C: Tensor | None = None
-    """Of (x_full - x) x^T, where the full model runs beside it."""
+    """Of (x_full - x) x^T, where the full model runs beside it and R is not known."""
     held: Tensor | None = None
     """The part of H, in the same measure, that comes of held-out tokens."""
     R: Tensor | None = None
-    """(out, in) of (h_full - h) x^T, h being the hidden states that the layer's output is added
-    to, for a layer that has such."""
+    """(out, in) of y x^T, y being what the layer's product with x should be: for a layer that
+    writes to the hidden states, in place of C."""
+
+    def missing(self, weight: Tensor) -> Tensor | None:
+        """(out, in), the mean of d x^T, d being what the product of `weight` (out, in) and x lacks
+        of what it should be; None where no full model runs beside it."""
+        if self.R is not None:
+            return self.R - weight.float() @ self.H
+        return None if self.C is None else weight.float() @ self.C
 
 
 def moments(
-    inputs: Iterator[Inputs], beside: Iterator[Inputs] | None, held_out: float
+    inputs: Iterator[Inputs],
+    beside: Iterator[Inputs] | None,
+    held_out: float,
+    residual_feedback: bool = True,
 ) -> Moments | None:
     """Moments over batches of inputs, and of the full model's where it runs; None of none.
 
     inputs, beside: x floating (batch, seq, in), the same tokens in both.
     held_out: the share of each batch, at its end, whose part of H is kept apart too.
+    residual_feedback: whether a layer's product should make up for the error of the hidden states
+        that it is added to.
     """
     sums: dict[str, Tensor] = {}
     tokens = 0
@@ -57,9 +69,12 @@ def moments(
             add_upper(total("held", x.shape[1], x), x[cut:])
         if beside is not None:
             full = next(beside)
-            add("C", full.x - batch.x, x)
-            if full.residual is not None and batch.residual is not None:
-                add("R", full.residual - batch.residual, x)
+            if full.product is None:
+                add("C", full.x - batch.x, x)
+            elif residual_feedback and full.residual is not None and batch.residual is not None:
+                add("R", full.product + (full.residual - batch.residual), x)
+            else:
+                add("R", full.product, x)
     if not sums:
         return None
     if "held" in sums:

@@ -23,7 +23,7 @@ from gptq.qlinear import QuantLinear
 from gptq.shelf import Shelf
 from gptq.solver import Solution, round_to_nearest, solve
 from gptq.source import ModelSource
-from gptq.stages import advance, finish
+from gptq.stages import advance, advance_past, finish
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -195,8 +195,9 @@ def _solve_block(
     held_out = HELD_OUT if config.adapts_damp else 0.0
 
     def of_group(number: int) -> Moments | None:
-        beside = None if full is None else advance(full, twin, spec, number)
-        return moments(advance(ahead, block, spec, number), beside, held_out)
+        beside = None if full is None else advance_past(full, twin, spec, number)
+        here = advance(ahead, block, spec, number)
+        return moments(here, beside, held_out, config.residual_feedback)
 
     # Where layers are not solved in turn, all inputs are those of the unquantized block.
     every = range(len(spec.groups))
@@ -211,8 +212,6 @@ def _solve_block(
             seconds = time.perf_counter() - started
             yield replace(report, seconds=seconds)
             started = time.perf_counter()
-    if full is not None:
-        finish(full, twin, spec)
     if config.true_sequential:
         finish(stream, block, spec)
     else:
@@ -272,10 +271,8 @@ def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig)
     if seen.held is not None:
         percdamp = choose_damp(H - seen.held, seen.held, config)
         config = replace(config, percdamp=percdamp)
-    if seen.C is not None and config.error_feedback > 0:
-        missing = weight.float() @ seen.C
-        if seen.R is not None and config.residual_feedback:
-            missing += seen.R
+    missing = seen.missing(weight) if config.feeds_back else None
+    if missing is not None:
         weight = feed_back(weight, H, missing, config.error_feedback, config.percdamp)
     return solve(weight, H, config)
 

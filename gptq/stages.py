@@ -7,7 +7,7 @@ block is run once however many groups it has.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Inputs:
     """(batch, seq, in)."""
     residual: Tensor | None
     """(batch, seq, out): the hidden states that the group's output is added to, where it is."""
+    product: Tensor | None = None
+    """(batch, seq, out): the output without its bias, in a run that is ahead of its layer."""
 
 
 @torch.no_grad()
@@ -33,19 +35,18 @@ def step(
 ) -> Batch:
     """Take a batch on to where the group of linear layers `number` reads it.
 
-    batch: hidden states (batch, seq, hidden) alone for number 0, else what this returned for the
-        group before. arguments: the block's others: masks, rotary or ALiBi terms.
+    batch: what this returned for the group before, or the hidden states (batch, seq, hidden)
+        alone, for number 0 and where that group's output is in them. arguments: the block's
+        others: masks, rotary or ALiBi terms.
     Returns what the group receives and the hidden states beside it; after the last group, for
     number len(spec.groups), the block's output alone.
     """
     if number % 2:
         x, hidden = batch
         return _before_output(block, spec.branches[number // 2], x, arguments), hidden
-    if number == 0:
-        (hidden,) = batch
-    else:
-        x, hidden = batch
-        hidden = hidden + block.get_submodule(spec.branches[number // 2 - 1].output)(x)
+    hidden = batch[-1]
+    if len(batch) == 2:
+        hidden = hidden + _output(block, spec, number - 1)(batch[0])
     if number == len(spec.groups):
         return (hidden,)
     x = block.get_submodule(spec.branches[number // 2].norm)(hidden)
@@ -66,11 +67,39 @@ def advance(
         yield Inputs(x, hidden if number % 2 else None)
 
 
+def advance_past(
+    stream: skeleton.Stream, block: nn.Module, spec: ModelSpec, number: int
+) -> Iterator[Inputs]:
+    """As `advance`, for a block that nothing changes: past a layer that writes to the hidden
+    states, so that what it gives is known too. Take such a stream on with this alone."""
+    if number % 2 == 0:
+        yield from advance(stream, block, spec, number)
+        return
+    layer = cast(nn.Linear, _output(block, spec, number))
+    for index, arguments in enumerate(stream.each_arguments()):
+        x, hidden = step(block, spec, number, stream.hidden.get(index), arguments)
+        product, output = _outputs(layer, x, hidden)
+        stream.hidden.put(index, (output,))
+        yield Inputs(x, hidden, product)
+
+
 def finish(stream: skeleton.Stream, block: nn.Module, spec: ModelSpec) -> None:
     """Take a stream from the last group to the block's end."""
     for index, arguments in enumerate(stream.each_arguments()):
         batch = step(block, spec, len(spec.groups), stream.hidden.get(index), arguments)
         stream.hidden.put(index, batch)
+
+
+@torch.no_grad()
+def _outputs(layer: nn.Linear, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's product with x, and the hidden states that its output is added to."""
+    product = nn.functional.linear(x, layer.weight)
+    return product, hidden + (product if layer.bias is None else product + layer.bias)
+
+
+def _output(block: nn.Module, spec: ModelSpec, number: int) -> nn.Module:
+    """The layer of group `number`, an odd one, which writes to the hidden states."""
+    return block.get_submodule(spec.branches[number // 2].output)
 
 
 def _before_output(

@@ -22,6 +22,18 @@ WORDS = "the cat sat on a mat and saw that one dog run over hills while rain fel
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# One of several processes that share the tests, and what it starts, keep to one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+# Files that take minutes, which several processes should start with.
+LONG = ("test_train_tiny.py", "test_trained.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 300 pieces."""

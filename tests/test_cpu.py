@@ -257,7 +257,7 @@ def test_opcheck(dtype, with_bias):
     x = activations(2, 3, 160, dtype=dtype).requires_grad_()
     bias = torch.randn(37, requires_grad=True) if with_bias else None
     torch.library.opcheck(
-        torch.ops.quant_cuda.cpu_product.default, (x, data, plan, bias, 37, False, 0)
+        torch.ops.quant_cuda.cpu_product.default, (x, data, plan, bias, 37, False, -1)
     )
     torch.library.opcheck(torch.ops.quant_cuda.cpu_numbers.default, (data, plan, 160, 37))
 

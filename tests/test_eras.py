@@ -177,6 +177,12 @@ def test_an_autogptq_folder(arch, name, dirs, tmp_path):
     check(made, dirs[arch], folder / name)
 
 
+def test_a_folder_that_says_nothing_of_its_weights(dirs, tmp_path):
+    """No quantize_config.json, and nothing in config.json: the tensors tell."""
+    made = write(dirs["llama"], "v1", 3, 64)
+    check(made, folder_of(dirs, "llama", made, tmp_path / "m", "model.safetensors"))
+
+
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_a_gptqmodel_folder(layout, dirs, tmp_path):
     made = write(dirs["llama"], "v1" if layout == "gptq" else "v2", 4, 64, act=True)

@@ -1,11 +1,13 @@
 """Damaged and hostile checkpoints by the thousand: the right weights, or one clear line.
 
-Every case is drawn from a seed that its failure names.
+Every case is drawn from a seed that its failure names. None may hang, or ask for much memory.
 """
 
 import copy
 import json
 import random
+import resource
+import signal
 import struct
 import warnings
 from collections import OrderedDict
@@ -46,14 +48,44 @@ JUNK = [
 Found = TypeVar("Found")
 
 
+SECONDS = 60
+"""Of processor time, for a case that takes milliseconds: more is a hang."""
+ROOM = 2 * 2**30
+"""Bytes that a case may take beyond what the process has; the model has some hundred thousand."""
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    """Memory beyond ROOM is refused, and a hang ends."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    handler = signal.signal(signal.SIGVTALRM, hung)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def hung(*_: object) -> None:
+    raise TimeoutError(f"no end after {SECONDS} seconds")
+
+
 def attempt(read: Callable[[], Found], case: str) -> Found | None:
     """What `read` returns; None where it raised a UserError of one line."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         return read()
     except UserError as error:
+        # Whoever turns a want of memory into a message has asked for the memory first.
+        cause = error.__cause__
+        assert not isinstance(cause, MemoryError | TimeoutError), f"{case}: {cause!r}"
+        assert "allocate" not in str(cause), f"{case}: {cause!r}"
         message = str(error)
     except BaseException as error:
         raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     assert message.strip(), case
     assert "\n" not in message, case
     return None
@@ -280,6 +312,28 @@ def test_configurations(world, tmp_path):
         (tmp_path / "config.json").write_text(text)
         case = f"config {i}: { ({k: v for k, v in changed.items() if config.get(k) != v}) }"
         attempt(lambda: build(tmp_path), case)
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "config.json"])
+def test_settings_beside_a_file(name, world, tmp_path):
+    """A folder's own word about packed weights: right weights or a clear line, never others."""
+    config = json.loads((world.dir / "config.json").read_text())
+    state = OrderedDict(world.state)
+    save_file(state, tmp_path / "model.safetensors")
+    outcomes = []
+    for i, rng in enumerate(cases(100, 9)):
+        said: object = {**SETTINGS, rng.choice(list(SETTINGS)): rng.choice(JUNK)}
+        if i % 10 == 0:
+            said = rng.choice([*JUNK[:-1], [said], {"": said}])
+        whole = {**config, "quantization_config": said} if name == "config.json" else said
+        text = json.dumps(whole)
+        if i % 25 == 0:
+            text = rng.choice([text[: rng.randrange(len(text))], "\ud800", "[" * 5000])
+        (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+        outcomes.append(world.outcome(tmp_path, f"{name} {i}: {text[-300:]}"))
+        assert outcomes[-1] is not False, text[-300:]
+    assert outcomes.count(None) > 20
+    assert outcomes.count(True) > 20
 
 
 def build(folder: Path) -> bool:

@@ -13,7 +13,7 @@ FLOORS = (
     ("gptq", "gptq.errors", "gptq.models"),
     ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.tensor_files", "gptq.gguf_reader", "gptq.calibration"),
-    ("gptq.refine", "gptq.journal", "gptq.shelf", "gptq.torch_file"),
+    ("gptq.journal", "gptq.shelf", "gptq.torch_file", "gptq.refine"),
     ("gptq.source", "gptq.solver", "gptq.eras"),
     ("gptq.adapt",),
     ("gptq.qlinear", "gptq.embeddings"),

@@ -10,7 +10,7 @@ import torch
 from oracles import Solved, obq, rtn
 
 from gptq.config import QuantConfig
-from gptq.solver import Solution, round_to_nearest
+from gptq.solver import STRIP, Solution, lower_inverse, round_to_nearest
 from gptq.solver import solve as solve_and_refine
 
 BITS = (2, 3, 4, 8)
@@ -412,3 +412,19 @@ def test_energy_and_rows():
     assert torch.equal(part.dequantize(), solution.dequantize()[2:5])
     for field in ("loss", "rtn_loss", "energy", "kept_rtn"):
         assert torch.equal(getattr(part, field), getattr(solution, field)[2:5])
+
+
+@pytest.mark.parametrize("n", [1, 191, 193, 500])
+def test_triangles_are_inverted_by_halves(n):
+    L = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).tril_()
+    L.diagonal().abs_().add_(n)
+    torch.testing.assert_close(lower_inverse(L) @ L, torch.eye(n, dtype=torch.float64))
+    assert not bool(lower_inverse(L).triu(1).any())
+
+
+def test_losses_of_layers_wider_than_a_strip():
+    W, H = layer(5, 2 * STRIP + 30, 3)
+    solution = run(W, H, QuantConfig(group_size=64))
+    error = W - solution.dequantize(torch.float64).numpy()
+    np.testing.assert_allclose(solution.loss.numpy(), np.diag(error @ H @ error.T), rtol=1e-9)
+    np.testing.assert_allclose(solution.energy.numpy(), np.diag(W @ H @ W.T), rtol=1e-9)

@@ -6,7 +6,7 @@ from conftest import bloom_config, make_model
 
 from gptq import skeleton
 from gptq.source import open_model
-from gptq.stages import advance, finish
+from gptq.stages import advance, advance_past, finish
 
 CPU = torch.device("cpu")
 
@@ -54,6 +54,21 @@ def test_stages_are_hugging_faces_own_forward(fixture, request):
     expected = skeleton.run_block(block, hidden, arguments)
     ((output,),) = stream.hidden
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fixture", ["llama_dir", "bloom_dir", "post_norm_bloom"])
+def test_past_output_layers_it_is_the_same_forward(fixture, request):
+    block, spec, stream, hidden, arguments = first_block(request.getfixturevalue(fixture))
+    for number, group in enumerate(spec.groups):
+        (found,) = advance_past(stream, block, spec, number)
+        torch.testing.assert_close(found.x, seen_by(block, group[0], hidden, arguments))
+        if number % 2:
+            weight = skeleton.linear(block, group[0]).weight
+            torch.testing.assert_close(found.product, found.x @ weight.T)
+    finish(stream, block, spec)
+    expected = skeleton.run_block(block, hidden, arguments)
+    ((output,),) = stream.hidden
+    torch.testing.assert_close(output, expected)
 
 
 def test_a_change_between_stages_reaches_the_rest(model_dir):

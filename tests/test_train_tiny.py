@@ -27,7 +27,8 @@ def round_linears(model, bits, group_size):
                 group.copy_((integers - zero) * scale)
 
 
-@pytest.fixture(scope="module", params=ARCHS)
+# test_trained.py trains them in the other order: two processes wait little for each other.
+@pytest.fixture(scope="module", params=ARCHS[::-1])
 def trained(request):
     """(model, tokenizer, folder)."""
     folder = tiny_model(request.param)
