@@ -41,7 +41,7 @@ class QuantConfig:
     refine: int = 3
     """Rounds in which a solved layer's integers and scales are improved one by one."""
     sweeps: int = 1
-    """How often a layer is swept; after the first time in other orders, on the grids found so far."""
+    """How often a layer is swept; after the first time in other orders, on the grids so far."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
     embedding_bits: int = 8
