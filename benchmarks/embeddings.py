@@ -39,10 +39,9 @@ def rounded(source: ModelSource, bits: int) -> LazyTensors:
 def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
     weight = tensors[name]
     packed = pack_rows("x", weight, QuantConfig(embedding_bits=bits))
-    parts = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
-    return dequantize(
-        PackedWeight(*parts, None, bits, EMBEDDING_GROUP, weight.shape[1]), torch.float32
-    ).T
+    words, zeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
+    stored = PackedWeight(words, zeros, scales, None, bits, EMBEDDING_GROUP, weight.shape[1])
+    return dequantize(stored, torch.float32).T
 
 
 def log_perplexity(source: ModelSource, tensors: LazyTensors, windows: torch.Tensor) -> float:

@@ -60,11 +60,10 @@ def read_questions(path: Path) -> list[Question]:
         raise UserError(f"{path}: is no JSON list nor JSON lines ({error}); give such") from error
     questions = []
     for number, record in enumerate(records, start=1):
-        values = [
-            record.get(key) if isinstance(record, dict) else None
-            for key in ("question", "class", "std_answer")
-        ]
-        if not all(isinstance(value, str) and value for value in values):
+        held = record if isinstance(record, dict) else {}
+        values = [str(held.get(key) or "") for key in ("question", "class", "std_answer")]
+        given = [held.get(key) for key in ("question", "class", "std_answer")]
+        if values != given or not all(values):
             raise UserError(
                 f"{path}: record {number} lacks a question, class or std_answer that is text; "
                 "give it one or leave it out"
