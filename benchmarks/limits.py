@@ -22,10 +22,10 @@ from transformers import PretrainedConfig
 
 from benchmarks.shapes import SHAPES
 from gptq import QuantConfig, skeleton
+from gptq.adapt import DAMP_FACTORS
 from gptq.errors import UserError
 from gptq.grid import search_factors
 from gptq.models import SPECS
-from gptq.solver import DAMP_FACTORS
 from gptq.source import open_model
 
 PLAIN: dict[str, Any] = {
@@ -33,6 +33,7 @@ PLAIN: dict[str, Any] = {
     "scale_search": "minmax",
     "adaptive_damp": False,
     "error_feedback": 0.0,
+    "refine": 0,
 }
 
 
@@ -97,6 +98,8 @@ def _of_group(group: Group, quantization: QuantConfig, tokens: int) -> Iterator[
         tries = len(search_factors(quantization.sym)) + (0 if quantization.sym else 2)
         size = n if quantization.group_size == -1 else min(n, quantization.group_size)
         yield "sweep", tries * m * n * size
+    # The error's gradient first, and in each round what every change does to it.
+    yield "refinement", (1 + quantization.refine) * 2 * m * n**2 if quantization.refine else 0.0
     if quantization.adapts_damp:
         yield "damping", len(DAMP_FACTORS) * n**3 / 3
     if quantization.feeds_back:

@@ -25,11 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.assets import DEFAULT_CACHE, model_path, text_path
+from benchmarks.limits import PLAIN
 from benchmarks.measures import bits_per_weight
 from benchmarks.permuted import permuted_copy
 from benchmarks.train_tiny import tiny_model
 from gptq import QuantConfig, api
 from gptq.calibration import calibration_windows, evaluation_windows
+from gptq.config import QUALITIES
 from gptq.errors import UserError
 from gptq.files import whole_file
 
@@ -37,13 +39,6 @@ PEERS = Path(__file__).parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 EVALUATION_WINDOWS = 20
 
-PLAIN = {
-    "order": "natural",
-    "scale_search": "minmax",
-    "adaptive_damp": False,
-    "error_feedback": 0.0,
-    "refine": 0,
-}
 # Each of ours after the second adds one idea to the one before it.
 METHODS: dict[str, dict[str, object]] = {
     "rounding": {"method": "rtn", "scale_search": "minmax"},
@@ -55,6 +50,7 @@ METHODS: dict[str, dict[str, object]] = {
     "+ input feedback": {"residual_feedback": False, "refine": 0},
     "+ residual feedback": {"refine": 0},
     "default": {},
+    "best": {**QUALITIES["best"]},
 }
 PEER_METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "GPTQModel, its defaults": ("gptqmodel", {}),

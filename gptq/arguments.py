@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptq.config import EMBEDDING_BITS, ORDERS, SCALE_SEARCHES, QuantConfig
+from gptq.config import EMBEDDING_BITS, ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 
@@ -28,6 +28,7 @@ NEEDS = {
 }
 QUANTIZING_ONLY = (
     *OUTPUTS,
+    "--quality",
     "--format",
     "--plain",
     "--quantize-embeddings",
@@ -148,6 +149,13 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="solve a block's layers in turn, each on what the ones before it produce (default)",
     )
+    add(
+        "--refine",
+        type=int,
+        metavar="N",
+        help="rounds of refinement after a layer is solved (default: 3)",
+    )
+    add("--quality", choices=QUALITIES, help="best: a closer model in a few times the time")
     add("--scale-search", choices=SCALE_SEARCHES, help="how scales are found (default: hessian)")
     add(
         "--embedding-bits",
@@ -213,6 +221,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "percdamp": arguments.percdamp,
         "scale_search": arguments.scale_search,
         "error_feedback": arguments.error_feedback,
+        "refine": arguments.refine,
         "method": "rtn" if arguments.nearest else None,
         "embedding_bits": 16 if arguments.plain else arguments.embedding_bits,
     }
@@ -223,7 +232,8 @@ def quant_config(arguments: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for, defaults for what they leave open."""
     nearest = {"scale_search": "minmax"} if arguments.nearest else {}
     fixed = {} if arguments.percdamp is None else {"adaptive_damp": False}
-    return QuantConfig(**{**nearest, **fixed, **given_settings(arguments)})
+    quality = QUALITIES[arguments.quality or "default"]
+    return QuantConfig(**{**nearest, **fixed, **quality, **given_settings(arguments)})
 
 
 def default_name(name: str, config: QuantConfig, suffix: str) -> Path:

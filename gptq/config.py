@@ -9,6 +9,8 @@ ORDERS = ("gar", "natural", "act")
 SCALE_SEARCHES = ("hessian", "mse", "minmax")
 METHODS = ("gptq", "rtn")
 EMBEDDING_BITS = (4, 8, 16)
+# What `--quality` stands for: closer models for more time, from the same calibration text.
+QUALITIES: dict[str, dict[str, int]] = {"default": {}, "best": {"sweeps": 7}}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class QuantConfig:
     refine: int = 3
     """Rounds in which a solved layer's integers and scales are improved one by one."""
     sweeps: int = 1
-    """How often a layer is swept; after the first time in other orders, on the grids so far."""
+    """How often a layer is swept: after the first time in other orders, on grids found so far."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
     embedding_bits: int = 8
@@ -70,6 +72,8 @@ class QuantConfig:
 
         if type(self.refine) is not int or not 0 <= self.refine <= 1000:
             raise UserError(f"--refine {self.refine} is not possible: give 0 to 1000 rounds")
+        if type(self.sweeps) is not int or not 1 <= self.sweeps <= 1000:
+            raise UserError(f"sweeps {self.sweeps} is not possible: give 1 to 1000")
 
     @property
     def needs_g_idx(self) -> bool:
