@@ -62,8 +62,9 @@ def test_help_names_every_flag(capsys):
     flags = (
         "MODEL DATASET --wbits --groupsize --sym --nearest --nsamples --seqlen --seed --percdamp "
         "--error-feedback --order --act-order --static-groups --true-sequential --scale-search "
-        "--save --save_safetensors --save-dir --resume --load --eval --new-eval --eval-data "
-        "--eval-windows --text --chat --max-new-tokens --benchmark --check --device --dtype"
+        "--refine --quality --save --save_safetensors --save-dir --resume --load --eval --new-eval "
+        "--eval-data --eval-windows --text --chat --max-new-tokens --benchmark --check "
+        "--device --dtype"
     )
     for flag in flags.split():
         # Where it is explained, with two spaces or a line's end before the explanation.
@@ -87,6 +88,9 @@ def test_help_names_every_flag(capsys):
         ("MODEL c4 --wbits 4 --groupsize -2 --save", "--groupsize -2 is not possible"),
         ("MODEL c4 --wbits 4 --percdamp 0 --save", "--percdamp 0.0 is not possible"),
         ("MODEL c4 --wbits 4 --error-feedback 2 --save", "--error-feedback 2.0 is not possible"),
+        ("MODEL c4 --wbits 4 --refine -1 --save", "--refine -1 is not possible: give 0 to 1000"),
+        ("MODEL c4 --wbits 4 --quality worst --save", "--quality: invalid choice: 'worst'"),
+        ("MODEL c4 --quality best --load x.pt --eval", "--quality is for quantizing"),
         ("MODEL c4 --wbits 4 --order none --save", "--order: invalid choice: 'none'"),
         ("MODEL c4 --wbits 4 --order gar --act-order --save", "--act-order and --order gar"),
         ("MODEL c4 --wbits 4 --save=x.bin", "--save x.bin: give a name that ends in .pt"),

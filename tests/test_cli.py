@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq
 from gptq.cli import main
+from gptq.config import QUALITIES
 from gptq.models import BLOOM, LLAMA
 
 QUANTIZE = ["--wbits", "4", "--groupsize", "32", "--nsamples", "4", "--seqlen", "32"]
@@ -146,7 +147,7 @@ def test_every_form_in_folders_that_are_made(here, run, made, llama_dir, text_fi
 
 def test_flags_become_settings(here, run, llama_dir, text_file):
     flags = "--sym --act-order --static-groups --no-true-sequential --percdamp 0.02"
-    more = "--error-feedback 0.25 --scale-search mse --save-dir d"
+    more = "--error-feedback 0.25 --scale-search mse --quality best --refine 1 --save-dir d"
     run(llama_dir, text_file, *QUANTIZE, *flags.split(), *more.split())
     said = json.loads((here / "d" / "quantize_config.json").read_text())
     assert (said["bits"], said["group_size"], said["sym"]) == (4, 32, True)
@@ -154,6 +155,7 @@ def test_flags_become_settings(here, run, llama_dir, text_file):
     assert said["damp_percent"] == 0.02
     assert (said["meta"]["order"], said["meta"]["scale_search"]) == ("act", "mse")
     assert said["meta"]["error_feedback"] == 0.25
+    assert (said["meta"]["sweeps"], said["meta"]["refine"]) == (QUALITIES["best"]["sweeps"], 1)
     assert said["meta"]["dataset"] == "words.txt"
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from conftest import ROOT
 
+from benchmarks.limits import PLAIN
 from benchmarks.train_tiny import tiny_model
 from gptq import QuantConfig, api
 from gptq.calibration import evaluation_windows
@@ -47,9 +48,7 @@ def gap(trained, tmp_path, **settings) -> float:
 @pytest.mark.parametrize("sym", [False, True])
 def test_4_bit_gptq_beats_rounding(trained, tmp_path, sym):
     rounding = gap(trained, tmp_path, sym=sym, method="rtn", scale_search="minmax")
-    plain = gap(
-        trained, tmp_path, sym=sym, order="natural", scale_search="minmax", error_feedback=0.0
-    )
+    plain = gap(trained, tmp_path, sym=sym, **PLAIN)
     ours = gap(trained, tmp_path, sym=sym)
     print(f"gap: rounding {rounding:.4f}, plain GPTQ {plain:.4f}, default {ours:.4f}")
     assert rounding > 0.004, "rounding costs nothing here: the test shows nothing"
