@@ -255,8 +255,10 @@ def _group_sizes(
     for layer in packed.layers:
         if layer.name in sizes:
             continue
+        # An end has groups of its own, of which a size like the others' could miscount.
+        given = size if layer in inner else None
         try:
-            sizes[layer.name] = group_size(path, [layer], size, packed.tensors)
+            sizes[layer.name] = group_size(path, [layer], given, packed.tensors)
         except UserError:
             sizes[layer.name] = group_size(path, [layer], None, packed.tensors)
     return (sizes[inner[0].name] if size is None else size), sizes

@@ -16,7 +16,7 @@ from gptq.tensors import LazyTensors
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import group_count
 
-EMBEDDING_GROUP = 128
+EMBEDDING_GROUP = 64
 # Tokens whose rows are worked on at a time, a whole number of words of zero points.
 _CHUNK = 4096
 

@@ -209,3 +209,13 @@ def test_what_cannot_be_packed():
         pack_rows("x", torch.ones(32, 30), QuantConfig())
     with pytest.raises(UserError, match="--embedding-bits 5"):
         QuantConfig(embedding_bits=5)
+
+
+def test_groups_of_another_size_do_not_mislead(models, tokens, tmp_path):
+    """192 inputs in groups of 90 are three groups, as many as in groups of 64."""
+    config = QuantConfig(group_size=90, method="rtn", scale_search="minmax")
+    gptq.quantize(models["llama"], None, config, save=tmp_path / "m.pt")
+    model, _ = gptq.load(models["llama"], tmp_path / "m.pt")
+    assert model.get_input_embeddings().group_size == EMBEDDING_GROUP
+    assert model.lm_head.group_size == EMBEDDING_GROUP
+    assert model.model.layers[0].mlp.up_proj.group_size == 90
