@@ -48,7 +48,7 @@ CUDA_SOURCES = Path("quant_cuda/csrc/cuda")
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Machine code for each of these, and what drivers of later GPUs compile for themselves; the
 # environment variable CUDA_TARGETS names others.
-CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "compute_90")
+CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 
 
 def sources() -> dict[str, list[str]]:
@@ -110,8 +110,11 @@ def build_cuda(target: Path, objects: Path) -> None:
         raise CompileError("no nvcc in CUDA_HOME or PATH: no CUDA kernels; Triton's serve instead")
     for folder in (target.parent, objects):
         folder.mkdir(parents=True, exist_ok=True)
-    targets = os.environ.get("CUDA_TARGETS", "").split() or CUDA_TARGETS
+    # The one GPU that runs sm_90 has all that sm_90a asks for, wgmma.cu's instructions among it.
+    named = os.environ.get("CUDA_TARGETS", "").split() or CUDA_TARGETS
+    targets = ["sm_90a" if target == "sm_90" else target for target in named]
     codes = [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets]
+    codes += ["-DQUANT_CUDA_SM90A"] if "sm_90a" in targets else []
     steps = [
         Step(objects / f"{source.stem}.o", [source], [nvcc, *CUDA_FLAGS, *codes, "-c"])
         for source in sorted(CUDA_SOURCES.glob("*.cu"))

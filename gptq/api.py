@@ -1,6 +1,7 @@
 """The two calls most people need: quantize a model into a file, and load it again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -9,17 +10,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gptq import evaluate, export, skeleton
+from gptq import distributed, evaluate, export, skeleton
 from gptq.calibration import calibration_windows, text_fingerprint
 from gptq.checkpoint import Checkpoint, attach
 from gptq.config import QuantConfig
 from gptq.eras import FORMATS
 from gptq.errors import UserError
 from gptq.files import check_writable
-from gptq.journal import open_journal
-from gptq.machine import peak_memory, pick_device, pick_dtype
+from gptq.journal import Journal, open_journal
+from gptq.machine import available_memory, parse_size, peak_memory, pick_device, pick_dtype
+from gptq.memory import fits, needs
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
 from gptq.qlinear import QuantLinear, TiedHead
+from gptq.shelf import Shelf
 from gptq.source import ModelSource, open_model
 
 DEFAULT_NSAMPLES = 128
@@ -42,6 +45,7 @@ def quantize(
     device: str | None = None,
     dtype: str | None = None,
     resume: bool = False,
+    max_memory: str | None = None,
     progress: Callable[[LayerReport, int], None] | None = None,
 ) -> Report:
     """Quantize a model and write it.
@@ -57,18 +61,16 @@ def quantize(
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
+    max_memory: such as "6GiB"; activations go to disk, beside the output, where they would exceed
+        it. By default what is free. On a GPU it is the GPU's memory that counts.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
     started = perf_counter()
     config = config or QuantConfig()
     outputs = [Path(path) for path in (save, save_safetensors, save_dir) if path is not None]
-    if not outputs:
-        raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
-    if format not in (None, *FORMATS):
-        raise UserError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
-    for path in outputs:
-        check_writable(path, folder=path is outputs[-1] and save_dir is not None)
+    _check_outputs(outputs, save_dir is not None, format)
+    limit = None if max_memory is None else parse_size(max_memory)
     source = open_model(model)
     if source.quantized:
         raise UserError(f"{model}: is quantized already; give the full model")
@@ -79,33 +81,62 @@ def quantize(
     stages = [("reading the calibration text", perf_counter() - reading)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
     meta = {**calibration, **({} if dataset is None else {"dataset": Path(dataset).name})}
+    needed = needs(source, config, 0 if windows is None else windows.numel(), kind)
+    in_memory = fits(needed, available_memory(where) if limit is None else limit, max_memory)
     total = len(source.spec.linears) * source.config.num_hidden_layers
     layers = []
     run = identity(source, config, dtype=kind, **calibration)
-    with open_journal(outputs, run, resume) as journal:
-        for layer in quantize_blocks(source, windows, config, journal, where, kind):
+    with distributed.team(where) as team, _shared_journal(team, outputs, run, resume) as journal:
+        shelf = None if in_memory else Shelf(journal.scratch / str(team.rank) / "quantized")
+        blocks = quantize_blocks(source, windows, config, journal, where, kind, shelf, team)
+        for layer in blocks:
             layers.append(layer)
             if progress is not None:
                 progress(layer, total)
+        # The others may still be reading what the first would write on, and remove.
+        team.wait()
         writing = perf_counter()
-        tensors = export.assemble(source, journal)
-        if save_dir is not None:
-            inside = config if quantize_embeddings else replace(config, embedding_bits=16)
-            some = export.with_embeddings(source, tensors, inside)
-            export.write_folder(Path(save_dir), source, some, inside, meta, format)
-        if save is not None or save_safetensors is not None:
-            tensors = export.with_embeddings(source, tensors, config)
-            said = export.settings(config, meta)
-        if save is not None:
-            tied = skeleton.tied(source.config, source.spec, tensors)
-            export.write_pt(Path(save), tensors, said, tied)
-        if save_safetensors is not None:
-            export.write_safetensors(Path(save_safetensors), tensors, said)
-        journal.remove()
+        if team.leads:
+            tensors = export.assemble(source, journal)
+            if save_dir is not None:
+                inside = config if quantize_embeddings else replace(config, embedding_bits=16)
+                some = export.with_embeddings(source, tensors, inside)
+                export.write_folder(Path(save_dir), source, some, inside, meta, format)
+            if save is not None or save_safetensors is not None:
+                tensors = export.with_embeddings(source, tensors, config)
+                said = export.settings(config, meta)
+            if save is not None:
+                tied = skeleton.tied(source.config, source.spec, tensors)
+                export.write_pt(Path(save), tensors, said, tied)
+            if save_safetensors is not None:
+                export.write_safetensors(Path(save_safetensors), tensors, said)
+            journal.remove()
     now = perf_counter()
     stages.append(("writing", now - writing))
     peak = peak_memory(where)
     return Report(config, tuple(layers), tuple(outputs), now - started, peak, tuple(stages))
+
+
+def _check_outputs(outputs: list[Path], folder_last: bool, format: str | None) -> None:
+    if not outputs:
+        raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
+    if format not in (None, *FORMATS):
+        raise UserError(f"format {format!r} is not known; choose one of {', '.join(FORMATS)}")
+    for path in outputs:
+        check_writable(path, folder=folder_last and path is outputs[-1])
+
+
+@contextmanager
+def _shared_journal(
+    team: distributed.Team, outputs: list[Path], run: dict[str, object], resume: bool
+) -> Iterator[Journal]:
+    """The journal that the first of several processes has opened, for all of them."""
+    with ExitStack() as held:
+
+        def begin() -> str:
+            return str(held.enter_context(open_journal(outputs, run, resume)).folder.resolve())
+
+        yield Journal(Path(team.from_leader(begin)))
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,8 @@ NEEDS = {
 }
 QUANTIZING_ONLY = (
     *OUTPUTS,
-    "--quality",
-    "--format",
-    "--plain",
-    "--quantize-embeddings",
-    "--report",
-    "--nsamples",
-    "--seed",
-    "--resume",
+    *("--quality", "--format", "--plain", "--quantize-embeddings", "--report"),
+    *("--nsamples", "--seed", "--resume", "--max-memory"),
 )
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
@@ -106,6 +100,12 @@ def parser(spec: ModelSpec) -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="type of activations (default: float32 on a CPU, the model's 16-bit type on a GPU)",
+    )
+    machine.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 6GiB: quantizing, activations go to disk where they would exceed it "
+        "(default: what is free)",
     )
     return command
 

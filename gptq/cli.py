@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq import launch
 from gptq.arguments import (
     DEFAULT_NAME,
     check_agreement,
@@ -45,10 +47,12 @@ def main(spec: ModelSpec, argv: Sequence[str] | None = None) -> int:
         # parse_args would not let a flag stand between MODEL and DATASET.
         _run(spec, parser(spec).parse_intermixed_args(join_optional_values(words)))
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
+        if launch.rank() == 0:
+            print("error:", *str(error).splitlines(), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as stop:
-        print("\n" + ": ".join(("interrupted", *map(str, stop.args))), file=sys.stderr)
+        if launch.rank() == 0:
+            print("\n" + ": ".join(("interrupted", *map(str, stop.args))), file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -63,6 +67,11 @@ def _run(spec: ModelSpec, arguments: argparse.Namespace) -> None:
             "nothing to do: give --wbits to quantize, or --eval, --text, --chat or --benchmark"
         )
     config = quant_config(arguments) if quantizing else None
+    if launch.rank() > 0:
+        # Only quantizing is shared out, and only the first process prints and writes.
+        evaluating = running = False
+        if config is None:
+            return
     # The heavy imports wait until the command line makes sense.
     from gptq.source import open_model
 
@@ -128,6 +137,7 @@ def _quantize(
     from gptq.api import DEFAULT_NSAMPLES, quantize
     from gptq.files import check_writable
     from gptq.html_report import PAGE
+    from gptq.journal import finished_blocks
     from gptq.readers import facts, lines
     from gptq.report import layer_table, progress_bar, totals_table
 
@@ -142,12 +152,15 @@ def _quantize(
     if not kept:
         paths["save"] = scratch / default_name(name, config, ".pt")
     done = 0
-    with progress_bar("quantizing") as show:
+    follows = launch.rank() > 0
+    with contextlib.ExitStack() as held:
+        show = None if follows else held.enter_context(progress_bar("quantizing"))
 
         def step(layer: LayerReport, total: int) -> None:
             nonlocal done
             done += 1
-            show(done, total, f"block {layer.block} {layer.name}")
+            if show is not None:
+                show(done, total, f"block {layer.block} {layer.name}")
 
         try:
             report = quantize(
@@ -163,13 +176,19 @@ def _quantize(
                 device=arguments.device,
                 dtype=arguments.dtype,
                 resume=arguments.resume,
+                max_memory=arguments.max_memory,
                 progress=step,
             )
-        except KeyboardInterrupt:
-            if not (kept and done):
+        except (KeyboardInterrupt, UserError) as error:
+            blocks = finished_blocks(next(filter(None, paths.values()))) if kept else 0
+            if not (blocks and done):
                 raise
-            hint = "finished blocks are kept; add --resume to the same command to go on"
+            hint = f"{blocks} finished blocks are kept; add --resume to the same command to go on"
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; {hint}") from error
             raise KeyboardInterrupt(hint) from None
+    if follows:
+        return report.written[0]
     console = Console()
     console.print(layer_table(report))
     console.print(totals_table(report))

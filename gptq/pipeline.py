@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gptq import skeleton
 from gptq.adapt import choose_damp, feed_back
 from gptq.config import QuantConfig, check_packable
+from gptq.distributed import ALONE, Team
 from gptq.errors import UserError
 from gptq.journal import Journal
 from gptq.models import ModelSpec
@@ -71,12 +72,14 @@ def quantize_blocks(
     device: torch.device,
     dtype: torch.dtype,
     shelf: Shelf | None = None,
+    team: Team = ALONE,
 ) -> Iterator[LayerReport]:
     """Solve every linear layer of every block and write each finished block to the journal.
 
     windows: int64 (nsamples, seqlen), the calibration tokens; method "rtn" can do without, and
         its losses are then those of the weights.
     shelf: where activations are put between two uses, by default in memory.
+    team: the processes that share the run; each calls this, and only the first writes.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
     Raises UserError for a layer whose weights or inputs are not finite or cannot be packed.
@@ -85,26 +88,41 @@ def quantize_blocks(
     model = skeleton.build(source.config, spec, device)
     check_layers(model, spec, config.bits)
     skeleton.check_complete(model, spec, source.tensors)
-    batches = [] if windows is None else skeleton.batches(windows)
+    batches = [] if windows is None else team.share(skeleton.batches(windows))
     stream = skeleton.embed(model, spec, source.tensors, batches, device, dtype, shelf)
     # The full-precision model's activations, beside those of the model quantized so far.
     full = stream.copy("full") if config.feeds_back else None
+    run = _Run(spec, config, team, stream, full)
     for index in range(skeleton.block_count(model, spec)):
         block = skeleton.fill(model, spec, spec.block(index), source.tensors, device, dtype)
         weights = digest(block)
         if journal.has(index):
             tensors, record = journal.read(index, weights)
             yield from (LayerReport(**layer) for layer in record)
-            _replay(block, spec.block(index), spec, stream, full, tensors, config)
+            _replay(block, index, run, tensors)
         else:
             _check_weights(block, spec.block(index))
             reports: list[LayerReport] = []
             packed: dict[str, Tensor] = {}
-            for report in _solve_block(block, index, spec, stream, full, config, packed):
+            for report in _solve_block(block, index, run, packed):
                 reports.append(report)
                 yield report
-            journal.write(index, packed, [asdict(report) for report in reports], weights)
+            if team.leads:
+                journal.write(index, packed, [asdict(report) for report in reports], weights)
         skeleton.drop(block)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What goes from block to block."""
+
+    spec: ModelSpec
+    config: QuantConfig
+    team: Team
+    stream: skeleton.Stream
+    """Of the model quantized so far."""
+    full: skeleton.Stream | None
+    """Of the full-precision model, where errors are fed back."""
 
 
 def check_layers(model: PreTrainedModel, spec: ModelSpec, bits: int) -> None:
@@ -159,36 +177,24 @@ def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict
     return json.loads(json.dumps(known, default=str))
 
 
-def _replay(
-    block: nn.Module,
-    name: str,
-    spec: ModelSpec,
-    stream: skeleton.Stream,
-    full: skeleton.Stream | None,
-    tensors: Mapping[str, Tensor],
-    config: QuantConfig,
-) -> None:
+def _replay(block: nn.Module, index: int, run: _Run, tensors: Mapping[str, Tensor]) -> None:
     """Take both streams through a block that was solved before."""
-    if full is not None:
-        full.through(block)
-    for linear in spec.linears:
-        put_quantized(skeleton.linear(block, linear), tensors, f"{name}.{linear}", config)
-    stream.through(block)
+    if run.full is not None:
+        run.full.through(block)
+    for name in run.spec.linears:
+        layer = skeleton.linear(block, name)
+        put_quantized(layer, tensors, f"{run.spec.block(index)}.{name}", run.config)
+    run.stream.through(block)
 
 
 def _solve_block(
-    block: nn.Module,
-    index: int,
-    spec: ModelSpec,
-    stream: skeleton.Stream,
-    full: skeleton.Stream | None,
-    config: QuantConfig,
-    packed: dict[str, Tensor],
+    block: nn.Module, index: int, run: _Run, packed: dict[str, Tensor]
 ) -> Iterator[LayerReport]:
     """Quantize a block's linear layers and take both streams through it.
 
     packed: filled with the layers' packed tensors, by their names in the model.
     """
+    spec, config, stream, full = run.spec, run.config, run.stream, run.full
     # The full model's block shares its weights; a layer that is solved gets a new one in `block`.
     twin = copy.deepcopy(block, {id(weight): weight for weight in block.parameters()})
     ahead = stream if config.true_sequential else stream.copy("ahead")
@@ -197,20 +203,19 @@ def _solve_block(
     def of_group(number: int) -> Moments | None:
         beside = None if full is None else advance_past(full, twin, spec, number)
         here = advance(ahead, block, spec, number)
-        return moments(here, beside, held_out, config.residual_feedback)
+        seen = moments(here, beside, held_out, config.residual_feedback)
+        return run.team.mean(seen, sum(stream.hidden.sizes()))
 
     # Where layers are not solved in turn, all inputs are those of the unquantized block.
     every = range(len(spec.groups))
     known = None if config.true_sequential else iter([of_group(number) for number in every])
-    for number, group in enumerate(spec.groups):
+    for number in every:
         started = time.perf_counter()
         seen = of_group(number) if known is None else next(known)
         if known is None and number:
             _forget((block, twin), spec.groups[number - 1])
-        prefix = spec.block(index)
-        for report in _quantize_group(block, prefix, index, group, seen, config, packed):
-            seconds = time.perf_counter() - started
-            yield replace(report, seconds=seconds)
+        for report in _quantize_group(block, index, number, seen, run, packed):
+            yield replace(report, seconds=time.perf_counter() - started)
             started = time.perf_counter()
     if config.true_sequential:
         finish(stream, block, spec)
@@ -227,22 +232,22 @@ def _forget(blocks: Iterable[nn.Module], group: Iterable[str]) -> None:
 
 def _quantize_group(
     block: nn.Module,
-    prefix: str,
     index: int,
-    group: tuple[str, ...],
+    number: int,
     seen: Moments | None,
-    config: QuantConfig,
+    run: _Run,
     packed: dict[str, Tensor],
 ) -> Iterator[LayerReport]:
     """Solve layers that share their input, rows stacked: one factorization for all of them."""
+    group, prefix = run.spec.groups[number], run.spec.block(index)
     layers = [skeleton.linear(block, name) for name in group]
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
-    solution = _solve(f"{prefix}.{group[0]}", weight, seen, config)
+    solution = _solve(f"{prefix}.{group[0]}", weight, seen, run.config, run.team)
     first = 0
     for name, layer in zip(group, layers, strict=True):
         rows = solution.rows(first, first + layer.out_features)
         first += layer.out_features
-        state = _put(layer, rows, config)
+        state = _put(layer, rows, run.config)
         packed |= {f"{prefix}.{name}.{key}": tensor for key, tensor in state.items()}
         yield _report(index, name, rows)
 
@@ -259,7 +264,9 @@ def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> dict[str,
     return {key: tensor.cpu().contiguous() for key, tensor in packed.state_dict().items()}
 
 
-def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig) -> Solution:
+def _solve(
+    name: str, weight: Tensor, seen: Moments | None, config: QuantConfig, team: Team
+) -> Solution:
     if seen is None:
         return round_to_nearest(weight, None, config)
     H = seen.H
@@ -271,10 +278,18 @@ def _solve(name: str, weight: Tensor, seen: Moments | None, config: QuantConfig)
     if seen.held is not None:
         percdamp = choose_damp(H - seen.held, seen.held, config)
         config = replace(config, percdamp=percdamp)
-    missing = seen.missing(weight) if config.feeds_back else None
-    if missing is not None:
-        weight = feed_back(weight, H, missing, config.error_feedback, config.percdamp)
-    return solve(weight, H, config)
+    return team.by_rows(lambda rows: _solve_rows(weight, rows, seen, config), len(weight))
+
+
+def _solve_rows(weight: Tensor, rows: slice, seen: Moments, config: QuantConfig) -> Solution:
+    """Some rows of a stacked weight; none depends on another."""
+    weight = weight[rows]
+    if config.feeds_back:
+        its = seen if seen.R is None else replace(seen, R=seen.R[rows])
+        missing = its.missing(weight)
+        if missing is not None:
+            weight = feed_back(weight, seen.H, missing, config.error_feedback, config.percdamp)
+    return solve(weight, seen.H, config)
 
 
 def _report(block: int, name: str, solution: Solution) -> LayerReport:

@@ -41,6 +41,7 @@ def check_folder(folder: Path) -> None:
 def _serve(words: list[str]) -> None:
     try:
         import typer
+        from huggingface_hub.constants import HF_HUB_CACHE
         from transformers.cli.serve import Serve
         from transformers.utils.import_utils import is_serve_available
     except ImportError as error:
@@ -50,6 +51,8 @@ def _serve(words: list[str]) -> None:
     from gptq import hf
 
     hf.register()
+    # The list of models, which clients ask for, is an error in transformers 5.17 without this folder.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     app = typer.Typer(add_completion=False)
     app.command(name="python -m gptq.serve")(Serve)
     app(words, standalone_mode=False)

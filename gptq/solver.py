@@ -180,11 +180,15 @@ def inverse_factor(H: Tensor, dead: Tensor, percdamp: float) -> tuple[Tensor, fl
     """
     mean = _mean_diagonal(H, dead)
     while True:
-        flipped = H.flip(0, 1)
-        flipped.diagonal().add_(percdamp * mean)
-        L, failed = torch.linalg.cholesky_ex(flipped)
+        # In place where it can be: of a wide layer each matrix is hundreds of megabytes.
+        L = H.flip(0, 1)
+        L.diagonal().add_(percdamp * mean)
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(L, out=(L, failed))
         if not failed:
-            U = lower_inverse(L).flip(0, 1)
+            U = lower_inverse(L)
+            del L
+            U = U.flip(0, 1)
             if bool(torch.isfinite(U).all()):
                 return U, percdamp
         percdamp = max(percdamp, 1e-4) * DAMP_STEP

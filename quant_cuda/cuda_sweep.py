@@ -1,6 +1,5 @@
 """The solver's column sweep by a CUDA kernel, one launch for a block of columns."""
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -31,16 +30,15 @@ def sweep(
         block of H.
     Raises ValueError for a block longer than LONGEST.
     """
-    library, stream = cuda.current(w)
+    launch = cuda.current(w)
     with torch.cuda.device(w.device):
         return launch_sweep(
-            library, stream, w, H, U, labels, runs, blocks, static, factors, bits, sym, find_grid
+            launch, w, H, U, labels, runs, blocks, static, factors, bits, sym, find_grid
         )
 
 
 def launch_sweep(
-    library: ctypes.CDLL,
-    stream: int,
+    launch: cuda.Launch,
     w: Tensor,
     H: Tensor,
     U: Tensor,
@@ -70,7 +68,6 @@ def launch_sweep(
     run_end = run_end.to(w.device)
     tried = torch.tensor(factors, dtype=torch.float32, device=w.device)
     q = torch.empty((inputs, outputs), dtype=torch.uint8, device=w.device)
-    launch = cuda.Launch(library, stream, 0)
     for start, stop in blocks:
         end = ends.get(start, start)
         if end - start > LONGEST:

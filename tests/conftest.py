@@ -1,5 +1,6 @@
 """Tiny random models as Hugging Face folders, made once a session."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -120,9 +121,16 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory) -> Path:
-    """The CUDA kernels' own source, compiled for the host."""
-    return emulated.build(tmp_path_factory.mktemp("emulated"), emulated.KERNELS)
+def host_library(request, tmp_path_factory) -> Path:
+    """The CUDA kernels' own source, compiled for the host; once for all processes of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # which pytest-xdist's processes share
+    library = folder / "emulated" / "emulated.so"
+    library.parent.mkdir(exist_ok=True)
+    with (library.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return library if library.exists() else emulated.build(library.parent, emulated.KERNELS)
 
 
 @pytest.fixture(params=["llama", "bloom"])

@@ -32,6 +32,8 @@
 #define __restrict__
 #define __launch_bounds__(...)
 
+#include "cuda_numbers.h"
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -47,68 +49,6 @@ struct alignas(16) float4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// --- numbers ---
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-struct half_t {
-  uint16_t bits;
-};
-
-struct bfloat_t {
-  uint16_t bits;
-};
-
-inline float __half2float(half_t h) {
-  _Float16 x;
-  std::memcpy(&x, &h.bits, 2);
-  return static_cast<float>(x);
-}
-
-inline half_t __float2half_rn(float f) {
-  const _Float16 x = static_cast<_Float16>(f);
-  half_t h;
-  std::memcpy(&h.bits, &x, 2);
-  return h;
-}
-
-inline float __bfloat162float(bfloat_t b) { return float_of(static_cast<uint32_t>(b.bits) << 16); }
-
-inline bfloat_t __float2bfloat16_rn(float f) {
-  const uint32_t bits = bits_of(f);
-  if (f != f) return {0x7FFF};
-  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
-}
-
-inline half_t __ushort_as_half(uint16_t bits) { return {bits}; }
-
-inline float __fmul_rn(float a, float b) {
-  volatile float c = a * b;
-  return c;
-}
-inline float __fadd_rn(float a, float b) {
-  volatile float c = a + b;
-  return c;
-}
-inline float __fsub_rn(float a, float b) {
-  volatile float c = a - b;
-  return c;
-}
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline uint32_t __float_as_uint(float x) { return bits_of(x); }
-inline float __uint_as_float(uint32_t x) { return float_of(x); }
-
 // --- the machine ---
 
 using cudaStream_t = void*;
@@ -118,16 +58,41 @@ constexpr cudaError_t cudaErrorInvalidValue = 1;
 constexpr cudaError_t emulation_error = 999;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+// Twin of ptx.cuh's.
+struct alignas(8) barrier_t {
+  uint16_t count, arrived;
+  uint32_t phase;
+};
+
 namespace emulation {
 
+constexpr size_t MOST_SHARED = 227 * 1024;
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 * 1024;
-enum class Order { FORWARD, BACKWARD, ODD_FIRST };
+// In turn, by three orders; or always the first (or the last) thread that can run, so that one part
+// of a block gets as far ahead of another as it may.
+enum class Order { FORWARD, BACKWARD, ODD_FIRST, FIRST, LAST };
 
 struct Copy {
   void* to;
   const void* from;
   bool valid;
+};
+
+// Eight numbers of a matrix on their way to shared memory.
+struct Row {
+  void* to;
+  uint32_t words[4];
+};
+
+// A lane's part of a warpgroup's product.
+struct Product {
+  float* d;
+  float a[2][16];
+  const char* b;
+  size_t along, across;
+  bool add;
+  float (*number)(uint16_t bits);
 };
 
 struct Fiber {
@@ -141,6 +106,12 @@ struct Fiber {
   unsigned exchanges = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  const barrier_t* barrier = nullptr;  // in shared memory, whose phase of `parity` is awaited
+  unsigned parity = 0;
+  std::vector<Row> unfenced;
+  bool may_multiply = false;
+  std::vector<Product> products;
+  std::deque<std::vector<Product>> product_groups;
   void* fake_stack = nullptr;
 };
 
@@ -246,6 +217,8 @@ const Mine (&exchange(const char* operation, const Mine& mine))[WARP] {
 
 inline bool runnable(Fiber& fiber) {
   if (fiber.done || fiber.waits_at) return false;
+  if (fiber.barrier && fiber.barrier->phase % 2 == fiber.parity) return false;
+  fiber.barrier = nullptr;
   if (fiber.awaited && machine.warps[fiber.rank / WARP].completed < fiber.awaited) return false;
   fiber.awaited = 0;
   return true;
@@ -257,6 +230,7 @@ inline std::string stuck() {
   int waiting = 0;
   for (auto& fiber : machine.fibers) {
     if (fiber->awaited) return "a warp-wide operation was reached by only some lanes of a warp";
+    if (fiber->barrier) return "a barrier in shared memory is never completed";
     if (!fiber->waits_at) continue;
     if (site && site != fiber->waits_at) return "threads of a block wait at two barriers";
     site = fiber->waits_at;
@@ -285,12 +259,12 @@ inline void run_block(int threads, dim3 block) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
+  const bool backward = machine.order == Order::BACKWARD || machine.order == Order::LAST;
+  const bool in_turn = machine.order != Order::FIRST && machine.order != Order::LAST;
   std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i)
-    order[i] = machine.order == Order::FORWARD    ? i
-               : machine.order == Order::BACKWARD ? threads - 1 - i
-                                                  : (2 * i + 1 < threads ? 2 * i + 1
-                                                                         : 2 * (i - threads / 2));
+  for (int i = 0; i < threads; ++i) order[i] = backward ? threads - 1 - i : i;
+  if (machine.order == Order::ODD_FIRST)
+    std::stable_partition(order.begin(), order.end(), [](int i) { return i % 2; });
   while (true) {
     bool ran = false, alive = false;
     for (int i : order) {
@@ -301,9 +275,11 @@ inline void run_block(int threads, dim3 block) {
       }
       if (!machine.error.empty()) return;
       alive = alive || !fiber.done;
+      if (ran && !in_turn) break;
     }
+    if (ran) continue;
     if (!alive) return;
-    if (!ran) machine.error = stuck();
+    machine.error = stuck();
     if (!machine.error.empty()) return;
   }
 }
@@ -385,6 +361,7 @@ inline void land(std::vector<Copy>& copies) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  if (static_cast<size_t>(bytes) > emulation::MOST_SHARED) return cudaErrorInvalidValue;
   emulation::machine.shared_limit = bytes;
   return cudaSuccess;
 }
@@ -400,147 +377,11 @@ inline const char* cudaGetErrorString(cudaError_t code) {
   return text.c_str();
 }
 
-// For tests: 0, 1 or 2 of emulation::Order, and whether asynchronous copies land at once.
+// For tests: an emulation::Order, and whether asynchronous copies land at once.
 extern "C" inline __attribute__((visibility("default"), used)) void emulation_settings(
     int order, int eager_copies) {
   emulation::machine.order = static_cast<emulation::Order>(order);
   emulation::machine.eager_copies = eager_copies;
 }
 
-// --- warp-wide operations ---
-
-struct Fragments {
-  uint32_t a[4];
-  uint32_t b[2];
-  uint32_t unused[2];
-};
-
-template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  static_assert(sizeof(T) == 4, "one word");
-  Fragments mine = {};
-  std::memcpy(mine.a, &value, 4);
-  const auto& all = emulation::exchange("shfl", mine);
-  T got;
-  std::memcpy(&got, all[(emulation::machine.current->rank % emulation::WARP) ^ mask].a, 4);
-  return got;
-}
-
-inline unsigned __ballot_sync(unsigned, int vote) {
-  Fragments mine = {};
-  mine.a[0] = vote != 0;
-  const auto& all = emulation::exchange("ballot", mine);
-  unsigned votes = 0;
-  for (int lane = 0; lane < emulation::WARP; ++lane) votes |= all[lane].a[0] << lane;
-  return votes;
-}
-
-inline void __syncwarp(unsigned = ~0u) { emulation::exchange("syncwarp", Fragments{}); }
-
-inline int atomicAdd(int* address, int value) {
-  const int old = *address;
-  *address += value;
-  return old;
-}
-
-// Half `high` of a word, as a number of T's type.
-template <typename T>
-float half_of(uint32_t word, int high) {
-  const T number = {static_cast<uint16_t>(word >> (16 * high))};
-  if constexpr (std::is_same_v<T, half_t>)
-    return __half2float(number);
-  else
-    return __bfloat162float(number);
-}
-
-template <typename T>
-void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
-  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {}};
-  const auto& all = emulation::exchange("mma", mine);
-  const int lane = emulation::machine.current->rank % emulation::WARP, g = lane / 4, t = lane % 4;
-  for (int r = 0; r < 2; ++r)
-    for (int c = 0; c < 2; ++c) {
-      float sum = d[2 * r + c];
-      for (int k = 0; k < 16; ++k) {
-        const int owner = k % 8 / 2, upper = k / 8;
-        const uint32_t aw = all[4 * g + owner].a[2 * upper + r];
-        const uint32_t bw = all[4 * (2 * t + c) + owner].b[upper];
-        sum += half_of<T>(aw, k % 2) * half_of<T>(bw, k % 2);
-      }
-      d[2 * r + c] = sum;
-    }
-}
-
-// --- twins of ptx.cuh ---
-
-template <uint32_t MASK, uint32_t BITS>
-uint32_t and_or(uint32_t a) {
-  return (a & MASK) | BITS;
-}
-
-template <uint32_t SELECT>
-uint32_t pick_bytes(uint32_t a, uint32_t b) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  uint32_t d = 0;
-  for (int i = 0; i < 4; ++i)
-    d |= static_cast<uint32_t>(bytes >> (8 * (SELECT >> (4 * i) & 7)) & 0xFF) << (8 * i);
-  return d;
-}
-
-inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d = 0;
-  for (int i = 0; i < 2; ++i) {
-    const double exact = static_cast<double>(half_of<half_t>(a, i)) * half_of<half_t>(b, i) +
-                         half_of<half_t>(c, i);
-    _Float16 rounded = static_cast<_Float16>(exact);
-    uint16_t bits;
-    std::memcpy(&bits, &rounded, 2);
-    d |= static_cast<uint32_t>(bits) << (16 * i);
-  }
-  return d;
-}
-
-inline uint32_t half2_sub(uint32_t a, uint32_t b) { return half2_fma(b, 0xBC00BC00u, a); }
-
-inline uint32_t bfloat2_of(float low, float high) {
-  return static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16 |
-         __float2bfloat16_rn(low).bits;
-}
-
-// Exact before its one rounding for the integers that the kernels put in.
-inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
-  const auto one = [&](int i) {
-    return std::fma(half_of<bfloat_t>(a, i), half_of<bfloat_t>(b, i), half_of<bfloat_t>(c, i));
-  };
-  return bfloat2_of(one(0), one(1));
-}
-
-inline uint4 load_once(const uint4* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 && emulation::machine.error.empty())
-    emulation::machine.error = "a 16-byte load from an address that is no multiple of 16";
-  return *p;
-}
-
-inline void copy_async(void* shared, const void* global, bool valid) {
-  if ((reinterpret_cast<uintptr_t>(global) | reinterpret_cast<uintptr_t>(shared)) % 16 &&
-      emulation::machine.error.empty())
-    emulation::machine.error = "a 16-byte copy at an address that is no multiple of 16";
-  std::vector<emulation::Copy>& open = emulation::machine.current->open;
-  open.push_back({shared, global, valid});
-  if (emulation::machine.eager_copies) emulation::land(open);
-}
-
-inline void copy_commit() {
-  emulation::Fiber& fiber = *emulation::machine.current;
-  fiber.groups.push_back(std::move(fiber.open));
-  fiber.open.clear();
-}
-
-template <int PENDING>
-void copy_wait() {
-  auto& groups = emulation::machine.current->groups;
-  while (groups.size() > PENDING) {
-    emulation::land(groups.front());
-    groups.pop_front();
-  }
-}
+#include "cuda_twins.h"

@@ -19,7 +19,7 @@ KERNELS = sorted((HERE.parent / "quant_cuda" / "csrc" / "cuda").glob("*.cu"))
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-x", "c++"]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g"]
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
 def build(folder: Path, sources: list[Path], sanitize: bool = False) -> Path:
@@ -56,7 +56,13 @@ class Kernels:
     library: CDLL
     device: str
     settle: Callable[[int, int], None]
-    """Order of threads (0, 1, 2) and whether asynchronous copies land at once; nothing on a GPU."""
+    """Order of threads (0 to 4) and whether asynchronous copies land at once; nothing on a GPU."""
+    wgmma: bool
+    """Whether the kernel for compute capability 9.0 runs here."""
+
+    def launch(self, processors: int = 4) -> cuda.Launch:
+        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
+        return cuda.Launch(self.library, stream, processors, self.wgmma)
 
     def matmul(
         self,
@@ -64,22 +70,22 @@ class Kernels:
         weight: tiles.Prepacked,
         processors: int = 4,
         bias: Tensor | None = None,
+        kernel: str | None = None,
     ) -> Tensor:
-        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
-        return cuda.launch_matmul(self.library, x, weight, bias, stream, processors)
+        return cuda.launch_matmul(self.launch(processors), x, weight, bias, kernel)
 
     def dequantize(self, weight: tiles.Prepacked, dtype: torch.dtype) -> Tensor:
-        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
-        return cuda.launch_dequantize(self.library, weight, dtype, stream)
+        return cuda.launch_dequantize(self.launch(), weight, dtype)
 
 
 def emulated(path: Path) -> Kernels:
     library = cuda.load(path)
-    return Kernels(library, "cpu", library.emulation_settings)
+    return Kernels(library, "cpu", library.emulation_settings, True)
 
 
 def on_gpu() -> Kernels:
-    return Kernels(cuda.load(cuda.LIBRARY), "cuda", lambda order, eager: None)
+    wgmma = torch.cuda.get_device_capability() == (9, 0)
+    return Kernels(cuda.load(cuda.LIBRARY), "cuda", lambda order, eager: None, wgmma)
 
 
 def cuda_compiler() -> str | None:

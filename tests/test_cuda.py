@@ -135,7 +135,7 @@ def test_order_of_threads_changes_nothing(kernels, bits, rows):
     x = activations(rows, 640, dtype=torch.bfloat16).to(kernels.device)
     prepacked = ready(kernels, weight)
     first = kernels.matmul(x, prepacked)
-    for order in (0, 1, 2):
+    for order in (0, 1, 2, 3, 4):
         for eager in (0, 1):
             kernels.settle(order, eager)
             assert torch.equal(kernels.matmul(x, prepacked), first)
@@ -304,6 +304,16 @@ TRAPS = {
         if (threadIdx.x != 3) y[0] = __shfl_xor_sync(~0u, 1.0f, 1);""",
     "lanes of a warp met in": """
         if (threadIdx.x % 2) __syncwarp(); else y[0] = __shfl_xor_sync(~0u, 1.0f, 1);""",
+    "a barrier in shared memory is never completed": """
+        SHARED(barrier_t, b, [1]);
+        if (threadIdx.x == 0) barrier_start(b, 65);
+        __syncthreads(); barrier_arrive(b); barrier_wait(b, 0);""",
+    "a product without a fence": """
+        float d[64]; const uint32_t a[4] = {};
+        wgmma(d, a, 0, 0, half_t()); wgmma_commit(); wgmma_wait<0>();""",
+    "sums are read before all products are done": """
+        float d[64]; const uint32_t a[4] = {};
+        wgmma_fence(); wgmma(d, a, 0, 0, half_t()); wgmma_commit(); wgmma_settle(d);""",
 }
 STALE = {
     "no barrier between writing and reading": """
@@ -314,34 +324,48 @@ STALE = {
         copy_async(&s[threadIdx.x], y + 4 * (threadIdx.x % 16), true); copy_commit();
         __syncthreads();
         y[threadIdx.x] = reinterpret_cast<float*>(s)[threadIdx.x];""",
+    "no fence after stores of matrices": """
+        SHARED(uint4, s, [64]);
+        store_matrices(&s[threadIdx.x], uint4{0, 0, 0, 0});
+        __syncthreads();
+        y[threadIdx.x] = reinterpret_cast<float*>(s)[threadIdx.x];""",
 }
 
 
-def run_trap(folder: Path, body: str) -> tuple[str, np.ndarray]:
-    """What a kernel of two warps did: an error in words, and its array of ones."""
-    source = folder / "trap.cu"
-    source.write_text(
-        '#include "common.cuh"\n'
-        f"__global__ void trap(float* y) {{ (void)y; {body} }}\n"
-        "EXPORT const char* run(float* y) {\n"
-        "  LAUNCH(trap, 1, 64, 0, nullptr, y);\n"
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory) -> ctypes.CDLL:
+    """A kernel of two warps for each of TRAPS and STALE, in this order."""
+    folder = tmp_path_factory.mktemp("traps")
+    source = folder / "traps.cu"
+    bodies = enumerate([*TRAPS.values(), *STALE.values()])
+    kernels = "".join(
+        f"__global__ void trap{i}(float* y) {{ (void)y; {body} }}\n"
+        f"EXPORT const char* run{i}(float* y) {{\n"
+        f"  LAUNCH(trap{i}, 1, 64, 4096, nullptr, y);\n"
         '  const int code = cudaGetLastError(); return code ? cudaGetErrorString(code) : "";\n}\n'
+        for i, body in bodies
     )
-    library = ctypes.CDLL(str(emulated.build(folder, [source])))
-    library.run.restype = ctypes.c_char_p
+    source.write_text(f'#include "common.cuh"\n{kernels}')
+    return ctypes.CDLL(str(emulated.build(folder, [source])))
+
+
+def run_trap(traps: ctypes.CDLL, index: int) -> tuple[str, np.ndarray]:
+    """What a trap did: an error in words, and its array of ones."""
+    run = getattr(traps, f"run{index}")
+    run.restype = ctypes.c_char_p
     y = np.ones(64 + 4, dtype=np.float32)
     y = y[(-y.ctypes.data // 4) % 4 :][:64]
-    return library.run(y.ctypes.data_as(ctypes.c_void_p)).decode(), y
+    return run(y.ctypes.data_as(ctypes.c_void_p)).decode(), y
 
 
 @pytest.mark.parametrize("message", TRAPS)
-def test_threads_that_part_are_caught(tmp_path, message):
-    assert message in run_trap(tmp_path, TRAPS[message])[0]
+def test_threads_that_part_are_caught(traps, message):
+    assert message in run_trap(traps, list(TRAPS).index(message))[0]
 
 
 @pytest.mark.parametrize("name", STALE)
-def test_what_is_read_too_early_is_nan(tmp_path, name):
-    error, y = run_trap(tmp_path, STALE[name])
+def test_what_is_read_too_early_is_nan(traps, name):
+    error, y = run_trap(traps, len(TRAPS) + list(STALE).index(name))
     assert error == ""
     assert np.isnan(y).any()
 
@@ -358,6 +382,9 @@ for bits in (2, 3, 4, 8):
         weight = tiles.prepack(packed(bits, n_in, n_out, group_size, g_idx=g_idx)[0])
         for rows in (1, 8, 20, 70):
             kernels.matmul(activations(rows, n_in, dtype=torch.float16), weight, 2 * rows)
+        if bits in (4, 8):
+            x = activations(5, n_in, dtype=torch.float16)
+            kernels.matmul(x, weight, 12, kernel="wgmma")
         kernels.dequantize(weight, torch.bfloat16)
 print("clean")
 x = activations(1, 576, dtype=torch.float16)

@@ -45,7 +45,7 @@ def by_kernel(request, monkeypatch):
         kernels.settle(order, 0)
 
         def sweep(*arguments):
-            return cuda_sweep.launch_sweep(kernels.library, 0, *arguments)
+            return cuda_sweep.launch_sweep(kernels.launch(), *arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(cuda_sweep, "sweep", sweep)
@@ -92,7 +92,7 @@ def test_a_block_that_is_too_long(by_kernel):
     eye = torch.eye(200)
     with pytest.raises(ValueError, match="block of 200 columns is too long; the kernel takes 128"):
         cuda_sweep.launch_sweep(
-            None, 0, eye, eye, eye, torch.zeros(200), [], [(0, 200)], None, (), 4, False, None
+            None, eye, eye, eye, torch.zeros(200), [], [(0, 200)], None, (), 4, False, None
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("quant_cuda",),
-    ("gptq", "gptq.errors", "gptq.models"),
+    ("gptq", "gptq.errors", "gptq.launch", "gptq.models"),
     ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.tensor_files", "gptq.gguf_reader", "gptq.calibration"),
     ("gptq.journal", "gptq.shelf", "gptq.torch_file", "gptq.refine"),
@@ -20,7 +20,8 @@ FLOORS = (
     ("gptq.skeleton",),
     ("gptq.stages",),
     ("gptq.moments",),
-    ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate"),
+    ("gptq.distributed",),
+    ("gptq.pipeline", "gptq.checkpoint", "gptq.evaluate", "gptq.generate", "gptq.memory"),
     ("gptq.export", "gptq.html_report", "gptq.readers", "gptq.report"),
     ("gptq.api",),
     ("gptq.cli", "gptq.convert", "gptq.hf"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from floors import floors
 from packaging.requirements import Requirement
 
 import gptq
@@ -209,6 +210,14 @@ def test_what_is_required_is_here():
         assert requirement.specifier.contains(version(name), prereleases=True), requirement
 
 
+def test_everything_has_an_oldest_version():
+    """`make test-oldest` installs just these."""
+    oldest = floors(PROJECT)
+    assert {"torch==2.6", "transformers==5.17", "peft==0.18"} <= set(oldest)
+    wanted = requirements(PROJECT["dependencies"])
+    assert {normal(line.partition("==")[0]) for line in oldest} > set(wanted)
+
+
 @pytest.mark.parametrize("found", ["2.11.0", "2.11.0+cu128", "2.13.0", "2.13.0+cpu"])
 def test_torch_is_taken_as_it_is_found(found):
     torch = requirements(PROJECT["dependencies"])["torch"]
@@ -223,7 +232,7 @@ def test_the_changelog_has_this_version():
 
 def test_the_targets_that_contributing_names_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = re.findall(r"`make (\w+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    assert set(named) == {"venv", "test", "lint", "demo"}
+    named = re.findall(r"`make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert set(named) == {"venv", "test", "test-installed", "test-oldest", "lint", "demo"}
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

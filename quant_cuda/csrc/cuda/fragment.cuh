@@ -113,6 +113,17 @@ __device__ __forceinline__ void expand_run(const Piece& piece, int run,
     }
 }
 
+// The two numbers that a pair of exact differences stands for, each rounded once.
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, const Grid& grid, half_t) {
+  return half2_mul(pair, pick_bytes<0x1010u>(grid.entry, 0));
+}
+
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, const Grid& grid, bfloat_t) {
+  const float scale = grid.scale();
+  return bfloat2_of(__fmul_rn(__uint_as_float(pair << 16), scale),
+                    __fmul_rn(__uint_as_float(pair & 0xFFFF0000u), scale));
+}
+
 // d += scale * s for the rows of an accumulator, which are columns lane / 4 and lane / 4 + 8.
 __device__ __forceinline__ void add_scaled(float (&d)[4], const float (&s)[4], const Grid (&grid)[2]) {
   d[0] = __fmaf_rn(grid[0].scale(), s[0], d[0]);

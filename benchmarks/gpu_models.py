@@ -1,0 +1,222 @@
+"""Models of BELLE's shapes, of random numbers made on the device: decoding, GPU memory, and the
+quantization of a whole one. A part of benchmarks/gpu.py."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BloomConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from gptq import skeleton
+from gptq.config import QuantConfig
+from gptq.decode import stepper
+from gptq.journal import open_journal
+from gptq.models import ModelSpec
+from gptq.models.bloom import BLOOM
+from gptq.models.llama import LLAMA
+from gptq.pipeline import quantize_blocks
+from gptq.qlinear import QuantLinear
+from gptq.source import ModelSource
+from gptq.tensors import LazyTensors
+from quant_cuda import PackedWeight
+from quant_cuda.packing import pack_zeros, words_for
+
+GROUP_SIZE = 128
+DECODED = 128
+# Windows of 2048 tokens to calibrate on; a usual run takes 128, and time for twice this.
+NSAMPLES = 32
+SEQLEN = 2048
+# The shapes of BELLE-LLAMA-7B and of BELLE-7B (BLOOMZ).
+SEVEN_BILLION: tuple[tuple[ModelSpec, PretrainedConfig], ...] = (
+    (LLAMA, LlamaConfig(vocab_size=49954, tie_word_embeddings=False)),
+    (BLOOM, BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)),
+)
+# The rows of BELLE's table of released models: architecture, bits, and the "GPU memory usage" that
+# it gives, in G (https://github.com/LianjiaTech/BELLE). bloom7b-2m is published as float32.
+RELEASED = (
+    ("bloom7b-2m", "bloom", 32, 28.2),
+    ("bloom7b-2m-8bit-128g.pt", "bloom", 8, 11.4),
+    ("bloom7b-2m-4bit-128g.pt", "bloom", 4, 8.4),
+    ("bloom7b-0.2m-8bit-128g.pt", "bloom", 8, 11.4),
+    ("bloom7b-0.2m-4bit-128g.pt", "bloom", 4, 8.4),
+    ("llama7b-2m", "llama", 16, 15.0),
+    ("llama7b-2m-8bit-128g.pt", "llama", 8, 8.9),
+    ("llama7b-2m-4bit-128g.pt", "llama", 4, 5.6),
+)
+WIDTHS = {"llama": (16, 8, 4), "bloom": (32, 16, 8, 4)}
+
+Found = list[dict[str, Any]]
+
+
+def random_weight(bits: int, inputs: int, outputs: int, device: str) -> PackedWeight:
+    """Random integers, zero points and scales, the weight's mean near zero."""
+    groups = -(-inputs // GROUP_SIZE)
+    shape = (words_for(inputs, bits), outputs)
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64, device=device)
+    middle = 2 ** (bits - 1)
+    zeros = torch.randint(middle - 1, middle + 2, (groups, outputs), device=device)
+    scales = torch.rand((groups, outputs), device=device) + 0.5
+    return PackedWeight(
+        qweight=words.to(torch.int32),
+        qzeros=pack_zeros(zeros, bits, 1),
+        scales=(scales * 0.04 / 2**bits).half(),
+        g_idx=None,
+        bits=bits,
+        group_size=GROUP_SIZE,
+        in_features=inputs,
+    )
+
+
+def random_numbers(name: str, shape: torch.Size, device: str, dtype: torch.dtype) -> Tensor:
+    """Small ones; a norm's weights are near one."""
+    numbers = torch.randn(shape, device=device, dtype=dtype) * 0.02
+    return 1 + numbers if len(shape) == 1 and name.endswith("weight") else numbers
+
+
+def random_model(
+    spec: ModelSpec, config: PretrainedConfig, bits: int, device: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of this shape whose layers hold random numbers, or for bits < 16 random integers."""
+    model = skeleton.build(config, spec, torch.device(device))
+    names = {f"{spec.block(i)}.{name}" for i in range(_blocks(config)) for name in spec.linears}
+    for name, module in list(model.named_modules()):
+        if name in names and bits < 16:
+            assert isinstance(module, nn.Linear)
+            layer = QuantLinear(
+                module.in_features,
+                module.out_features,
+                bits,
+                GROUP_SIZE,
+                bias=module.bias is not None,
+                g_idx=False,
+                device=device,
+            )
+            made = random_weight(bits, module.in_features, module.out_features, device)
+            layer.qweight, layer.qzeros, layer.scales = made.qweight, made.qzeros, made.scales
+            skeleton.replace(model, name, layer)
+            continue
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                numbers = random_numbers(key, parameter.shape, device, dtype)
+                module._parameters[key] = nn.Parameter(numbers, requires_grad=False)
+    model.tie_weights()
+    return model
+
+
+def random_source(
+    spec: ModelSpec, config: PretrainedConfig, device: str, dtype: torch.dtype
+) -> ModelSource:
+    """The same to read from: each tensor is made when it is asked for."""
+    shapes = skeleton.build(config, spec, torch.device("meta")).state_dict()
+    reads: dict[str, Callable[[], Tensor]] = {
+        name: partial(random_numbers, name, tensor.shape, device, dtype)
+        for name, tensor in shapes.items()
+    }
+    return ModelSource("random", Path(), config, spec, LazyTensors(reads))
+
+
+def _blocks(config: PretrainedConfig) -> int:
+    return config.num_hidden_layers
+
+
+@torch.no_grad()
+def decode() -> Found:
+    """Tokens a second at batch 1 from a captured graph, and memory, of 7B-shaped models."""
+    found: Found = []
+    for spec, config in SEVEN_BILLION:
+        for bits in WIDTHS[spec.model_type]:
+            torch.cuda.empty_cache()
+            row: dict[str, Any] = {"model": spec.model_type, "bits": bits}
+            try:
+                found.append({**row, **_decode(spec, config, bits)})
+            except torch.cuda.OutOfMemoryError:
+                found.append({**row, "tokens_per_second": None, "memory": None, "used": None})
+    return found
+
+
+def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, Any]:
+    dtype = torch.float32 if bits == 32 else torch.float16
+    model = random_model(spec, config, bits, "cuda", dtype)
+    step = stepper(model, DECODED)
+    # What loading took and is free again is nobody's need.
+    torch.cuda.empty_cache()
+    token = torch.full((1, 1), 7, device="cuda")
+    seconds = []
+    for _ in range(DECODED - 1):
+        torch.cuda.synchronize()
+        started = perf_counter()
+        logits = step(token)
+        torch.cuda.synchronize()
+        seconds.append(perf_counter() - started)
+    assert bool(torch.isfinite(logits).all()), "decoding gave numbers that are not finite"
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "tokens_per_second": 1 / statistics.median(seconds),
+        "memory": torch.cuda.memory_allocated(),
+        # As nvidia-smi shows it: the driver's own and other programs' too.
+        "used": total - free,
+    }
+
+
+def released(decoded: Found) -> Found:
+    """BELLE's table of released models, by what `decode` measured: GPU memory in GiB."""
+    known = {(row["model"], row["bits"]): row for row in decoded}
+    rows: Found = []
+    for name, model, bits, published in RELEASED:
+        row = known[model, bits]
+        gib = {key: row[key] and row[key] / 2**30 for key in ("memory", "used")}
+        rows.append(
+            {
+                "model": name,
+                "published, G": published,
+                "tensors, GiB": gib["memory"],
+                "in use, GiB": gib["used"],
+            }
+        )
+    return rows
+
+
+def quantize_model(
+    spec: ModelSpec,
+    config: PretrainedConfig,
+    windows: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Found:
+    """Seconds to quantize a whole model of random weights to 4 bits, journal and all.
+
+    windows: int64 (nsamples, seqlen), the tokens to calibrate on.
+    """
+    source = random_source(spec, config, str(device), dtype)
+    settings = QuantConfig(bits=4, group_size=GROUP_SIZE)
+    started = perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_journal([Path(folder) / "model.pt"], {"model": "random"}, False) as journal,
+    ):
+        layers = list(quantize_blocks(source, windows, settings, journal, device, dtype))
+    return [
+        {
+            "model": spec.model_type,
+            "bits": settings.bits,
+            "layers": len(layers),
+            "windows": len(windows),
+            "tokens": windows.numel(),
+            "seconds": perf_counter() - started,
+            "of_them_solving": sum(layer.seconds for layer in layers),
+        }
+    ]
+
+
+def quantization() -> Found:
+    """`quantize_model` for the shape of LLaMA-7B, on the GPU."""
+    spec, config = SEVEN_BILLION[0]
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(config.vocab_size, (NSAMPLES, SEQLEN), generator=generator)
+    return quantize_model(spec, config, windows, torch.device("cuda"), torch.float16)

@@ -1,0 +1,19 @@
+"""Whether this process is one of several that torchrun started for one run."""
+
+import os
+
+
+def size() -> int:
+    """How many processes share the run."""
+    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return int(os.environ["WORLD_SIZE"]) if named else 1
+
+
+def rank() -> int:
+    """Which of them this is. The first, 0, alone prints and writes."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of those on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0

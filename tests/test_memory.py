@@ -1,0 +1,144 @@
+"""Peak memory, by the system's own account, of processes that quantize."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama_config, make_model
+from forked import Child
+
+import gptq
+import gptq.api
+from gptq import QuantConfig, skeleton
+from gptq.errors import UserError
+from gptq.machine import available_memory, parse_size, peak_memory
+from gptq.memory import FIXED, GIB, fits, needs
+from gptq.source import open_model
+
+# Errors are fed back, which takes the most activations; the rest is as quick as it can be.
+CONFIG = QuantConfig(bits=8, group_size=128, adaptive_damp=False, scale_search="minmax", refine=0)
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 256}
+WEIGHTS = 2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024
+"""In a block, which has half as many heads for keys and values."""
+
+
+def status(key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def growth(call, log: Path) -> int:
+    """By how many bytes a process that makes this call grows at most."""
+
+    def measure() -> int:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before = status("VmRSS")
+        call()
+        print("grew", status("VmHWM") - before)
+        return 0
+
+    child = Child(measure, log, {})
+    assert child.wait(300) == 0, child.said
+    return int(re.search(r"grew (\d+)", child.said)[1])
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path, text_file):
+    grown = []
+    for blocks in (2, 8):
+        folder = make_model(tmp_path / str(blocks), llama_config(num_hidden_layers=blocks, **WIDE))
+        outputs = {
+            "save": tmp_path / "m.pt",
+            "save_safetensors": tmp_path / "m.safetensors",
+            "save_dir": tmp_path / "d",
+        }
+
+        def call(folder=folder, outputs=outputs):
+            gptq.quantize(folder, text_file, CONFIG, nsamples=2, seqlen=64, device="cpu", **outputs)
+
+        grown.append(growth(call, tmp_path / f"{blocks}.log"))
+    # Six more blocks of 8 bits; held at 16 or 32 they would be twice or four times as much.
+    assert grown[1] - grown[0] < 6 * WEIGHTS / 4, grown
+
+
+def test_activations_go_to_disk_where_they_would_not_fit(tmp_path, text_file, monkeypatch):
+    folder = make_model(tmp_path / "m", llama_config(**WIDE))
+    monkeypatch.setattr(skeleton, "BATCH_TOKENS", 512)
+    run = {"nsamples": 64, "seqlen": 96, "device": "cpu"}
+    needed = needs(open_model(folder), CONFIG, 64 * 96, torch.float32)
+    assert needed.activations == 2 * 64 * 96 * (512 + 1024) * 4
+    seen, grown = [], []
+    shelf = gptq.api.Shelf
+
+    for name, limit in (("memory", None), ("disk", str(needed.most + needed.activations - 1))):
+
+        def call(name=name, limit=limit):
+            def watched(place):
+                made = shelf(place)
+                seen.append(place)
+                return made
+
+            gptq.api.Shelf = watched
+            path = tmp_path / f"{name}.pt"
+            gptq.quantize(folder, text_file, CONFIG, save=path, max_memory=limit, **run)
+            print("places", len(seen))
+
+        grown.append(growth(call, tmp_path / f"{name}.log"))
+        expected = 1 if name == "disk" else 0
+        assert f"places {expected}" in (tmp_path / f"{name}.log").read_text()
+    assert grown[1] < grown[0] - 0.7 * needed.activations, (grown, needed)
+    assert (tmp_path / "disk.pt").read_bytes() == (tmp_path / "memory.pt").read_bytes()
+    assert not (tmp_path / "disk.pt.journal").exists()
+
+
+def test_needs_are_told_from_shapes(llama_dir, bloom_dir):
+    # 64 wide, 96 inside, 4 heads of queries and 2 of keys and values, two norms.
+    block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
+    down, up = 64 * 96, 2 * 64 * 96
+    found = needs(open_model(llama_dir), QuantConfig(), 100, torch.float32)
+    assert found.least == 4 * (block + down + 4 * 96**2)
+    assert found.most == 4 * (block + max(9 * down + 10 * 96**2, 9 * up + 10 * 64**2)) + FIXED
+    assert found.activations == 2 * 100 * (64 + 96) * 4
+    plain = QuantConfig(error_feedback=0)
+    assert needs(open_model(bloom_dir), plain, 100, torch.bfloat16).activations == 100 * 320 * 2
+
+
+def test_limits(llama_dir):
+    needed = needs(open_model(llama_dir), QuantConfig(), 100, torch.float32)
+    exact = needed.most + needed.activations
+    assert fits(needed, exact, None)
+    assert not fits(needed, exact - 1, "some")
+    with pytest.raises(UserError, match=r"--max-memory 9k is too little: one layer .* GiB"):
+        fits(needed, 9000, "9k")
+    assert not fits(needed, 9000, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GiB", 6 * GIB),
+        ("6gib", 6 * GIB),
+        ("6Gi", 6 * GIB),
+        ("2.5G", 2_500_000_000),
+        ("500MB", 500_000_000),
+        ("500 mb", 500_000_000),
+        ("1TiB", 2**40),
+        ("123456", 123456),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "-1GiB", "6GiBs", "6 6", "1e9", "0.0G", "i", "6i"])
+def test_what_is_no_size_is_one_line(text, llama_dir, tmp_path, text_file):
+    with pytest.raises(UserError, match=r"--max-memory .* is not a size: give one such as 6GiB"):
+        gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", max_memory=text)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_the_system_says():
+    cpu = torch.device("cpu")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory(cpu) <= total
+    assert 0 < peak_memory(cpu) <= total
