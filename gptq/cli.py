@@ -88,7 +88,7 @@ def _run(spec: ModelSpec, arguments: argparse.Namespace) -> None:
             report = _quantize(arguments, config, source.name, Path(scratch))
             opened = _open(arguments, report.written[0]) if material else None
         found = _evaluate(opened, material) if opened and material else {}
-        if report and arguments.report is not None:
+        if report and arguments.report is not None and launch.rank() == 0:
             from gptq.html_report import write_page
 
             print(write_page(Path(arguments.report), source.name, spec, report, found))
@@ -188,7 +188,7 @@ def _quantize(
                 raise UserError(f"{error}; {hint}") from error
             raise KeyboardInterrupt(hint) from None
     if follows:
-        return report.written[0]
+        return report
     console = Console()
     console.print(layer_table(report))
     console.print(totals_table(report))
