@@ -98,8 +98,9 @@ def _of_group(group: Group, quantization: QuantConfig, tokens: int) -> Iterator[
         tries = len(search_factors(quantization.sym)) + (0 if quantization.sym else 2)
         size = n if quantization.group_size == -1 else min(n, quantization.group_size)
         yield "sweep", tries * m * n * size
-    # The error's gradient first, and in each round what every change does to it.
-    yield "refinement", (1 + quantization.refine) * 2 * m * n**2 if quantization.refine else 0.0
+    if quantization.refine:
+        # The errors' gradient, and in each round what the changes make of it.
+        yield "refinement", 2 * (quantization.refine + 1) * m * n**2
     if quantization.adapts_damp:
         yield "damping", len(DAMP_FACTORS) * n**3 / 3
     if quantization.feeds_back:

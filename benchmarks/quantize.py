@@ -50,6 +50,7 @@ STAGES = {
     "gptq.solver.inverse_factor": "factorization",
     "quant_cuda.native.sweep": "sweep",
     "gptq.solver._sweep": "sweep",
+    "gptq.solver._refined": "refinement",
     "gptq.solver._finish": "losses",
     "gptq.pipeline.solve": "rest of the solve",
     "gptq.skeleton.fill": "read weights",
@@ -142,12 +143,13 @@ def run_ours(it: Subject, method: str, out: Path) -> tuple[Run, Path]:
 
 def run_peer(it: Subject, python: str, tokens: Path, out: Path, threads: int) -> tuple[Run, Path]:
     """GPTQModel's defaults; only its quantizing is timed, not its reading and writing."""
-    command = [python, str(PEERS / "gptqmodel_run.py"), str(it.folder), str(tokens)]
+    command = [python, str(PEERS / "gptqmodel_run.py"), str(it.folder.resolve()), str(tokens)]
     done = subprocess.run(
         [*command, str(out / "peer"), json.dumps(GRID)],
         capture_output=True,
         text=True,
         check=False,
+        cwd=out,  # it writes logs where it runs
         # With fewer than two workers it stops with an error.
         env={
             **os.environ,
