@@ -6,15 +6,12 @@ Nothing is measured in this process: each model is run in a fresh one, so that i
 its own.
 """
 
-import multiprocessing
 import os
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.assets import DEFAULT_CACHE, model_path, text_path
+from benchmarks.measures import bits_per_weight, in_fresh_process
 from gptq.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +54,6 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     """Load and run the full model, or the checkpoint made from it; `write` on from PROMPT."""
     import torch
 
-    from benchmarks.measures import bits_per_weight
     from gptq.api import load, open_weights, perplexity
     from gptq.calibration import evaluation_windows
     from gptq.generate import benchmark, text
@@ -126,16 +123,10 @@ def llama(arguments: list[str | Path]) -> int:
     return done.returncode
 
 
-def in_fresh_process(function: Callable[..., Row], *arguments: object) -> Row:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
-        return executor.submit(function, *arguments).result()
-
-
 def table(rows: dict[str, Row]) -> Table:
     result = Table(
         title=f"SmolLM2-135M-Instruct, {os.cpu_count()} CPU cores",
-        caption="Bits a weight: of the quantized layers. Embeddings stay at 16 bits. Perplexity: "
+        caption="Bits a weight: of the layers in blocks. Embeddings have 8 bits. Perplexity: "
         f"{WINDOWS} windows of {SEQLEN} tokens of an encyclopedia, calibrated on web pages. "
         "The weights come from a file of 4 bits in groups of 32.",
         caption_justify="left",

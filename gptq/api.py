@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -21,7 +21,7 @@ from gptq.journal import Journal, open_journal
 from gptq.machine import available_memory, parse_size, peak_memory, pick_device, pick_dtype
 from gptq.memory import fits, needs
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
-from gptq.qlinear import QuantLinear
+from gptq.qlinear import QuantLinear, TiedHead
 from gptq.shelf import Shelf
 from gptq.source import ModelSource, open_model
 
@@ -38,6 +38,7 @@ def quantize(
     save_safetensors: str | Path | None = None,
     save_dir: str | Path | None = None,
     format: str | None = None,
+    quantize_embeddings: bool = False,
     nsamples: int = DEFAULT_NSAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
@@ -55,6 +56,8 @@ def quantize(
     save, save_safetensors, save_dir: a `.pt`, a `.safetensors`, a Hugging Face folder; at least
         one. Each appears complete or not at all.
     format: of the folder, "gptq" or "gptq_v2"; by default "gptq" where symmetric, else "gptq_v2".
+    quantize_embeddings: also in the folder, which then no other program reads; files always have
+        the embedding and the head in `config.embedding_bits`.
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
@@ -73,7 +76,9 @@ def quantize(
         raise UserError(f"{model}: is quantized already; give the full model")
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
+    reading = perf_counter()
     windows = _windows(source, dataset, config, nsamples, seqlen, seed)
+    stages = [("reading the calibration text", perf_counter() - reading)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
     meta = {**calibration, **({} if dataset is None else {"dataset": Path(dataset).name})}
     needed = needs(source, config, 0 if windows is None else windows.numel(), kind)
@@ -90,18 +95,26 @@ def quantize(
                 progress(layer, total)
         # The others may still be reading what the first would write on, and remove.
         team.wait()
+        writing = perf_counter()
         if team.leads:
-            tensors, said = export.assemble(source, journal), export.settings(config, meta)
+            tensors = export.assemble(source, journal)
+            if save_dir is not None:
+                inside = config if quantize_embeddings else replace(config, embedding_bits=16)
+                some = export.with_embeddings(source, tensors, inside)
+                export.write_folder(Path(save_dir), source, some, inside, meta, format)
+            if save is not None or save_safetensors is not None:
+                tensors = export.with_embeddings(source, tensors, config)
+                said = export.settings(config, meta)
             if save is not None:
-                tied = skeleton.tied(source.config, source.spec, source.tensors)
+                tied = skeleton.tied(source.config, source.spec, tensors)
                 export.write_pt(Path(save), tensors, said, tied)
             if save_safetensors is not None:
                 export.write_safetensors(Path(save_safetensors), tensors, said)
-            if save_dir is not None:
-                export.write_folder(Path(save_dir), source, tensors, config, meta, format)
             journal.remove()
-    seconds = perf_counter() - started
-    return Report(config, tuple(layers), tuple(outputs), seconds, peak_memory(where))
+    now = perf_counter()
+    stages.append(("writing", now - writing))
+    peak = peak_memory(where)
+    return Report(config, tuple(layers), tuple(outputs), now - started, peak, tuple(stages))
 
 
 def _check_outputs(outputs: list[Path], folder_last: bool, format: str | None) -> None:
@@ -161,6 +174,9 @@ def open_weights(
         path = source.folder
     if path is None:
         source = open_model(model)
+        # A folder need not say that its weights are packed.
+        if any(name.endswith(".qweight") for name in source.tensors):
+            path = source.folder
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
     bare = skeleton.build(source.config, source.spec, where)
@@ -178,8 +194,12 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
     """
     model, spec = opened.model, opened.source.spec
     for name in skeleton.parts(model, spec):
-        if name == spec.head and model.config.tie_word_embeddings:
-            model.get_submodule(spec.head).weight = model.get_submodule(spec.embed[0]).weight
+        head, embedding = (model.get_submodule(path) for path in (spec.head, spec.embed[0]))
+        if name == spec.head and isinstance(head, TiedHead):
+            head.int8_activations = int8_activations
+            head.embedding.prepare()
+        elif name == spec.head and model.config.tie_word_embeddings:
+            head.weight = embedding.weight
         else:
             part = skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
             for layer in part.modules():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptq.config import ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
+from gptq.config import EMBEDDING_BITS, ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 
@@ -24,10 +24,12 @@ NEEDS = {
     "--check": ("--benchmark",),
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
+    "--quantize-embeddings": ("--save-dir",),
 }
 QUANTIZING_ONLY = (
     *OUTPUTS,
-    *("--quality", "--format", "--nsamples", "--seed", "--resume", "--max-memory"),
+    *("--quality", "--format", "--plain", "--quantize-embeddings", "--report"),
+    *("--nsamples", "--seed", "--resume", "--max-memory"),
 )
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
@@ -155,6 +157,12 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     )
     add("--quality", choices=QUALITIES, help="best: a closer model in a few times the time")
     add("--scale-search", choices=SCALE_SEARCHES, help="how scales are found (default: hessian)")
+    add(
+        "--embedding-bits",
+        type=int,
+        choices=EMBEDDING_BITS,
+        help="of the embedding and the output head in files (default: 8)",
+    )
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
@@ -167,6 +175,17 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         choices=FORMATS,
         help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
     )
+    add(
+        "--plain",
+        action="store_true",
+        help="files of exactly GPTQ-for-LLaMa's tensors: the same as --embedding-bits 16",
+    )
+    add(
+        "--quantize-embeddings",
+        action="store_true",
+        help="also in the folder of --save-dir, which then only this package reads",
+    )
+    add("--report", metavar="DIR", help="write a page about the quantization, DIR/index.html")
     add("--resume", action="store_true", help="continue a quantization that was stopped")
     add("--load", metavar="PATH", help="a quantized .pt, .safetensors or folder made from MODEL")
 
@@ -188,6 +207,10 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of a quantization, by the fields of QuantConfig; no defaults."""
     if arguments.act_order and arguments.order not in (None, "act"):
         raise UserError(f"--act-order and --order {arguments.order} disagree; give one of them")
+    if arguments.plain and arguments.embedding_bits not in (None, 16):
+        raise UserError(
+            f"--plain and --embedding-bits {arguments.embedding_bits} disagree; give one of them"
+        )
     asked = {
         "bits": arguments.wbits,
         "group_size": arguments.groupsize,
@@ -200,6 +223,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "error_feedback": arguments.error_feedback,
         "refine": arguments.refine,
         "method": "rtn" if arguments.nearest else None,
+        "embedding_bits": 16 if arguments.plain else arguments.embedding_bits,
     }
     return {key: value for key, value in asked.items() if value is not None}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq.eras import PackedLayer, group_size, normal_form
+from gptq.eras import Packed, PackedLayer, group_size, normal_form
 from gptq.errors import UserError
 from gptq.models import ModelSpec
-from gptq.qlinear import QuantLinear
+from gptq.qlinear import QuantEmbedding, QuantLinear, TiedHead
 from gptq.skeleton import replace
 from gptq.source import open_weight_files, to_todays_names
 from gptq.tensors import LazyTensors, check_sums, open_tensors
@@ -63,7 +63,7 @@ def attach(
 
 
 def place(
-    model: nn.Module,
+    model: PreTrainedModel,
     path: Path,
     tensors: LazyTensors,
     settings: Mapping[str, object],
@@ -71,17 +71,16 @@ def place(
     group_size: int | None = None,
     keep_bias: bool = False,
 ) -> Checkpoint:
-    """Put a QuantLinear, on the meta device, in the place of every packed layer of `model`.
+    """Put a QuantLinear or QuantEmbedding, on the meta device, in the place of every packed layer.
+
+    A head that is tied to a packed embedding becomes a TiedHead.
 
     tensors: by the model's own names. keep_bias: give every layer that has a bias in the file one,
         also where it is all zeros and the model has none.
     Raises UserError as `attach`.
     """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    sizes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
-    packed = normal_form(path, tensors, settings, sizes)
+    places = _places(model)
+    packed = normal_form(path, tensors, settings, {name: _size(m) for name, m in places.items()})
     if not packed.layers:
         others = any(name.endswith(".qweight") for name in tensors)
         raise UserError(
@@ -103,13 +102,19 @@ def place(
             )
     # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
     mixed = bool(settings.get("dynamic"))
-    base_bits = _bits(path, packed.layers, bits if said_bits is None else said_bits, mixed)
+    # An embedding and a head may have their own, which nothing else says.
+    ends = _ends(model, places)
+    inner = tuple(layer for layer in packed.layers if layer.name not in ends) or packed.layers
+    base_bits = _bits(path, inner, bits if said_bits is None else said_bits, mixed)
     base_size, group_sizes = _group_sizes(
-        path, packed, group_size if said_size is None else said_size, mixed
+        path, packed, inner, group_size if said_size is None else said_size, mixed
     )
     for layer in packed.layers:
         _check_g_idx(path, layer, packed.tensors)
-        linear = linears[layer.name]
+        module = places[layer.name]
+        if isinstance(module, nn.Embedding):
+            _put_embedding(model, layer, packed, group_sizes[layer.name])
+            continue
         quantized = QuantLinear(
             layer.inputs,
             layer.outputs,
@@ -117,7 +122,7 @@ def place(
             group_sizes[layer.name],
             groups=layer.groups,
             bias=(keep_bias and f"{layer.name}.bias" in tensors)
-            or _has_bias(packed.tensors, layer.name, linear),
+            or _has_bias(packed.tensors, layer.name, module),
             g_idx=f"{layer.name}.g_idx" in packed.tensors,
             zero_offset=packed.zero_offset,
             device="meta",
@@ -133,6 +138,49 @@ def place(
         settings,
         packed.as_stored,
     )
+
+
+def _places(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
+    """The modules whose weight may be packed, by name."""
+    kinds = (nn.Linear, nn.Embedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _size(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+    """Inputs and outputs; an embedding is the linear layer that a head tied to it would be."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    return module.in_features, module.out_features
+
+
+def _ends(model: PreTrainedModel, places: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the embeddings and of the output head."""
+    head = model.get_output_embeddings()
+    return {name for name, m in places.items() if isinstance(m, nn.Embedding) or m is head}
+
+
+def _put_embedding(
+    model: PreTrainedModel, layer: PackedLayer, packed: Packed, group_size: int
+) -> None:
+    head, tied = model.get_output_embeddings(), model.config.tie_word_embeddings
+    embedding = QuantEmbedding(
+        layer.outputs,
+        layer.inputs,
+        layer.bits,
+        group_size,
+        groups=layer.groups,
+        zero_offset=packed.zero_offset,
+        dtype=model.dtype,
+        device="meta",
+    )
+    if (
+        tied
+        and head is not None
+        and model.get_submodule(layer.name) is model.get_input_embeddings()
+    ):
+        name = next(name for name, module in model.named_modules() if module is head)
+        replace(model, name, TiedHead(embedding))
+    replace(model, layer.name, embedding)
 
 
 def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
@@ -196,19 +244,24 @@ def _bits(path: Path, layers: tuple[PackedLayer, ...], bits: int | None, mixed: 
     return bits
 
 
-def _group_sizes(path: Path, packed, size: int | None, mixed: bool) -> tuple[int, dict[str, int]]:
-    """The group size, and each layer's."""
-    names = [layer.name for layer in packed.layers]
-    if not mixed:
-        found = group_size(path, packed.layers, size, packed.tensors)
-        return found, dict.fromkeys(names, found)
+def _group_sizes(
+    path: Path, packed: Packed, inner: tuple[PackedLayer, ...], size: int | None, mixed: bool
+) -> tuple[int, dict[str, int]]:
+    """The group size of the inner layers, and each layer's."""
     sizes = {}
+    if not mixed:
+        size = group_size(path, inner, size, packed.tensors)
+        sizes = {layer.name: size for layer in inner}
     for layer in packed.layers:
+        if layer.name in sizes:
+            continue
+        # An end has groups of its own, of which a size like the others' could miscount.
+        given = size if layer in inner else None
         try:
-            sizes[layer.name] = group_size(path, [layer], size, packed.tensors)
+            sizes[layer.name] = group_size(path, [layer], given, packed.tensors)
         except UserError:
             sizes[layer.name] = group_size(path, [layer], None, packed.tensors)
-    return (sizes[names[0]] if size is None else size), sizes
+    return (sizes[inner[0].name] if size is None else size), sizes
 
 
 def _check_g_idx(path: Path, layer: PackedLayer, tensors: LazyTensors) -> None:
@@ -235,7 +288,7 @@ def _check_all_placed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
 
 
-def _has_bias(tensors: Mapping[str, Tensor], name: str, module: nn.Linear) -> bool:
+def _has_bias(tensors: Mapping[str, Tensor], name: str, module: nn.Module) -> bool:
     if module.bias is not None:
         return True
     # Early tools wrote a bias for every layer, of zeros where the model has none.

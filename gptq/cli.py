@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gptq.api import Opened
-    from gptq.pipeline import LayerReport
+    from gptq.pipeline import LayerReport, Report
     from gptq.source import ModelSource
 
 EXIT_BAD_INPUT = 2
@@ -83,11 +83,15 @@ def _run(spec: ModelSpec, arguments: argparse.Namespace) -> None:
     # What comes after hours of work is read before them, so that it cannot fail after them.
     material = _material(arguments, source) if evaluating or running else None
     with tempfile.TemporaryDirectory() as scratch:
+        report = None
         if config:
-            written = _quantize(arguments, config, source.name, Path(scratch))
-            opened = _open(arguments, written) if material else None
-        if opened and material:
-            _evaluate(opened, material)
+            report = _quantize(arguments, config, source.name, Path(scratch))
+            opened = _open(arguments, report.written[0]) if material else None
+        found = _evaluate(opened, material) if opened and material else {}
+        if report and arguments.report is not None and launch.rank() == 0:
+            from gptq.html_report import write_page
+
+            print(write_page(Path(arguments.report), source.name, spec, report, found))
         if opened and material and running:
             _use(arguments, opened, material)
 
@@ -124,11 +128,15 @@ def _material(arguments: argparse.Namespace, source: ModelSource) -> _Material:
     return _Material(tokenizer, windows, timed)
 
 
-def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scratch: Path) -> Path:
-    """Quantize and show what came of it; returns the first file or folder written."""
+def _quantize(
+    arguments: argparse.Namespace, config: QuantConfig, name: str, scratch: Path
+) -> Report:
+    """Quantize and show what came of it."""
     from rich.console import Console
 
     from gptq.api import DEFAULT_NSAMPLES, quantize
+    from gptq.files import check_writable
+    from gptq.html_report import PAGE
     from gptq.journal import finished_blocks
     from gptq.readers import facts, lines
     from gptq.report import layer_table, progress_bar, totals_table
@@ -138,6 +146,8 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
         "save_safetensors": _output(arguments.save_safetensors, name, config, ".safetensors"),
         "save_dir": None if arguments.save_dir is None else Path(arguments.save_dir),
     }
+    if arguments.report is not None:
+        check_writable(Path(arguments.report) / PAGE)
     kept = any(paths.values())
     if not kept:
         paths["save"] = scratch / default_name(name, config, ".pt")
@@ -159,6 +169,7 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
                 config,
                 **paths,
                 format=arguments.format,
+                quantize_embeddings=arguments.quantize_embeddings,
                 nsamples=arguments.nsamples or DEFAULT_NSAMPLES,
                 seqlen=arguments.seqlen,
                 seed=arguments.seed or 0,
@@ -177,13 +188,13 @@ def _quantize(arguments: argparse.Namespace, config: QuantConfig, name: str, scr
                 raise UserError(f"{error}; {hint}") from error
             raise KeyboardInterrupt(hint) from None
     if follows:
-        return report.written[0]
+        return report
     console = Console()
     console.print(layer_table(report))
     console.print(totals_table(report))
     if paths["save_dir"] is not None:
         print("\n".join(lines(facts(paths["save_dir"]))))
-    return report.written[0]
+    return report
 
 
 def _output(given: str | None, name: str, config: QuantConfig, suffix: str) -> Path | None:
@@ -217,16 +228,20 @@ def _open(arguments: argparse.Namespace, checkpoint: str | Path | None) -> Opene
     return opened
 
 
-def _evaluate(opened: Opened, material: _Material) -> None:
+def _evaluate(opened: Opened, material: _Material) -> dict[str, float]:
+    """Print perplexities and return them by data set."""
     from gptq.api import perplexity
     from gptq.report import progress_bar
 
+    found = {}
     for dataset, windows in material.windows.items():
         name = Path(dataset).name
         with progress_bar(f"evaluating {name}") as show:
             value = perplexity(opened, windows, show)
         count, seqlen = windows.shape
         print(f"perplexity {name} {value:.4f} ({count} x {seqlen} tokens)")
+        found[name] = value
+    return found
 
 
 def _use(arguments: argparse.Namespace, opened: Opened, material: _Material) -> None:

@@ -8,6 +8,7 @@ BITS = (2, 3, 4, 8)
 ORDERS = ("gar", "natural", "act")
 SCALE_SEARCHES = ("hessian", "mse", "minmax")
 METHODS = ("gptq", "rtn")
+EMBEDDING_BITS = (4, 8, 16)
 # What `--quality` stands for: closer models for more time, from the same calibration text.
 QUALITIES: dict[str, dict[str, int]] = {"default": {}, "best": {"sweeps": 7}}
 
@@ -45,12 +46,15 @@ class QuantConfig:
     """How often a layer is swept: after the first time in other orders, on grids found so far."""
     method: str = "gptq"
     """`gptq`, or `rtn` for plain rounding to nearest."""
+    embedding_bits: int = 8
+    """Of the input embedding and the output head in a file; 16 leaves both as they are."""
 
     def __post_init__(self) -> None:
         _choice("--wbits", self.bits, BITS)
         _choice("--order", self.order, ORDERS)
         _choice("--scale-search", self.scale_search, SCALE_SEARCHES)
         _choice("method", self.method, METHODS)
+        _choice("--embedding-bits", self.embedding_bits, EMBEDDING_BITS)
         if self.group_size != -1 and (type(self.group_size) is not int or self.group_size < 1):
             raise UserError(
                 f"--groupsize {self.group_size} is not possible: give a number of inputs such as "

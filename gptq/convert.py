@@ -19,17 +19,19 @@ from gptq.errors import UserError
 from gptq.export import QUANTIZER, SHARD_BYTES, fill_folder, header, write_pt
 from gptq.files import check_writable, whole_file, whole_folder
 from gptq.machine import half_dtype
-from gptq.qlinear import QuantLinear
+from gptq.qlinear import PackedModule, QuantEmbedding
 from gptq.readers import facts, lines
 from gptq.source import ModelSource, open_model
 from gptq.tensor_files import write_tensors
 from gptq.tensors import LazyTensors, Read, open_tensors
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
-from quant_cuda.reference import dequantize
+from quant_cuda.reference import rows
 
 EXIT_BAD_INPUT = 2
 DENSE = "dense"
+# Outputs whose weights are unpacked at a time.
+_CHUNK = 8192
 
 
 def convert(
@@ -40,6 +42,7 @@ def convert(
     format: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    quantize_embeddings: bool | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write a checkpoint anew and compare what was written with what was read.
@@ -50,6 +53,8 @@ def convert(
     format: "gptq", "gptq_v2", or "dense" for a full model in 16 bits; by default "gptq" for what is
         symmetric and for `.pt`, else "gptq_v2".
     bits, group_size: only for files that do not say them.
+    quantize_embeddings: whether an embedding and a head that are packed stay so; by default in
+        files, not in folders, since no other program reads them.
     One tensor is in memory at a time. Returns the number of layers. Raises UserError for input that
     cannot be read or that the format cannot hold.
     """
@@ -61,10 +66,12 @@ def convert(
     check_writable(target, folder=is_folder)
     if target.exists() and target.samefile(checkpoint):
         raise UserError(f"{target}: is the checkpoint itself; give another name")
-    sym = _is_symmetric(opened.checkpoint)
+    keep_ends = not is_folder if quantize_embeddings is None else quantize_embeddings
+    packed = opened.layers(keep_ends) if format != DENSE else ()
+    sym = _is_symmetric(opened.checkpoint, packed)
     chosen = format or ("gptq" if sym or target.suffix == ".pt" else "gptq_v2")
-    said = None if chosen == DENSE else _settings(opened.checkpoint, chosen, sym)
-    tensors = _dense(opened) if said is None else _packed(opened, 0 if chosen == "gptq_v2" else 1)
+    said = None if chosen == DENSE else _settings(opened, packed, chosen, sym)
+    tensors = _tensors(opened, packed, 0 if chosen == "gptq_v2" else 1)
     if is_folder:
         with whole_folder(target) as temporary:
             fill_folder(temporary, opened.source, _untied(opened, tensors), said, shard_bytes)
@@ -72,8 +79,8 @@ def convert(
         with whole_file(target) as temporary:
             _write_file(temporary, _untied(opened, tensors), said)
     else:
-        write_pt(target, _untied(opened, tensors), said or {}, _tied(opened))
-    _verify(opened, target, chosen)
+        write_pt(target, _untied(opened, tensors), said or {}, _tied(opened, tensors))
+    _verify(opened, packed, target)
     return len(opened.checkpoint.layers)
 
 
@@ -84,10 +91,18 @@ class _Opened:
     """Without weights; packed layers are in place."""
     checkpoint: Checkpoint
 
-    def layer(self, layer: PackedLayer) -> QuantLinear:
+    def layer(self, layer: PackedLayer) -> PackedModule:
         module = self.model.get_submodule(layer.name)
-        assert isinstance(module, QuantLinear)
+        assert isinstance(module, PackedModule)
         return module
+
+    def is_end(self, layer: PackedLayer) -> bool:
+        """Whether it is the embedding or the head."""
+        return layer.name in (self.source.spec.embed[0], self.source.spec.head)
+
+    def layers(self, ends: bool) -> tuple[PackedLayer, ...]:
+        """Packed layers, with or without the embedding and the head."""
+        return tuple(s for s in self.checkpoint.layers if ends or not self.is_end(s))
 
     @property
     def stored(self) -> torch.dtype:
@@ -110,11 +125,16 @@ def _open(
 # What is written -----------------------------------------------------------------------------
 
 
-def _settings(checkpoint: Checkpoint, layout: str, sym: bool) -> dict[str, object]:
+def _settings(
+    opened: _Opened, packed: tuple[PackedLayer, ...], layout: str, sym: bool
+) -> dict[str, object]:
     """What the checkpoint said of itself, brought up to date."""
+    checkpoint = opened.checkpoint
     meta = checkpoint.settings.get("meta")
     kept = dict(meta) if isinstance(meta, dict) else {}
     kept["quantizer"] = [QUANTIZER]
+    ends = [layer.bits for layer in packed if opened.is_end(layer)]
+    kept["embedding_bits"] = ends[0] if ends else 16
     known: dict[str, object] = {
         "damp_percent": 0.01,
         "true_sequential": True,
@@ -126,23 +146,20 @@ def _settings(checkpoint: Checkpoint, layout: str, sym: bool) -> dict[str, objec
         "quant_method": "gptq",
         "bits": checkpoint.bits,
         "group_size": checkpoint.group_size,
-        "desc_act": any(_unnatural(checkpoint, layer) for layer in checkpoint.layers),
+        "desc_act": any(_unnatural(checkpoint, layer) for layer in packed),
         "sym": sym,
         "checkpoint_format": layout,
         "format": layout,
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": bool(ends),
         **known,
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": kept,
     }
 
 
-def _is_symmetric(checkpoint: Checkpoint) -> bool:
-    return all(
-        bool((_zeros(checkpoint, layer) == 2 ** (layer.bits - 1)).all())
-        for layer in checkpoint.layers
-    )
+def _is_symmetric(checkpoint: Checkpoint, layers: tuple[PackedLayer, ...]) -> bool:
+    return all(bool((_zeros(checkpoint, layer) == 2 ** (layer.bits - 1)).all()) for layer in layers)
 
 
 def _zeros(checkpoint: Checkpoint, layer: PackedLayer) -> Tensor:
@@ -159,35 +176,46 @@ def _unnatural(checkpoint: Checkpoint, layer: PackedLayer) -> bool:
 _Plan = dict[str, tuple[Read, tuple[int, ...], torch.dtype]]
 
 
-def _packed(opened: _Opened, zero_offset: int) -> LazyTensors:
-    """Every tensor as today's files have it."""
-    checkpoint, plan = opened.checkpoint, _others(opened)
-    for layer in checkpoint.layers:
-        name, half, whole = layer.name, torch.float16, torch.int32
-        rows, columns = words_for(layer.inputs, layer.bits), words_for(layer.outputs, layer.bits)
-        stored = partial(checkpoint.tensors.__getitem__, f"{name}.qweight")
-        zeros = partial(_stored_zeros, checkpoint, layer, zero_offset)
-        scales = partial(_half, checkpoint, f"{name}.scales")
-        plan[f"{name}.qweight"] = (stored, (rows, layer.outputs), whole)
-        plan[f"{name}.qzeros"] = (zeros, (layer.groups, columns), whole)
-        plan[f"{name}.scales"] = (scales, (layer.groups, layer.outputs), half)
-        plan[f"{name}.g_idx"] = (partial(_g_idx, opened, layer), (layer.inputs,), whole)
-        if opened.layer(layer).bias is not None:
-            bias = partial(_half, checkpoint, f"{name}.bias")
-            plan[f"{name}.bias"] = (bias, (layer.outputs,), half)
-    return _lazy(opened, plan)
-
-
-def _dense(opened: _Opened) -> LazyTensors:
-    """Every tensor of the full model, in 16 bits."""
-    plan, dtype = _others(opened), opened.stored
+def _tensors(opened: _Opened, packed: tuple[PackedLayer, ...], zero_offset: int) -> LazyTensors:
+    """Every tensor as it is to be written: those layers packed, all else in 16 bits."""
+    plan = _others(opened)
     for layer in opened.checkpoint.layers:
-        weight = partial(_weight, opened, layer, dtype)
-        plan[f"{layer.name}.weight"] = (weight, (layer.outputs, layer.inputs), dtype)
-        if opened.layer(layer).bias is not None:
-            bias = partial(_cast, opened, f"{layer.name}.bias", (layer.outputs,))
-            plan[f"{layer.name}.bias"] = (bias, (layer.outputs,), dtype)
+        if layer in packed:
+            plan |= _packed(opened, layer, zero_offset)
+        else:
+            plan |= _dense(opened, layer)
     return _lazy(opened, plan)
+
+
+def _packed(opened: _Opened, layer: PackedLayer, zero_offset: int) -> _Plan:
+    """A layer's tensors as today's files have them."""
+    checkpoint, name, half, whole = opened.checkpoint, layer.name, torch.float16, torch.int32
+    words, columns = words_for(layer.inputs, layer.bits), words_for(layer.outputs, layer.bits)
+    stored = partial(checkpoint.tensors.__getitem__, f"{name}.qweight")
+    zeros = partial(_stored_zeros, checkpoint, layer, zero_offset)
+    scales = partial(_half, checkpoint, f"{name}.scales")
+    plan: _Plan = {
+        f"{name}.qweight": (stored, (words, layer.outputs), whole),
+        f"{name}.qzeros": (zeros, (layer.groups, columns), whole),
+        f"{name}.scales": (scales, (layer.groups, layer.outputs), half),
+    }
+    if not isinstance(opened.layer(layer), QuantEmbedding):
+        plan[f"{name}.g_idx"] = (partial(_g_idx, opened, layer), (layer.inputs,), whole)
+    if opened.layer(layer).bias is not None:
+        bias = partial(_half, checkpoint, f"{name}.bias")
+        plan[f"{name}.bias"] = (bias, (layer.outputs,), half)
+    return plan
+
+
+def _dense(opened: _Opened, layer: PackedLayer) -> _Plan:
+    """A layer's tensors as the full model has them, in 16 bits."""
+    dtype, name = opened.stored, layer.name
+    weight = partial(_weight, opened, layer, dtype)
+    plan: _Plan = {f"{name}.weight": (weight, (layer.outputs, layer.inputs), dtype)}
+    if opened.layer(layer).bias is not None:
+        bias = partial(_cast, opened, f"{name}.bias", (layer.outputs,))
+        plan[f"{name}.bias"] = (bias, (layer.outputs,), dtype)
+    return plan
 
 
 def _others(opened: _Opened) -> _Plan:
@@ -211,12 +239,12 @@ def _lazy(opened: _Opened, plan: _Plan) -> LazyTensors:
     )
 
 
-def _tied(opened: _Opened) -> dict[str, str]:
-    return skeleton.tied(opened.model.config, opened.source.spec, opened.checkpoint.tensors)
+def _tied(opened: _Opened, tensors: LazyTensors) -> dict[str, str]:
+    return skeleton.tied(opened.model.config, opened.source.spec, tensors)
 
 
 def _untied(opened: _Opened, tensors: LazyTensors) -> LazyTensors:
-    return tensors.changed(dict.fromkeys(_tied(opened)))
+    return tensors.changed(dict.fromkeys(_tied(opened, tensors)))
 
 
 def _cast(opened: _Opened, name: str, expected: tuple[int, ...]) -> Tensor:
@@ -272,7 +300,10 @@ def _weight(opened: _Opened, layer: PackedLayer, dtype: torch.dtype) -> Tensor:
         layer.inputs,
         opened.checkpoint.zero_offset,
     )
-    return dequantize(weight, dtype).T.contiguous()
+    numbers = torch.empty((layer.outputs, layer.inputs), dtype=dtype)
+    for columns in torch.arange(layer.outputs).split(_CHUNK):
+        numbers[columns] = rows(weight, columns).to(dtype)
+    return numbers
 
 
 def _write_file(path: Path, tensors: LazyTensors, said: dict[str, object] | None) -> None:
@@ -283,18 +314,20 @@ def _write_file(path: Path, tensors: LazyTensors, said: dict[str, object] | None
 # Whether it is right -------------------------------------------------------------------------
 
 
-def _verify(opened: _Opened, target: Path, layout: str) -> None:
+def _verify(opened: _Opened, packed: tuple[PackedLayer, ...], target: Path) -> None:
     """Read what was written and compare every weight. Raises RuntimeError where one differs."""
-    if layout == DENSE:
-        again = _dense_weights(target)
-        wanted = partial(_weight, opened, dtype=opened.stored)
-        for layer in opened.checkpoint.layers:
-            _same(layer, wanted(layer), again[f"{layer.name}.weight"], 0.0)
+    dense = tuple(layer for layer in opened.checkpoint.layers if layer not in packed)
+    if dense:
+        again = _written(target)
+        for layer in dense:
+            before = _weight(opened, layer, opened.stored)
+            _same(layer, before, again[f"{layer.name}.weight"], 0.0)
+    if not packed:
         return
     source = opened.source
     bare = skeleton.build(source.config, source.spec, torch.device("cpu"))
     written = _Opened(source, bare, attach(bare, source.spec, target))
-    for layer in opened.checkpoint.layers:
+    for layer in packed:
         half = opened.checkpoint.tensors.dtype(f"{layer.name}.scales") == torch.float16
         # Wider scales are rounded to 16 bits, by one part in 2048 at most.
         tolerance = 0.0 if half else 2.0**-10
@@ -306,7 +339,7 @@ def _verify(opened: _Opened, target: Path, layout: str) -> None:
         )
 
 
-def _dense_weights(target: Path) -> LazyTensors:
+def _written(target: Path) -> LazyTensors:
     return open_tensors(sorted(target.glob("*.safetensors")) if target.is_dir() else [target])
 
 
@@ -339,6 +372,11 @@ def parser() -> argparse.ArgumentParser:
         help="zero points of gptq or gptq_v2, or a full model of 16 bits "
         "(default: gptq for .pt and what is symmetric, else gptq_v2)",
     )
+    add(
+        "--quantize-embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="leave a packed embedding and head packed (default: in files, not in folders)",
+    )
     add("--wbits", type=int, choices=(2, 3, 4, 8), help="where CHECKPOINT does not say")
     add("--groupsize", type=int, metavar="N", help="where CHECKPOINT does not say")
     return command
@@ -355,6 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             format=given.format,
             bits=given.wbits,
             group_size=given.groupsize,
+            quantize_embeddings=given.quantize_embeddings,
         )
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from gptq import __version__, skeleton
 from gptq.checkpoint import CONFIG_NAME, SETTINGS_KEY
 from gptq.config import QuantConfig
+from gptq.embeddings import with_packed
 from gptq.errors import UserError
 from gptq.files import whole_file, whole_folder
 from gptq.journal import Journal
@@ -64,7 +65,7 @@ def settings(
         "checkpoint_format": layout,
         "format": layout,
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": config.embedding_bits < 16,
         # transformers refuses shares of 1 and more; the true one is under `meta`.
         "damp_percent": min(config.percdamp, 0.99),
         "true_sequential": config.true_sequential,
@@ -102,6 +103,11 @@ def assemble(source: ModelSource, journal: Journal) -> LazyTensors:
                 shapes[part] = packed.shape(part)
     dtypes = {name: packed.dtype(name) if name in packed else kind for name in reads}
     return LazyTensors(reads, shapes=shapes, dtypes=dtypes)
+
+
+def with_embeddings(source: ModelSource, tensors: LazyTensors, config: QuantConfig) -> LazyTensors:
+    """What `assemble` returned, the embedding and head in the bits that the settings ask for."""
+    return with_packed(tensors, source.spec, config) if config.embedding_bits < 16 else tensors
 
 
 def _stored(
@@ -152,11 +158,13 @@ def write_folder(
 ) -> None:
     """A Hugging Face folder of what `assemble` returned.
 
+    config: with `embedding_bits` as the tensors have them.
     layout: "gptq" or "gptq_v2"; by default symmetric checkpoints are of format "gptq", which every
         reader takes, and others "gptq_v2".
     """
     v2 = not config.sym if layout is None else layout == "gptq_v2"
-    state = _without_offset(tensors, config.bits) if v2 else tensors
+    ends = (source.spec.embed[0], source.spec.head)
+    state = _without_offset(tensors, config, ends) if v2 else tensors
     with whole_folder(folder) as temporary:
         fill_folder(temporary, source, state, settings(config, meta, v2))
 
@@ -221,10 +229,20 @@ def _of_layer(packed: LazyTensors, prefix: str) -> list[str]:
     return [f"{prefix}.{key}" for key in keys if f"{prefix}.{key}" in packed]
 
 
-def _without_offset(tensors: LazyTensors, bits: int) -> LazyTensors:
-    """Zero points of the "gptq" format, stored less 1, as "gptq_v2" stores them."""
-    zeros = (name for name in tensors if name.endswith(".qzeros"))
-    return tensors.changed({name: partial(_zeros_v2, tensors, name, bits) for name in zeros})
+def _without_offset(
+    tensors: LazyTensors, config: QuantConfig, ends: tuple[str, str]
+) -> LazyTensors:
+    """Zero points of the "gptq" format, stored less 1, as "gptq_v2" stores them.
+
+    ends: names of the embedding and the head, whose bits are their own.
+    """
+    changes: dict[str, Read | None] = {}
+    for name in tensors:
+        layer, _, kind = name.rpartition(".")
+        if kind == "qzeros":
+            bits = config.embedding_bits if layer in ends else config.bits
+            changes[name] = partial(_zeros_v2, tensors, name, bits)
+    return tensors.changed(changes)
 
 
 def _zeros_v2(tensors: LazyTensors, name: str, bits: int) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from gptq.checkpoint import Checkpoint, folder_settings, place
 from gptq.errors import UserError
 from gptq.models import SPECS
-from gptq.qlinear import QuantLinear
+from gptq.qlinear import QuantEmbedding, QuantLinear, TiedHead
 from gptq.skeleton import replace
 from gptq.source import to_todays_names
 from gptq.tensors import open_tensors
@@ -52,10 +52,14 @@ class PackedQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         config.format = "gptq" if self.checkpoint.zero_offset else "gptq_v2"
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
+        # A configuration gives the name that from_pretrained was given.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 replace(model, name, dense(layer, dtype or model.dtype))
+            elif isinstance(layer, QuantEmbedding):
+                _dense_embedding(model, name, layer, dtype or layer.like.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -75,6 +79,22 @@ def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.to(dtype))
     return linear
+
+
+def _dense_embedding(
+    model: PreTrainedModel, name: str, layer: QuantEmbedding, dtype: torch.dtype
+) -> None:
+    weight = nn.Parameter(dequantize(layer.packed(), dtype).T.contiguous())
+    head = model.get_output_embeddings()
+    if isinstance(head, TiedHead):
+        linear = nn.Linear(layer.in_features, layer.out_features, False, "meta", dtype)
+        linear.weight = weight
+        model.set_output_embeddings(linear)
+        del model._tied_weights_keys
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    embedding = nn.Embedding(layer.out_features, layer.in_features, device="meta", dtype=dtype)
+    embedding.weight = weight
+    replace(model, name, embedding)
 
 
 def lora(config: LoraConfig) -> LoraConfig:
@@ -104,6 +124,10 @@ def _place(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
             f"{folder}: an early tool's layout, which transformers cannot read; bring it up to "
             "date with 'python -m gptq.convert'"
         )
+    if isinstance(model.get_output_embeddings(), TiedHead):
+        # They are one already; transformers would look for a weight to tie.
+        model._tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
     for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)
         # transformers casts what it reads to the type that it finds.

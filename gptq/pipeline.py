@@ -60,6 +60,8 @@ class Report:
     """Wall time of the run."""
     peak_memory: int
     """Bytes; on a CPU resident memory of the process, on a GPU its allocator's."""
+    stages: tuple[tuple[str, float], ...] = ()
+    """Seconds of what came before and after the layers, by name."""
 
 
 def quantize_blocks(

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is packed integers."""
+"""Linear layers and embeddings whose weight is packed integers."""
 
 import torch
 from torch import Tensor, nn
@@ -9,20 +9,20 @@ from quant_cuda import PackedWeight, PreparedWeight
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import AnyWeight, group_count
 
-# Tensors of a QuantLinear that keep their own type whatever the model's.
+# Tensors of a packed module that keep their own type whatever the model's.
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
 # Those that are let go while the layer is prepared.
 PREPARED = ("qweight", "qzeros", "scales")
 
 
-class QuantLinear(nn.Module):
-    """Takes the place of nn.Linear. Its state_dict is the checkpoint's own layout.
+class PackedModule(nn.Module):
+    """Holds a packed weight. Its state_dict is the checkpoint's own layout.
 
     Buffers, as docs/format.md defines them: `qweight` int32 (in*bits/32, out), `qzeros` int32
     (groups, out*bits/32), `scales` float16 (groups, out), and where the layer has them `g_idx`
     int32 (in,) and `bias` (out,).
 
-    The first forward, or `prepare`, puts the integers in the order that the device's kernels read
+    `prepare` puts the integers in the order that the device's kernels read
     and lets the buffers go. What asks for them (an attribute, state_dict, a move to another device)
     gets them back bit for bit.
     """
@@ -61,25 +61,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", zeros(in_features) if g_idx else None)
         self.register_buffer("bias", zeros(out_features, dtype=torch.float16) if bias else None)
-        self.int8_activations = False
-        """Round activations to 8 bits a group where the product is taken; see quant_cuda.matmul."""
-        self.backend: str | None = None
-        """One of quant_cuda.available(); None takes the best."""
         self._prepared: PreparedWeight | None = None
-
-    @classmethod
-    def from_solution(
-        cls, solution: Solution, bits: int, group_size: int, bias: Tensor | None
-    ) -> "QuantLinear":
-        """Pack the integers the solver chose, as they are. v1 zero convention."""
-        out_features, in_features = solution.q.shape
-        layer = cls(in_features, out_features, bits, group_size, bias=bias is not None)
-        layer.qweight = pack(solution.q.T, bits)
-        layer.qzeros = pack_zeros(solution.zeros, bits, layer.zero_offset)
-        layer.scales = solution.scales.contiguous()
-        layer.g_idx = solution.g_idx.clone()
-        layer.bias = None if bias is None else bias.detach()
-        return layer
 
     def packed(self) -> PackedWeight:
         """The weight in the checkpoint's layout."""
@@ -106,13 +88,6 @@ class QuantLinear(nn.Module):
             for name in PREPARED:
                 self._buffers[name] = None
         return self._prepared
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in x's dtype."""
-        weight = self._prepared or self.prepare()
-        return quant_cuda.matmul(
-            x, weight, self.backend, bias=self._buffers["bias"], int8=self.int8_activations
-        )
 
     def extra_repr(self) -> str:
         return (
@@ -165,3 +140,96 @@ class QuantLinear(nn.Module):
             for name, tensor in rest.items():
                 if tensor is not None:
                     destination[prefix + name] = tensor
+
+
+class QuantLinear(PackedModule):
+    """Takes the place of nn.Linear. The first forward prepares its weight."""
+
+    int8_activations = False
+    """Round activations to 8 bits a group where the product is taken; see quant_cuda.matmul."""
+    backend: str | None = None
+    """One of quant_cuda.available(); None takes the best."""
+
+    @classmethod
+    def from_solution(
+        cls, solution: Solution, bits: int, group_size: int, bias: Tensor | None
+    ) -> "QuantLinear":
+        """Pack the integers the solver chose, as they are. v1 zero convention."""
+        out_features, in_features = solution.q.shape
+        layer = cls(in_features, out_features, bits, group_size, bias=bias is not None)
+        layer.qweight = pack(solution.q.T, bits)
+        layer.qzeros = pack_zeros(solution.zeros, bits, layer.zero_offset)
+        layer.scales = solution.scales.contiguous()
+        layer.g_idx = solution.g_idx.clone()
+        layer.bias = None if bias is None else bias.detach()
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in x's dtype."""
+        weight = self._prepared or self.prepare()
+        return quant_cuda.matmul(
+            x, weight, self.backend, bias=self._buffers["bias"], int8=self.int8_activations
+        )
+
+
+class QuantEmbedding(PackedModule):
+    """Takes the place of nn.Embedding: the weight of a linear layer from `embedding_dim` inputs to
+    an output for each token, of which single rows are unpacked.
+
+    It is prepared only where a TiedHead multiplies by it too.
+    """
+
+    like: Tensor
+    """Empty; of the type that embeddings are to have."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group_size: int,
+        *,
+        groups: int | None = None,
+        zero_offset: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            embedding_dim,
+            num_embeddings,
+            bits,
+            group_size,
+            groups=groups,
+            g_idx=False,
+            zero_offset=zero_offset,
+            device=device,
+        )
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (...) to their rows (..., embedding_dim)."""
+        rows = quant_cuda.rows(self._prepared or self.packed(), tokens)
+        return rows.to(self.like.dtype)
+
+
+class TiedHead(nn.Module):
+    """An output head that multiplies by the embedding's weight; it holds nothing itself."""
+
+    embedding: QuantEmbedding
+    int8_activations = False
+    backend: str | None = None
+    """Both as a QuantLinear's."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        # Kept out of the modules, so that its tensors are in one place alone.
+        object.__setattr__(self, "embedding", embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., embedding_dim) to (..., num_embeddings), in x's dtype."""
+        weight = self.embedding.prepare()
+        return quant_cuda.matmul(x, weight, self.backend, int8=self.int8_activations)
+
+    def _apply(self, *args, **kwargs):
+        self.embedding._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)

@@ -20,6 +20,8 @@ class Written:
     """ "gptq" or "gptq_v2"."""
     sizes: frozenset[tuple[int, int]]
     """(in, out) of its packed layers."""
+    embeddings: bool = False
+    """Whether the embedding and the head are packed too."""
 
     @property
     def short_groups(self) -> bool:
@@ -83,19 +85,25 @@ OURS = ("this package", "transformers with gptq.hf.register()")
 def facts(path: Path) -> Written:
     """What a folder that `--save-dir` wrote says of itself and its headers tell."""
     tensors, settings = open_checkpoint(path)
+    meta = settings.get("meta")
+    embeddings = isinstance(meta, dict) and meta.get("embedding_bits", 16) != 16
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     bits, group_size = cast(int, settings["bits"]), cast(int, settings["group_size"])
     sizes = {
         (words * 32 // bits, outputs)
         for words, outputs in (tensors.shape(f"{name}.qweight") for name in names)
     }
-    return Written(
-        bits, group_size, settings["sym"] is True, str(settings["format"]), frozenset(sizes)
-    )
+    sym, layout = settings["sym"] is True, str(settings["format"])
+    return Written(bits, group_size, sym, layout, frozenset(sizes), embeddings)
 
 
 def lines(folder: Written) -> list[str]:
     """Who loads it, and for the others what it would take: a line for each answer."""
+    if folder.embeddings:
+        return [
+            f"format {folder.layout}: loads in {', '.join(OURS)}",
+            f"for {', '.join(READERS)}: leave out --quantize-embeddings",
+        ]
     wanted: dict[str, list[str]] = defaultdict(list)
     able = list(OURS)
     for reader, check in READERS.items():

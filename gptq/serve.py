@@ -51,7 +51,7 @@ def _serve(words: list[str]) -> None:
     from gptq import hf
 
     hf.register()
-    # The list of models, which clients ask for, is an error in transformers 5.17 without this folder.
+    # Without this folder, the list of models that clients ask for is an error in transformers 5.17.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     app = typer.Typer(add_completion=False)
     app.command(name="python -m gptq.serve")(Serve)

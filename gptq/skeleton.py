@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gptq.errors import UserError
 from gptq.models import ModelSpec
-from gptq.qlinear import STORED_AS_IS
+from gptq.qlinear import STORED_AS_IS, QuantEmbedding, TiedHead
 from gptq.shelf import Shelf
 from gptq.tensors import cause
 
@@ -83,12 +83,17 @@ def fill(
     Raises UserError for a tensor that is absent or of another shape.
     """
     part = model.get_submodule(name)
+    if isinstance(part, TiedHead):
+        fill(model, spec, spec.embed[0], tensors, device, dtype)
+        return part
     state = {}
     for key, expected in part.state_dict().items():
         tensor = stored(model, spec, f"{name}.{key}", tensors, expected)
         as_is = key.rpartition(".")[2] in STORED_AS_IS or not tensor.is_floating_point()
         state[key] = tensor.to(device=device, dtype=tensor.dtype if as_is else dtype)
     part.load_state_dict(state, assign=True)
+    if isinstance(part, QuantEmbedding):
+        part.like = torch.empty(0, dtype=dtype, device=device)
     return part.requires_grad_(False)
 
 
@@ -228,9 +233,9 @@ def embed(
         return stream
     first, *others = spec.embed
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
-    whole = cast(nn.Embedding, model.get_submodule(first))
-    rows = stored(model, spec, f"{first}.weight", tensors, whole.weight)[used]
-    replace(model, first, nn.Embedding.from_pretrained(rows.to(device, dtype)))
+    whole = model.get_submodule(first)
+    rows = _rows(model, spec, tensors, used, device, dtype)
+    replace(model, first, nn.Embedding.from_pretrained(rows))
     for name in others:
         fill(model, spec, name, tensors, device, dtype)
     for index, tokens in enumerate(windows):
@@ -242,6 +247,26 @@ def embed(
     for name in others:
         drop(model.get_submodule(name))
     return stream
+
+
+def _rows(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    used: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The embeddings of tokens `used`, int64 (n,), as dtype (n, hidden)."""
+    first = spec.embed[0]
+    embedding = model.get_submodule(first)
+    if not isinstance(embedding, QuantEmbedding):
+        whole = cast(nn.Embedding, embedding).weight
+        return stored(model, spec, f"{first}.weight", tensors, whole)[used].to(device, dtype)
+    fill(model, spec, first, tensors, device, dtype)
+    rows = embedding(used.to(device))
+    drop(embedding)
+    return rows
 
 
 def batches(windows: Tensor) -> list[Tensor]:

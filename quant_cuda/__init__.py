@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quant_cuda import backends
+from quant_cuda import backends, reference
 from quant_cuda.weight import AnyWeight, PackedWeight, PreparedWeight, facts
 
 _LEGACY = ("vecquant2matmul", "vecquant3matmul", "vecquant4matmul", "vecquant8matmul")
@@ -15,6 +15,7 @@ __all__ = [
     "matmul",
     "prepare",
     "restore",
+    "rows",
 ]
 
 
@@ -80,6 +81,17 @@ def matmul(
     if known.layout != weight.layout:
         return known.matmul(x, backends.to_layout(weight, known.layout), bias, int8)
     return known.matmul(x, weight, bias, int8)
+
+
+def rows(weight: AnyWeight, index: Tensor) -> Tensor:
+    """The weights of some outputs, as an embedding looks them up.
+
+    index: integer (...), each in 0..out - 1, on the weight's device.
+    Returns float32 (..., in), or float64 where the scales are; no product is taken.
+    """
+    if isinstance(weight, PackedWeight):
+        return reference.rows(weight, index)
+    return backends.LAYOUTS[weight.layout].rows(weight, index)
 
 
 def backend_for(weight: AnyWeight, dtype: torch.dtype) -> str:

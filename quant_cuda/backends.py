@@ -20,6 +20,8 @@ class Layout:
 
     prepare: Callable[[PackedWeight], PreparedWeight]
     restore: Callable[[PreparedWeight], PackedWeight]
+    rows: Callable[[PreparedWeight, Tensor], Tensor]
+    """(weight, index) -> the weights of some outputs, (..., in), float32 at least."""
     traced: Callable[..., Tensor]
     """As `Backend.matmul`, by the best of those that read it, in operators that torch knows."""
 
@@ -36,8 +38,8 @@ class Backend:
 
 
 LAYOUTS = {
-    gpu.LAYOUT: Layout(gpu.prepare, gpu.restore, gpu.traced),
-    cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.traced),
+    gpu.LAYOUT: Layout(gpu.prepare, gpu.restore, gpu.rows, gpu.traced),
+    cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.rows, cpu.traced),
 }
 
 

@@ -131,6 +131,12 @@ def numbers(weight: PreparedWeight) -> Tensor:
     return _numbers(data, plan, weight.in_features, weight.out_features)
 
 
+def rows(weight: PreparedWeight, index: Tensor) -> Tensor:
+    """The weights of some outputs: int64 (...), each in 0..out - 1, to float32 (..., in)."""
+    data, plan = weight.tensors
+    return torch.ops.quant_cuda.cpu_rows(index, data, plan, weight.in_features)
+
+
 def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing watches: no gradient, no mode, no tensor of another kind. The dispatcher then
     adds nothing but its time, which is more than that of a small layer's product."""
@@ -182,6 +188,18 @@ def _numbers(data: Tensor, plan: Tensor, in_features: int, out_features: int) ->
     w = torch.empty((out_features, in_features), dtype=torch.float32)
     _library().quant_cuda_tiles_numbers(
         *(t.data_ptr() for t in (plan, data, w)), torch.get_num_threads()
+    )
+    return w
+
+
+def _rows(index: Tensor, data: Tensor, plan: Tensor, in_features: int) -> Tensor:
+    outputs = int(plan[2])
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < outputs:
+        raise IndexError(f"a row lies outside 0..{outputs - 1}")
+    index = index.to(torch.int64).contiguous()
+    w = torch.empty((*index.shape, in_features), dtype=torch.float32)
+    _library().quant_cuda_tiles_rows(
+        *(t.data_ptr() for t in (plan, data, index, w)), index.numel(), torch.get_num_threads()
     )
     return w
 
@@ -267,6 +285,8 @@ _LIB.define(
 _LIB.define(
     "cpu_numbers(Tensor data, Tensor plan, SymInt in_features, SymInt out_features) -> Tensor"
 )
+_LIB.define("cpu_rows(Tensor index, Tensor data, Tensor plan, SymInt in_features) -> Tensor")
+_LIB.impl("cpu_rows", _rows, "CPU")
 _LIB.impl("cpu_product", _product, "CPU")
 _LIB.impl("cpu_numbers", _numbers, "CPU")
 
@@ -279,6 +299,11 @@ def _fake_product(x, data, plan, bias, out_features, int8, instruction_set):
 @torch.library.register_fake("quant_cuda::cpu_numbers", lib=_LIB)
 def _fake_numbers(data, plan, in_features, out_features):
     return data.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+@torch.library.register_fake("quant_cuda::cpu_rows", lib=_LIB)
+def _fake_rows(index, data, plan, in_features):
+    return data.new_empty((*index.shape, in_features), dtype=torch.float32)
 
 
 def _remember(ctx, inputs, output) -> None:

@@ -88,6 +88,18 @@ def matmul(
 
 traced = matmul
 
+# Rows whose tiles are gathered at a time.
+_ROWS = 256
+
+
+def rows(weight: PreparedWeight, index: Tensor) -> Tensor:
+    """The weights of some outputs: int64 (...) to float32 (..., in)."""
+    sizes = (weight.bits, weight.group_size, weight.in_features, weight.out_features)
+    view = _view(list(weight.tensors), *sizes, weight.zero_offset, weight.scale_dtype)
+    columns = index.reshape(-1)
+    some = [tiles.rows(view, part) for part in columns.split(_ROWS)]
+    return torch.cat(some).reshape(*index.shape, weight.in_features)
+
 
 def _view(
     tensors: list[Tensor],

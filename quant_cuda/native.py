@@ -50,6 +50,8 @@ def library() -> ctypes.CDLL | None:
     found.quant_cuda_read.argtypes = (pointer, long, number)
     found.quant_cuda_tiles_bytes.restype = long
     found.quant_cuda_tiles_bytes.argtypes = (pointer,)
+    found.quant_cuda_tiles_rows.restype = None
+    found.quant_cuda_tiles_rows.argtypes = (*[pointer] * 4, long, number)
     for name, count in (("pack", 5), ("unpack", 5), ("numbers", 3)):
         function = getattr(found, f"quant_cuda_tiles_{name}")
         function.restype = None

@@ -29,7 +29,9 @@ def pack(values: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"a value to pack lies outside 0..{(1 << bits) - 1}, the range of {bits} bits"
         )
-    # One period is the smallest run of values that ends on a word boundary (32 values for 3 bit).
+    if bits != 3:
+        return _pack_bytes(values, bits)
+    # One period is the smallest run of values that ends on a word boundary.
     per_period, words = _period(bits)
     periods = -(-n // per_period)
     padded = values.new_zeros((periods * per_period, m), dtype=torch.int64)
@@ -44,6 +46,23 @@ def pack(values: Tensor, bits: int) -> Tensor:
     packed = packed.view(periods * words, m)[: words_for(n, bits)] & 0xFFFFFFFF
     # Words above 2**31 - 1 become negative int32 of the same bits.
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
+def _pack_bytes(values: Tensor, bits: int) -> Tensor:
+    """`pack` where no value crosses a byte's edge: by way of bytes, which is eight times less
+    memory than whole words of each value."""
+    n, m = values.shape
+    words = words_for(n, bits)
+    padded = torch.zeros((words * 32 // bits, m), dtype=torch.uint8, device=values.device)
+    padded[:n] = values
+    fields = padded.view(words * 4, 8 // bits, m)
+    packed = fields[:, 0].clone()
+    for k in range(1, 8 // bits):
+        packed |= fields[:, k] << (k * bits)
+    # The four bytes of a word, lowest first, side by side: int32 on a little-endian machine.
+    turned = torch.empty((words, m, 4), dtype=torch.uint8, device=values.device)
+    turned.copy_(packed.view(words, 4, m).transpose(1, 2))
+    return turned.view(torch.int32).view(words, m)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -79,6 +98,20 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
             value = (value & ((1 << low) - 1)) | (padded[:, word + 1] << low)
         values[:, k] = (value & mask).to(torch.uint8)
     return values.view(-1, m)[:count]
+
+
+def fields(words: Tensor, bits: int, columns: Tensor) -> Tensor:
+    """The fields of some outputs alone, out of words that are packed along the outputs.
+
+    words: int32 (groups, ceil(out * bits / 32)), as `qzeros`; columns: int64 (n,), each in
+    0..out - 1. Returns int32 (groups, n).
+    """
+    first = columns * bits
+    word, shift = first // 32, first % 32
+    low = words[:, word].to(torch.int64) & 0xFFFFFFFF
+    # The next word matters only to a 3-bit field that straddles two, and is then there.
+    high = words[:, (word + 1).clamp(max=words.shape[1] - 1)].to(torch.int64) & 0xFFFFFFFF
+    return ((low | high << 32) >> shift & ((1 << bits) - 1)).to(torch.int32)
 
 
 def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:

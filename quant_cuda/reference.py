@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quant_cuda.packing import unpack, unpack_zeros
+from quant_cuda.packing import fields, unpack, unpack_zeros
 from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight
 
 
@@ -34,6 +34,32 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return q.to(dtype).T
 
 
+def rows(weight: PackedWeight, index: Tensor) -> Tensor:
+    """The weights of some outputs: int64 (...) to floating (..., in), float32 at least."""
+    columns = index.reshape(-1)
+    q = unpack(weight.qweight[:, columns], weight.bits, weight.in_features)
+    zeros = fields(weight.qzeros, weight.bits, columns) + weight.zero_offset
+    group = weight.g_idx
+    if group is None:
+        group = natural_groups(weight.in_features, weight.group_size, columns.device)
+    taken = on_grid(q, zeros, weight.scales[:, columns], group)
+    return taken.reshape(*index.shape, weight.in_features)
+
+
+def on_grid(q: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+    """Integers as numbers: q uint8 (in, out), zeros and scales (groups, out), group (in,) to
+    floating (out, in), float32 at least."""
+    work = torch.promote_types(torch.float32, scales.dtype)
+    group = group.long()
+    return ((q.to(work) - zeros.to(work)[group]) * scales.to(work)[group]).T
+
+
+def natural_groups(inputs: int, group_size: int, device: torch.device) -> Tensor:
+    """Group of each input where groups are runs of neighbours: int64 (in,)."""
+    size = inputs if group_size == -1 else group_size
+    return torch.arange(inputs, device=device) // size
+
+
 def matmul(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, int8: bool = False
 ) -> Tensor:
@@ -54,8 +80,7 @@ def to_int8(x: Tensor, weight: AnyWeight) -> Tensor:
     """
     groups = weight.g_idx
     if groups is None:
-        size = weight.in_features if weight.group_size == -1 else weight.group_size
-        groups = torch.arange(weight.in_features, device=x.device) // size
+        groups = natural_groups(weight.in_features, weight.group_size, x.device)
     order = torch.argsort(groups.long(), stable=True)
     counts = torch.bincount(groups.long())
     first = (counts.cumsum(0) - counts)[groups.long()[order]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant_cuda import reference
 from quant_cuda.packing import pack, pack_zeros, unpack, unpack_zeros
 from quant_cuda.weight import PackedWeight, group_count
 
@@ -152,6 +153,30 @@ def unprepack(prepacked: Prepacked) -> PackedWeight:
         in_features=inputs,
         zero_offset=prepacked.zero_offset,
     )
+
+
+def rows(prepacked: Prepacked, columns: Tensor) -> Tensor:
+    """The weights of some outputs, int64 (n,), as float32 (n, in), without waiting for the GPU."""
+    bits, inputs = prepacked.bits, prepacked.in_features
+    natural = reference.natural_groups(inputs, prepacked.group_size, columns.device)
+    if isinstance(prepacked, Plain):
+        q = unpack(prepacked.qweight[:, columns], bits, inputs)
+        group = natural if prepacked.g_idx is None else prepacked.g_idx
+        zeros, scales = prepacked.zeros[:, columns], prepacked.scales[:, columns]
+        return reference.on_grid(q, zeros, scales, group)
+    # Each column brings its whole tile, of which all others are then left out.
+    words = _from_tiles(prepacked.words[columns // TILE], bits, inputs)
+    places = torch.arange(len(columns), device=columns.device) * TILE + columns % TILE
+    entries = prepacked.table[:, columns]
+    scales = entries.to(torch.int16).view(torch.float16)
+    # A row of the table may serve less than a group.
+    row = torch.arange(inputs, device=columns.device) >> prepacked.shift
+    taken = reference.on_grid(unpack(words[:, places], bits, inputs), entries >> 16, scales, row)
+    if prepacked.order is None:
+        return taken
+    ordered = torch.empty_like(taken)
+    ordered[:, prepacked.order] = taken
+    return ordered
 
 
 def _order(weight: PackedWeight) -> tuple[Tensor | None, bool]:

@@ -22,7 +22,7 @@ def made(llama_dir, text_file, tmp_path_factory):
     gptq.quantize(
         llama_dir,
         text_file,
-        QuantConfig(bits=4, group_size=32),
+        QuantConfig(bits=4, group_size=32, embedding_bits=16),
         save=folder / "m.pt",
         save_safetensors=folder / "m.safetensors",
         nsamples=4,

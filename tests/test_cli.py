@@ -180,7 +180,7 @@ def test_evaluation(form, run, made, llama_dir, text_file):
     if form.startswith("full"):
         model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval()
     else:
-        model, _ = gptq.load(llama_dir, made / "m.pt")
+        model, _ = gptq.load(llama_dir, made / ("dir" if form == "itself" else form))
     tokens = AutoTokenizer.from_pretrained(llama_dir)(text_file.read_text()).input_ids
     windows = torch.tensor(tokens[: 5 * 32]).view(5, 32)
     assert printed == pytest.approx(direct_perplexity(model, windows), rel=1e-4)

@@ -140,7 +140,7 @@ def test_config_json_is_the_models_own(written, llama_dir):
 @pytest.mark.parametrize("sym", [True, False])
 def test_format(layout, sym, llama_dir, text_file, tmp_path, capsys):
     words = [str(llama_dir), str(text_file), "--wbits", "4", "--groupsize", "32"]
-    words += ["--nsamples", "4", "--seqlen", "32", "--format", layout]
+    words += ["--nsamples", "4", "--seqlen", "32", "--format", layout, "--plain"]
     words += ["--sym"] if sym else []
     assert (
         main(LLAMA, [*words, "--save-dir", str(tmp_path / "m"), "--save", str(tmp_path / "m.pt")])

@@ -63,10 +63,10 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path, text_file
 
 def test_activations_go_to_disk_where_they_would_not_fit(tmp_path, text_file, monkeypatch):
     folder = make_model(tmp_path / "m", llama_config(**WIDE))
-    monkeypatch.setattr(skeleton, "BATCH_TOKENS", 512)
-    run = {"nsamples": 64, "seqlen": 96, "device": "cpu"}
-    needed = needs(open_model(folder), CONFIG, 64 * 96, torch.float32)
-    assert needed.activations == 2 * 64 * 96 * (512 + 1024) * 4
+    monkeypatch.setattr(skeleton, "BATCH_TOKENS", 192)
+    run = {"nsamples": 32, "seqlen": 96, "device": "cpu"}
+    needed = needs(open_model(folder), CONFIG, 32 * 96, torch.float32)
+    assert needed.activations == 2 * 32 * 96 * (512 + 1024) * 4
     seen, grown = [], []
     shelf = gptq.api.Shelf
 

@@ -1,6 +1,7 @@
 """Quantize, save each way, load each way: the same numbers everywhere."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gptq.adapt import choose_damp
 from gptq.calibration import calibration_windows
 from gptq.errors import UserError
 from gptq.journal import open_journal
+from gptq.qlinear import PackedModule
 from gptq.solver import solve
 from gptq.source import open_model
 from quant_cuda.reference import dequantize
@@ -23,10 +25,10 @@ PROBE = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(5
 
 
 def fake_quantized(folder, quantized):
-    """Hugging Face's own model whose linear weights are what the packed words stand for."""
+    """Hugging Face's own model whose packed weights are what the words stand for."""
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).float().eval()
     for name, module in quantized.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, PackedModule):
             layer = whole.get_submodule(name)
             layer.weight.data = dequantize(module.packed(), torch.float32).T.contiguous()
     return whole
@@ -53,6 +55,8 @@ CASES = [
 @pytest.mark.parametrize(("fixture", "config"), CASES, ids=lambda case: str(case)[:70])
 def test_round_trip(fixture, config, request, tmp_path, text_file):
     folder = request.getfixturevalue(fixture)
+    # A folder has the embedding at 16 bits, and is compared with the files.
+    config = replace(config, embedding_bits=16)
     report = gptq.quantize(
         folder,
         text_file,
@@ -143,7 +147,8 @@ def test_heads_tied_and_not(tied, tmp_path, text_file):
     for kind in (llama_config, bloom_config):
         folder = make_model(tmp_path / f"{kind.__name__}", kind(tie_word_embeddings=tied))
         outputs = {"save": tmp_path / "m.pt", "save_safetensors": tmp_path / "m.safetensors"}
-        gptq.quantize(folder, text_file, QuantConfig(group_size=32), **outputs, **RUN)
+        config = QuantConfig(group_size=32, embedding_bits=16)
+        gptq.quantize(folder, text_file, config, **outputs, **RUN)
         state = torch.load(tmp_path / "m.pt", weights_only=True)
         head = state["lm_head.weight"]
         embedding = next(t for n, t in state.items() if "embed" in n and "layernorm" not in n)
@@ -199,7 +204,7 @@ def test_two_runs_do_not_share_an_output(tmp_path):
 
 
 def test_settings_travel_in_every_form(llama_dir, text_file, tmp_path):
-    config = QuantConfig(bits=4, group_size=32, sym=True, order="act")
+    config = QuantConfig(bits=4, group_size=32, sym=True, order="act", embedding_bits=16)
     paths = [tmp_path / "m.pt", tmp_path / "m.safetensors", tmp_path / "dir"]
     names = ("save", "save_safetensors", "save_dir")
     gptq.quantize(llama_dir, text_file, config, **dict(zip(names, paths, strict=True)), **RUN)

@@ -210,6 +210,23 @@ void numbers_of_tile(const Plan& plan, uint8_t* data, float* w, int index) {
   }
 }
 
+// One output's weights, by input.
+void numbers_of_row(const Plan& plan, uint8_t* data, int output, float* w) {
+  const Tile tile(plan, data, output / TILE);
+  const int lane = output % TILE;
+  for (int run = 0; run < plan.runs; ++run) {
+    const uint8_t* head = tile.head + plan.head_bytes() * plan.group[run];
+    const float scale = scale_at(plan, head, lane);
+    const float zero = static_cast<float>(head[TILE * plan.scale_bytes + lane] + plan.zero_offset);
+    for_each_place(plan, run, [&](int unit, int place, int input) {
+      uint32_t value;
+      get_place(tile.words + static_cast<size_t>(unit) * plan.bits * TILE + lane, plan.bits, place,
+                1, &value);
+      w[input] = scale * (static_cast<float>(value) - zero);
+    });
+  }
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -255,6 +272,15 @@ void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweig
 void quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int threads) {
   const Plan p(plan);
   parallel_for(threads, p.tiles(), [&](int tile) { numbers_of_tile(p, data, w, tile); });
+}
+
+// The weights of `count` outputs, each in 0..outputs - 1: float32 (count, inputs).
+void quant_cuda_tiles_rows(const int32_t* plan, uint8_t* data, const int64_t* index, float* w,
+                           int64_t count, int threads) {
+  const Plan p(plan);
+  parallel_for(threads, static_cast<int>(count), [&](int i) {
+    numbers_of_row(p, data, static_cast<int>(index[i]), w + static_cast<size_t>(i) * p.inputs);
+  });
 }
 
 }

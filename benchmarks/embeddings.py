@@ -1,0 +1,80 @@
+"""What packing the embedding and the output head alone costs, in nats a token.
+
+    python -m benchmarks.embeddings [MODEL] [--bits 8 4] [--windows N]
+
+All other weights stay as they are, so that nothing hides the difference.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.assets import model_path, text_path
+from gptq import evaluate, skeleton
+from gptq.calibration import evaluation_windows
+from gptq.config import EMBEDDING_BITS, QuantConfig
+from gptq.embeddings import EMBEDDING_GROUP, pack_rows
+from gptq.errors import UserError
+from gptq.source import ModelSource, open_model
+from gptq.tensors import LazyTensors
+from quant_cuda import PackedWeight
+from quant_cuda.reference import dequantize
+
+CPU = torch.device("cpu")
+
+
+def rounded(source: ModelSource, bits: int) -> LazyTensors:
+    """The model's tensors, the embedding's and the head's replaced by what packed ones say."""
+    spec, tensors = source.spec, source.tensors
+    assert isinstance(tensors, LazyTensors)
+    names = [name for name in (f"{spec.embed[0]}.weight", f"{spec.head}.weight") if name in tensors]
+    return tensors.changed({name: partial(_rounded, tensors, name, bits) for name in names})
+
+
+def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
+    weight = tensors[name]
+    packed = pack_rows("x", weight, QuantConfig(embedding_bits=bits))
+    words, zeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
+    stored = PackedWeight(words, zeros, scales, None, bits, EMBEDDING_GROUP, weight.shape[1])
+    return dequantize(stored, torch.float32).T
+
+
+def log_perplexity(source: ModelSource, tensors: LazyTensors, windows: torch.Tensor) -> float:
+    model = skeleton.build(source.config, source.spec, CPU)
+    return math.log(evaluate.perplexity(model, source.spec, tensors, windows, CPU, torch.float32))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.embeddings", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("model", nargs="?", help="default: SmolLM2-135M")
+    parser.add_argument("--bits", nargs="+", type=int, choices=EMBEDDING_BITS[:-1], default=[8, 4])
+    parser.add_argument(
+        "--windows", type=int, default=10, help="of 512 tokens a text (default: 10)"
+    )
+    args = parser.parse_args(words)
+    try:
+        source = open_model(args.model or model_path())
+        texts: dict[str, Path] = {name: text_path(name) for name in ("wiki", "c4")}
+        for text, path in texts.items():
+            windows = evaluation_windows(path, source.tokenizer(), 512, args.windows)
+            assert isinstance(source.tensors, LazyTensors)
+            full = log_perplexity(source, source.tensors, windows)
+            print(f"{text}: ln perplexity {full:.5f} of the full model", flush=True)
+            for bits in args.bits:
+                found = log_perplexity(source, rounded(source, bits), windows)
+                print(f"{text}: gap {found - full:+.5f} with {bits} bits", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

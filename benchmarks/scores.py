@@ -1,0 +1,50 @@
+"""What an answer has in common with a reference: exact match, ROUGE-L and chrF.
+
+ROUGE-L is rouge-score's, over words, or over characters for text without spaces; chrF is
+sacrebleu's. Both come with `pip install '.[report]'`.
+"""
+
+import importlib.util
+import re
+import unicodedata
+
+from gptq.errors import UserError
+
+# Scripts that are written without spaces: Chinese, Japanese, Thai.
+_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+
+
+def check() -> None:
+    """Raise UserError where the libraries are not there."""
+    for module in ("rouge_score", "sacrebleu"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"{module} is not installed: pip install '.[report]', or give --max-new-tokens 0"
+            )
+
+
+def compare(written: str, reference: str) -> dict[str, float]:
+    """Each from 0 to 1, by the name of the measure."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import CHRF
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Tokens())
+    return {
+        "exact match": float(normal(written) == normal(reference)),
+        "ROUGE-L": scorer.score(reference, written)["rougeL"].fmeasure,
+        "chrF": CHRF().sentence_score(written, [reference]).score / 100,
+    }
+
+
+def normal(text: str) -> str:
+    """Width, case, spaces and a closing full stop set aside."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.rstrip(".。")
+
+
+class _Tokens:
+    """Words, and single characters of scripts without spaces; rouge-score's own knows only a-z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        text = unicodedata.normalize("NFKC", text).casefold()
+        return re.findall(r"\w+", _UNSPACED.sub(r" \g<0> ", text))
