@@ -17,11 +17,18 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     captured CUDA graph, and the logits are overwritten by the next step.
     """
     device = model.device
-    cache = StaticCache(config=model.config, max_cache_len=max(length, WARM_UP + 1))
+    size = max(length, WARM_UP + 1)
+    cache = StaticCache(config=model.config, max_cache_len=size)
+    # Without a mask, BLOOM in transformers 5.17 makes its alibi as long as the tokens seen, not as
+    # the cache. The places yet to be filled are masked all the same, by causality.
+    alibi = model.config.model_type == "bloom"
+    mask = torch.ones((1, size), dtype=torch.long, device=device) if alibi else None
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
 
     def forward() -> Tensor:
-        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        return model(
+            input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits
 
     if device.type != "cuda":
 
