@@ -80,9 +80,15 @@ def place(
     Raises UserError as `attach`.
     """
     places = _places(model)
+    ends = _ends(model, places)
     packed = normal_form(path, tensors, settings, {name: _size(m) for name, m in places.items()})
-    if not packed.layers:
-        others = any(name.endswith(".qweight") for name in tensors)
+    inner = tuple(layer for layer in packed.layers if layer.name not in ends)
+    # Heads and embeddings can have the same names in models that have nothing else in common.
+    others = not inner and any(
+        name.endswith(".qweight") and name.removesuffix(".qweight") not in places
+        for name in tensors
+    )
+    if others or not packed.layers:
         raise UserError(
             f"{path}: "
             + ("its packed layers are another model's" if others else "holds no packed weights")
@@ -103,8 +109,7 @@ def place(
     # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
     mixed = bool(settings.get("dynamic"))
     # An embedding and a head may have their own, which nothing else says.
-    ends = _ends(model, places)
-    inner = tuple(layer for layer in packed.layers if layer.name not in ends) or packed.layers
+    inner = inner or packed.layers
     base_bits = _bits(path, inner, bits if said_bits is None else said_bits, mixed)
     base_size, group_sizes = _group_sizes(
         path, packed, inner, group_size if said_size is None else said_size, mixed
