@@ -1,5 +1,6 @@
 """One token after another, with nothing to do between two of them on a GPU but replay a graph."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -24,11 +25,12 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     alibi = model.config.model_type == "bloom"
     mask = torch.ones((1, size), dtype=torch.long, device=device) if alibi else None
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
+    # transformers 5.24 has renamed it, and warns of the old name.
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    past = {"cache" if renamed else "past_key_values": cache}
 
     def forward() -> Tensor:
-        return model(
-            input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).logits
+        return model(input_ids=token, attention_mask=mask, use_cache=True, **past).logits
 
     if device.type != "cuda":
 
