@@ -354,6 +354,8 @@ def _swept_again(
     Each output keeps what errs least under the damped H. q: (in, out), scales: (groups, out), in
     the original order, as they are returned.
     """
+    if config.sweeps == 1:
+        return q, scales
     dead = torch.zeros_like(g_idx, dtype=torch.bool)
     loss = _row_loss(dequantize(q, Grid(scales[g_idx], zeros[g_idx])).sub_(w), damped, dead)
     for turn in range(1, config.sweeps):
