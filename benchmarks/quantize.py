@@ -49,7 +49,7 @@ STAGES = {
     "gptq.pipeline.feed_back": "feedback",
     "gptq.solver.inverse_factor": "factorization",
     "quant_cuda.native.sweep": "sweep",
-    "gptq.solver._sweep": "sweep",
+    "gptq.sweep.torch_sweep": "sweep",
     "gptq.solver._refined": "refinement",
     "gptq.solver._finish": "losses",
     "gptq.pipeline.solve": "rest of the solve",

@@ -4,19 +4,16 @@ For a layer with weight W (out x in) and inputs x, minimise tr((W - Q) H (W - Q)
 H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323, Algorithm 1.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
-from gptq.grid import Grid, dequantize, find_grid, quantize, search_factors
+from gptq.grid import Grid, dequantize, find_grid, quantize
 from gptq.refine import refine
-from quant_cuda import cuda, cuda_sweep, native
+from gptq.sweep import sweep_for
 
-# Columns whose error is spread one at a time before one matmul spreads it over all the rest.
-BLOCK = 128
 DAMP_STEP = 10.0
 # In what orders a layer is swept in turn, where it is swept several times.
 SWEEP_ORDERS = ("gar", "act", "natural")
@@ -99,7 +96,7 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     if config.static_groups:
         grids = static_grids(w, damped, natural, config)
         static = (torch.stack([g.scale for g in grids]), torch.stack([g.zero for g in grids]))
-    sweep = _sweep_for(w, config)
+    sweep = sweep_for(w, config)
     q, scales, zeros = sweep(w[order], damped[order][:, order], U, labels, runs, static, config)
 
     inverse = torch.argsort(order)
@@ -224,102 +221,6 @@ def static_grids(
     return tuple(grids)
 
 
-def _sweep(
-    w: Tensor,
-    H: Tensor,
-    U: Tensor,
-    labels: Tensor,
-    runs: list[tuple[int, int]],
-    static: tuple[Tensor, Tensor] | None,
-    config: QuantConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize the columns of w (in, out), given in solving order; w is used up.
-
-    Returns q (in, out) in the same order, and scales and zeros (groups, out) by label.
-    """
-    count = int(labels.max()) + 1
-    scales = w.new_empty((count, w.shape[1]))
-    zeros = w.new_empty((count, w.shape[1]))
-    if static is not None:
-        scales.copy_(static[0])
-        zeros.copy_(static[1])
-    q = torch.empty_like(w)
-    label_of = labels.tolist()
-    ends = dict(runs)
-    for start, stop in _blocks(runs):
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            label = label_of[j]
-            if static is None and j in ends:
-                span = slice(j, ends[j])
-                # Every earlier column's error has reached these weights: no stale grid.
-                grid = find_grid(
-                    w[span], config.bits, config.sym, config.scale_search, H[span, span]
-                )
-                scales[label], zeros[label] = grid.scale, grid.zero
-            grid = Grid(scales[label], zeros[label])
-            q[j] = quantize(w[j], grid, config.bits)
-            error = (w[j] - dequantize(q[j], grid)) / U[j, j]
-            errors[j - start] = error
-            w[j + 1 : stop].addr_(U[j, j + 1 : stop], error, alpha=-1)
-        w[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-    return q, scales, zeros
-
-
-def _sweep_for(w: Tensor, config: QuantConfig) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Compiled code where it was built, for float32 and grids that it can search; else torch."""
-    searched = not config.static_groups and config.scale_search == "mse"
-    if w.dtype != torch.float32 or searched:
-        return _sweep
-    if w.device.type == "cpu" and native.instruction_sets():
-        return _native_sweep
-    if w.device.type == "cuda" and cuda.available():
-        return _cuda_sweep
-    return _sweep
-
-
-def _native_sweep(
-    w: Tensor,
-    H: Tensor,
-    U: Tensor,
-    labels: Tensor,
-    runs: list[tuple[int, int]],
-    static: tuple[Tensor, Tensor] | None,
-    config: QuantConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_sweep` in compiled code; sums run in another order, so that ties may fall differently."""
-    factors = search_factors(config.sym) if config.scale_search == "hessian" else ()
-    blocks = list(_blocks(runs))
-    q, scales, zeros = native.sweep(
-        w, H, U, labels, runs, blocks, static, factors, config.bits, config.sym
-    )
-    return q.to(w.dtype), scales, zeros
-
-
-def _cuda_sweep(
-    w: Tensor,
-    H: Tensor,
-    U: Tensor,
-    labels: Tensor,
-    runs: list[tuple[int, int]],
-    static: tuple[Tensor, Tensor] | None,
-    config: QuantConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_sweep` by a CUDA kernel, each block in one launch. Losses of the search "hessian" are sums
-    in another order; all else is rounded alike."""
-
-    def find(columns: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        grid = find_grid(columns, config.bits, config.sym, config.scale_search, block)
-        return grid.scale, grid.zero
-
-    factors = search_factors(config.sym) if config.scale_search == "hessian" else ()
-    blocks = list(_blocks(runs))
-    q, scales, zeros = cuda_sweep.sweep(
-        w, H, U, labels, runs, blocks, static, factors, config.bits, config.sym, find
-    )
-    return q.to(w.dtype), scales, zeros
-
-
 def _refined(
     w: Tensor,
     damped: Tensor,
@@ -363,7 +264,7 @@ def _swept_again(
         order, runs = column_order(damped.diagonal(), turned)
         H = damped[order][:, order]
         U, _ = inverse_factor(H, dead, 0.0)
-        tried, _, _ = _sweep_for(w, turned)(
+        tried, _, _ = sweep_for(w, turned)(
             w[order], H, U, g_idx[order], runs, (scales, zeros), turned
         )
         tried, found = _refined(
@@ -373,22 +274,6 @@ def _swept_again(
         q, scales = torch.where(again < loss, tried, q), torch.where(again < loss, found, scales)
         loss = torch.minimum(loss, again)
     return q, scales
-
-
-def _blocks(runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Cut the columns into blocks of about BLOCK such that no group starts before its weights
-    are up to date: a block holds whole groups, or is a piece of one group."""
-    start = 0
-    for index, (begin, stop) in enumerate(runs):
-        last = index + 1 == len(runs)
-        if stop - begin > BLOCK:
-            if start < begin:
-                yield start, begin
-            yield from ((a, min(a + BLOCK, stop)) for a in range(begin, stop, BLOCK))
-            start = stop
-        elif last or runs[index + 1][1] - start > BLOCK:
-            yield start, stop
-            start = stop
 
 
 def _finish(

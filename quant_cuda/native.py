@@ -91,7 +91,7 @@ def sweep(
     sym: bool,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The GPTQ column sweep of gptq/solver.py in one call, on torch's number of threads.
+    """The GPTQ column sweep of gptq/sweep.py in one call, on torch's number of threads.
 
     w: float32 (in, out), columns of W in solving order; it is left as it is.
     H, U: float32 (in, in) in the same order; U^T U is the inverse of the damped H.

@@ -9,6 +9,7 @@ from test_native import layer
 
 from gptq import solver
 from gptq.config import QuantConfig
+from gptq.sweep import kernel_sweep, torch_sweep
 from quant_cuda import cuda_sweep
 
 EXACT = [
@@ -49,7 +50,7 @@ def by_kernel(request, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(cuda_sweep, "sweep", sweep)
-            patch.setattr(solver, "_sweep_for", lambda w, config: solver._cuda_sweep)
+            patch.setattr(solver, "sweep_for", lambda w, config: kernel_sweep)
             return solver.solve(W, H, config)
 
     return solve
@@ -57,7 +58,7 @@ def by_kernel(request, monkeypatch):
 
 def by_torch(W, H, config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "_sweep_for", lambda w, config: solver._sweep)
+        patch.setattr(solver, "sweep_for", lambda w, config: torch_sweep)
         return solver.solve(W, H, config)
 
 

@@ -13,7 +13,7 @@ FLOORS = (
     ("gptq", "gptq.errors", "gptq.launch", "gptq.models"),
     ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.tensor_files", "gptq.gguf_reader", "gptq.calibration"),
-    ("gptq.journal", "gptq.shelf", "gptq.torch_file", "gptq.refine"),
+    ("gptq.journal", "gptq.shelf", "gptq.torch_file", "gptq.refine", "gptq.sweep"),
     ("gptq.source", "gptq.solver", "gptq.eras"),
     ("gptq.adapt",),
     ("gptq.qlinear", "gptq.embeddings"),

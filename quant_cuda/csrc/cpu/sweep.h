@@ -2,7 +2,7 @@
 //
 // Outputs are independent, so that a tile of LANES of them is solved from the first column to the
 // last while it stays in cache, and tiles are shared out over threads. The arithmetic is that of
-// gptq/solver.py and gptq/grid.py in float32; only sums run in another order.
+// gptq/sweep.py and gptq/grid.py in float32; only sums run in another order.
 //
 // Each sweep_*.cpp includes this file once with its own instruction set and SWEEP_NAME.
 
