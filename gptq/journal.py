@@ -63,8 +63,11 @@ class Journal:
         return open_tensors(sorted(self.folder.glob(_PARTS)))
 
     def remove(self) -> None:
-        """Drop the journal, once the output is whole."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Drop the journal, once the output is whole. Killed meanwhile, it leaves a shorter one."""
+        with contextlib.suppress(OSError):
+            for part in sorted(self.folder.glob(_PARTS), reverse=True):
+                part.unlink()
+            shutil.rmtree(self.folder)
 
 
 def journal_folder(output: Path) -> Path:

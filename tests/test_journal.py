@@ -67,6 +67,27 @@ def test_a_journal_is_taken_up_only_when_asked_and_by_the_same_run(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("removed", range(5))
+def test_killed_while_it_is_removed_it_is_a_shorter_journal(tmp_path, monkeypatch, removed):
+    output = tmp_path / "m.pt"
+    journal = begin(output, bits=8)
+    for block in (1, 2):
+        journal.write(block, TENSORS, LAYERS, "abc")
+    left, unlink = iter(range(removed)), os.unlink
+
+    def killed(*args, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            journal.remove()
+    with open_journal([output], {"bits": 8}, resume=True) as journal:
+        assert [journal.has(block) for block in range(3)] == [n < 3 - removed for n in range(3)]
+
+
 def test_blocks_of_an_unknown_run_are_refused(tmp_path):
     output = tmp_path / "m.pt"
     journal = begin(output, bits=8)
