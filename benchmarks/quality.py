@@ -8,6 +8,7 @@ Other toolkits run in environments of their own: --gptqmodel PYTHON, --autoround
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import resource
@@ -307,6 +308,8 @@ def main(words: list[str] | None = None) -> int:
     args = parse(words)
     console = Console()
     try:
+        if args.chart is not None and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--chart needs matplotlib: pip install '.[report]' first")
         for result in measure(args.models, args.settings, args.methods, args):
             add(args.results, result)
             gaps = ", ".join(f"{text} {gap:.4f}" for text, gap in result.gaps.items())

@@ -1,5 +1,6 @@
 """The quality benchmark on a tiny model: results are added once, shown, and drawn."""
 
+import importlib.util
 import json
 
 import pytest
@@ -39,6 +40,14 @@ def test_peers_need_their_environment(capsys):
         quality.main(["--methods", "AutoRound, 50 steps"])
     assert stop.value.code == 2
     assert "needs --autoround PYTHON" in capsys.readouterr().err
+
+
+def test_a_chart_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert quality.main(["--chart", str(tmp_path / "gap.png")]) == 2
+    assert capsys.readouterr().err == (
+        "error: --chart needs matplotlib: pip install '.[report]' first\n"
+    )
 
 
 def test_a_peer_that_fails_is_named(tiny, capsys):
