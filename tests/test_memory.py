@@ -64,9 +64,9 @@ def growth(tiny: Path, folder: Path, text: Path, **options: object) -> int:
     it frees goes back to the system at once.
     tiny: a small model, to quantize beforehand.
     """
-    call = {"text": str(text), "config": QUICK, "device": "cpu", **options}
-    warm_up = {"nsamples": 2, "seqlen": 64, "max_memory": None, "save": tiny.with_suffix(".pt")}
-    calls = [call | {"folder": str(tiny)} | warm_up, call | {"folder": str(folder)}]
+    both = {"text": text, "config": QUICK, "device": "cpu"}
+    warm_up = {"folder": tiny, "save": f"{folder}-warm-up.pt", "nsamples": 2, "seqlen": 64}
+    calls = [both | warm_up, both | {"folder": folder, **options}]
     made = subprocess.run(
         [sys.executable, "-c", GROWTH, json.dumps(calls, default=str)],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
