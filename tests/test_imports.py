@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("quant_cuda",),
     ("gptq", "gptq.errors", "gptq.launch", "gptq.models"),
-    ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.tensors"),
+    ("gptq.config", "gptq.decode", "gptq.files", "gptq.machine", "gptq.records", "gptq.tensors"),
     ("gptq.arguments", "gptq.grid", "gptq.tensor_files", "gptq.gguf_reader", "gptq.calibration"),
     ("gptq.journal", "gptq.shelf", "gptq.torch_file", "gptq.refine", "gptq.sweep"),
     ("gptq.source", "gptq.solver", "gptq.eras"),
