@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
-from gptq.solver import column_order, inverse_factor, mend_dead
+from gptq.solver import column_order, inverse_factor, mean_live, mend_dead, mended, permuted
 
 # What choose_damp multiplies the damping by, and how many columns it judges by.
 DAMP_FACTORS = (1, 3, 10, 30, 100)
@@ -15,34 +15,38 @@ DAMP_COLUMNS = 96
 
 
 def choose_damp(H: Tensor, held: Tensor, config: QuantConfig) -> float:
-    """The damping under which a sweep's errors cost least on inputs that H has not seen.
+    """The damping under which a sweep's errors cost least on inputs it is not computed from.
 
-    H, held: (in, in), second moments of the inputs to solve for and of others. Tries `percdamp`
-    and DAMP_FACTORS times as much.
+    H: (in, in), sum of a layer's x x^T; held: (in, in), the part of it that judges. Tries
+    `percdamp` and DAMP_FACTORS times as much.
     With few tokens the small eigenvalues of H are too small, and a solve with little damping puts
     its errors there. The sweep leaves W - Q = e U, where e_j = r_j / U_jj and r_j is the rounding
     error of column j. If those are independent and alike, held-out inputs see an error of
     sum_j (U held U^T)_jj / U_jj^2, up to a factor; no weight has to be quantized to know it.
     """
-    H, dead = mend_dead(H)
-    order, _ = column_order(H.diagonal(), config)
-    H, held, dead = H[order][:, order].flip(0, 1), held[order][:, order].flip(0, 1), dead[order]
     n = len(H)
+    diagonal, dead = mended(H.diagonal() - held.diagonal())
+    order = column_order(diagonal, config)[0].flip(0)
+    fitted = permuted(H, order).sub_(permuted(held, order))
+    fitted.diagonal().copy_(diagonal[order])
+    place = torch.argsort(order)
     columns = torch.arange(n % max(1, n // DAMP_COLUMNS), n, max(1, n // DAMP_COLUMNS))
     columns = columns.to(H.device)
     unit = torch.zeros(n, len(columns), dtype=H.dtype, device=H.device)
     unit[columns, torch.arange(len(columns), device=H.device)] = 1
-    mean = H.diagonal()[~dead.flip(0)].mean() if not bool(dead.all()) else H.diagonal().mean()
+    mean = mean_live(diagonal, dead)
 
     def loss(percdamp: float) -> float:
-        damped = H.clone()
-        damped.diagonal().add_(percdamp * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
+        L = fitted.T.clone()  # in the layout that LAPACK factors in place
+        L.diagonal().add_(percdamp * mean)
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(L, out=(L, failed))
         if failed:
             return math.inf
         # Rows of L^-1, which is U with rows and columns reversed.
         rows = torch.linalg.solve_triangular(L.T, unit, upper=True)
         pivots = rows[columns, torch.arange(len(columns), device=H.device)]
+        rows = rows[place]  # held's are in the order that it came in
         found = float((((held @ rows) * rows).sum(0) / pivots**2).sum())
         return found if math.isfinite(found) else math.inf
 

@@ -276,8 +276,8 @@ def _solve(
             "is needed"
         )
     if seen.held is not None:
-        percdamp = choose_damp(H - seen.held, seen.held, config)
-        config = replace(config, percdamp=percdamp)
+        config = replace(config, percdamp=choose_damp(H, seen.held, config))
+        seen.held = None  # as large as H, and not needed again
     return team.by_rows(lambda rows: _solve_rows(weight, rows, seen, config), len(weight))
 
 

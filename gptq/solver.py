@@ -83,10 +83,9 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     H, dead = mend_dead(H)
     w[dead] = 0
     order, runs = column_order(H.diagonal(), config)
-    U, damp = inverse_factor(H[order][:, order], dead[order], config.percdamp)
+    U, damp = inverse_factor(H, dead, config.percdamp, order)
     # Grids are found under the damped H too: what damping guards against misleads them as well.
-    damped = H.clone()
-    damped.diagonal().add_(damp * _mean_diagonal(H, dead))
+    added = damp * mean_live(H.diagonal(), dead)
 
     natural = natural_groups(w.shape[0], config.group_size).to(order.device)
     in_runs = torch.repeat_interleave(torch.arange(len(runs), device=order.device), _lengths(runs))
@@ -94,15 +93,16 @@ def solve(W: Tensor, H: Tensor, config: QuantConfig) -> Solution:
     labels = in_runs if config.needs_g_idx else natural[order]
     static = None
     if config.static_groups:
-        grids = static_grids(w, damped, natural, config)
+        grids = static_grids(w, damped(H, added), natural, config)
         static = (torch.stack([g.scale for g in grids]), torch.stack([g.zero for g in grids]))
     sweep = sweep_for(w, config)
-    q, scales, zeros = sweep(w[order], damped[order][:, order], U, labels, runs, static, config)
+    q, scales, zeros = sweep(w[order], damped(H, added, order), U, labels, runs, static, config)
+    del U
 
     inverse = torch.argsort(order)
     q, g_idx = q[inverse], labels[inverse]
-    q, scales = _refined(w, damped, q, scales, zeros, g_idx, config)
-    q, scales = _swept_again(w, damped, q, scales, zeros, g_idx, config)
+    q, scales = _refined(w, H, added, q, scales, zeros, g_idx, config)
+    q, scales = _swept_again(w, H, added, q, scales, zeros, g_idx, config)
     return _finish(w, H, q, scales, zeros, g_idx, config, damp, dead)
 
 
@@ -168,17 +168,38 @@ def by_group(diagonal: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[int, 
     return columns, list(zip([0, *stops[:-1]], stops, strict=True)), visited.tolist()
 
 
-def inverse_factor(H: Tensor, dead: Tensor, percdamp: float) -> tuple[Tensor, float]:
+def permuted(H: Tensor, order: Tensor) -> Tensor:
+    """H (n, n) with its rows and columns in another order, n int64: one copy and no more, since of
+    a wide layer each is hundreds of megabytes."""
+    out = torch.empty_like(H)
+    for start in range(0, len(H), STRIP):
+        rows = H[order[start : start + STRIP]]
+        torch.index_select(rows, 1, order, out=out[start : start + STRIP])
+    return out
+
+
+def damped(H: Tensor, added: Tensor, order: Tensor | None = None) -> Tensor:
+    """A copy of H (n, n) with `added` on its diagonal, in another order if one is given."""
+    H = H.clone() if order is None else permuted(H, order)
+    H.diagonal().add_(added)
+    return H
+
+
+def inverse_factor(
+    H: Tensor, dead: Tensor, percdamp: float, order: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damp)^-1, and the damping used.
 
-    H: (in, in), symmetric; dead: bool (in,), columns left out of the mean diagonal.
+    H: (in, in), symmetric; dead: bool (in,), columns left out of the mean diagonal; order: int64
+        (in,), which of H's rows and columns each of U's belongs to, by default the same.
     Damping starts at percdamp times the mean diagonal. With P the reversal of rows and L the
     Cholesky factor of P H P, U is P L^-1 P: one factorization and one triangular inverse.
     """
-    mean = _mean_diagonal(H, dead)
+    reverse = torch.arange(len(H), device=H.device) if order is None else order
+    reverse = reverse.flip(0)
+    mean = mean_live(H.diagonal(), dead)
     while True:
-        # In place where it can be: of a wide layer each matrix is hundreds of megabytes.
-        L = H.flip(0, 1)
+        L = permuted(H, reverse).T  # the layout that LAPACK factors in place
         L.diagonal().add_(percdamp * mean)
         failed = torch.empty((), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(L, out=(L, failed))
@@ -223,7 +244,8 @@ def static_grids(
 
 def _refined(
     w: Tensor,
-    damped: Tensor,
+    H: Tensor,
+    added: Tensor,
     q: Tensor,
     scales: Tensor,
     zeros: Tensor,
@@ -233,17 +255,25 @@ def _refined(
     """q (in, out) and scales (groups, out) after the rounds of refinement that are asked for."""
     if config.refine == 0:
         return q, scales
-    order, runs, labels = by_group(damped.diagonal(), g_idx)
-    H = damped[order][:, order]
+    order, runs, labels = by_group(H.diagonal(), g_idx)
     q, scales = refine(
-        w[order], H, q[order], scales, zeros, runs, labels, config.bits, config.refine
+        w[order],
+        damped(H, added, order),
+        q[order],
+        scales,
+        zeros,
+        runs,
+        labels,
+        config.bits,
+        config.refine,
     )
     return q[torch.argsort(order)], scales
 
 
 def _swept_again(
     w: Tensor,
-    damped: Tensor,
+    H: Tensor,
+    added: Tensor,
     q: Tensor,
     scales: Tensor,
     zeros: Tensor,
@@ -257,20 +287,26 @@ def _swept_again(
     """
     if config.sweeps == 1:
         return q, scales
-    dead = torch.zeros_like(g_idx, dtype=torch.bool)
-    loss = _row_loss(dequantize(q, Grid(scales[g_idx], zeros[g_idx])).sub_(w), damped, dead)
+    none = torch.zeros_like(g_idx, dtype=torch.bool)
+
+    def loss_of(q: Tensor, scales: Tensor) -> Tensor:
+        error = dequantize(q, Grid(scales[g_idx], zeros[g_idx])).sub_(w)
+        return added * error.square().sum(0) + _row_loss(error, H, none)
+
+    loss = loss_of(q, scales)
     for turn in range(1, config.sweeps):
         turned = replace(config, order=SWEEP_ORDERS[turn % len(SWEEP_ORDERS)], static_groups=True)
-        order, runs = column_order(damped.diagonal(), turned)
-        H = damped[order][:, order]
-        U, _ = inverse_factor(H, dead, 0.0)
+        order, runs = column_order(H.diagonal(), turned)
+        in_order = damped(H, added, order)
+        U, _ = inverse_factor(in_order, none, 0.0)
         tried, _, _ = sweep_for(w, turned)(
-            w[order], H, U, g_idx[order], runs, (scales, zeros), turned
+            w[order], in_order, U, g_idx[order], runs, (scales, zeros), turned
         )
+        del U, in_order
         tried, found = _refined(
-            w, damped, tried[torch.argsort(order)], scales, zeros, g_idx, config
+            w, H, added, tried[torch.argsort(order)], scales, zeros, g_idx, config
         )
-        again = _row_loss(dequantize(tried, Grid(found[g_idx], zeros[g_idx])).sub_(w), damped, dead)
+        again = loss_of(tried, found)
         q, scales = torch.where(again < loss, tried, q), torch.where(again < loss, found, scales)
         loss = torch.minimum(loss, again)
     return q, scales
@@ -333,18 +369,25 @@ def _transposed(W: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
     """H with an ordinary diagonal for inputs that never fired, and which those are: bool (in,)."""
-    dead = H.diagonal() == 0
+    diagonal, dead = mended(H.diagonal())
     if not bool(dead.any()):
         return H, dead
     H = H.clone()
-    live = H.diagonal()[~dead]
-    H.diagonal()[dead] = live.mean() if live.numel() else H.new_ones(())
+    H.diagonal().copy_(diagonal)
     return H, dead
 
 
-def _mean_diagonal(H: Tensor, dead: Tensor) -> Tensor:
-    live = H.diagonal()[~dead]
-    return live.mean() if live.numel() else H.diagonal().mean()
+def mended(diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal of H (in,) with the mean of the others, or 1, for each zero, and where it had
+    one: bool (in,)."""
+    dead = diagonal == 0
+    ordinary = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    return torch.where(dead, ordinary, diagonal), dead
+
+
+def mean_live(diagonal: Tensor, dead: Tensor) -> Tensor:
+    """The mean of a mended diagonal (in,) over the inputs that fired, or over all of none."""
+    return (diagonal if bool(dead.all()) else diagonal[~dead]).mean()
 
 
 def _lengths(runs: list[tuple[int, int]]) -> Tensor:
