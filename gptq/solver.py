@@ -19,6 +19,8 @@ DAMP_STEP = 10.0
 SWEEP_ORDERS = ("gar", "act", "natural")
 # Rows of H whose product is taken at once, and up to what size a triangle is not cut further.
 STRIP = 256
+# Rows of W that are refined and measured at once.
+ROWS = 2048
 TRIANGLE = 192
 DAMP_LIMIT = 1e4
 
@@ -256,18 +258,21 @@ def _refined(
     if config.refine == 0:
         return q, scales
     order, runs, labels = by_group(H.diagonal(), g_idx)
-    q, scales = refine(
-        w[order],
-        damped(H, added, order),
-        q[order],
-        scales,
-        zeros,
-        runs,
-        labels,
-        config.bits,
-        config.refine,
-    )
-    return q[torch.argsort(order)], scales
+    H, q, scales = damped(H, added, order), q.clone(), scales.clone()
+    for rows in _strips(w.shape[1]):
+        found, scales[:, rows] = refine(
+            w[order, rows],
+            H,
+            q[order, rows],
+            scales[:, rows],
+            zeros[:, rows],
+            runs,
+            labels,
+            config.bits,
+            config.refine,
+        )
+        q[order, rows] = found
+    return q, scales
 
 
 def _swept_again(
@@ -327,23 +332,34 @@ def _finish(
 
     w, q: (in, out) in the original order.
     """
-    grid = Grid(scales[g_idx], zeros[g_idx])
-    rounded = quantize(w, grid, config.bits)
-    loss = _row_loss(dequantize(q, grid).sub_(w), H, dead)
-    rtn_loss = _row_loss(dequantize(rounded, grid).sub_(w), H, dead)
-    kept = rtn_loss < loss
-    q = torch.where(kept, rounded, q)
+    of_rows: dict[str, list[Tensor]] = {"loss": [], "rtn_loss": [], "energy": []}
+    stored = torch.empty_like(w.T, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    for rows in _strips(w.shape[1]):
+        of, grid = w[:, rows], Grid(scales[g_idx, rows], zeros[g_idx, rows])
+        rounded = quantize(of, grid, config.bits)
+        loss = _row_loss(dequantize(q[:, rows], grid).sub_(of), H, dead)
+        rtn_loss = _row_loss(dequantize(rounded, grid).sub_(of), H, dead)
+        of_rows["loss"].append(loss)
+        of_rows["rtn_loss"].append(rtn_loss)
+        of_rows["energy"].append(_row_loss(of.clone(), H, dead))
+        stored[rows] = torch.where(rtn_loss < loss, rounded, q[:, rows]).T.to(torch.uint8)
+    loss, rtn_loss, energy = (torch.cat(parts) for parts in of_rows.values())
     return Solution(
-        q=q.T.to(torch.uint8).contiguous(),
+        q=stored,
         scales=scales.to(torch.float16),
         zeros=zeros.to(torch.int32),
         g_idx=g_idx.to(torch.int32),
-        loss=torch.where(kept, rtn_loss, loss),
+        loss=torch.minimum(loss, rtn_loss),
         rtn_loss=rtn_loss,
-        energy=_row_loss(w.clone(), H, dead),
-        kept_rtn=kept,
+        energy=energy,
+        kept_rtn=rtn_loss < loss,
         damp=damp,
     )
+
+
+def _strips(rows: int) -> list[slice]:
+    """Rows of W to work on together where each step makes copies; none depends on another."""
+    return [slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
 
 
 def _row_loss(error: Tensor, H: Tensor | None, dead: Tensor) -> Tensor:
