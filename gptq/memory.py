@@ -12,9 +12,9 @@ from gptq.source import ModelSource
 GIB = 2**30
 # Python, torch, the packed layers and one batch on its way through a block.
 FIXED = GIB
-# float32 matrices that a group of layers takes: as wide and high as its inputs, the moments and
-# what a solve makes of them; and of the size of its weights, what the solve makes of those.
-MOMENTS, SQUARES, COPIES = 4, 6, 8
+# float32 matrices that a group of layers takes: as wide and high as its inputs, moments and what a
+# solve makes of them at one time; and of the size of its weights, what the solve makes of those.
+MOMENTS, SQUARES, COPIES = 2, 2, 8
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ def needs(source: ModelSource, config: QuantConfig, tokens: int, dtype: torch.dt
     held = sum(weight.numel() for weight in block.parameters()) * dtype.itemsize
     squares = 1 if config.method == "gptq" else 0
     least = most = widest = 0
-    for group in spec.groups:
+    for number, group in enumerate(spec.groups):
         rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
         new = rows * columns * dtype.itemsize
-        moments = 4 * squares * MOMENTS * columns**2
+        # What feedback takes: of a layer that writes to the hidden states, as large as its weight.
+        beside = (rows if number % 2 else columns) * columns if config.feeds_back else 0
+        moments = 4 * squares * (MOMENTS * columns**2 + beside)
         work = 4 * (squares * SQUARES * columns**2 + COPIES * rows * columns)
         least, most = max(least, new + moments), max(most, new + moments + work)
         widest = max(widest, columns)

@@ -289,6 +289,7 @@ def _solve_rows(weight: Tensor, rows: slice, seen: Moments, config: QuantConfig)
         missing = its.missing(weight)
         if missing is not None:
             weight = feed_back(weight, seen.H, missing, config.error_feedback, config.percdamp)
+        del missing
     return solve(weight, seen.H, config)
 
 
