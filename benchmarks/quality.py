@@ -260,7 +260,7 @@ def chart(results: list[Result], path: Path) -> None:
     models = list(dict.fromkeys(row.model for row in results))
     figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        for method in [*METHODS, *PEER_METHODS]:
+        for number, method in enumerate([*METHODS, *PEER_METHODS]):
             rows = [
                 row
                 for row in results
@@ -270,7 +270,9 @@ def chart(results: list[Result], path: Path) -> None:
                 (row.bits_per_weight, sum(row.gaps.values()) / len(row.gaps)) for row in rows
             )
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=method)
+                colour = pyplot.get_cmap("tab20")(number)
+                marker = "s" if method in PEER_METHODS else "o"
+                axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=method)
         axis.set(title=model, xlabel="bits a weight", ylabel="gap, nats a token", yscale="log")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend(fontsize=8)
