@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
-from gptq.solver import column_order, inverse_factor, mean_live, mend_dead, mended, permuted
+from gptq.factor import inverse_factor, mean_live, mend_dead, mended, permuted
+from gptq.solver import column_order
 
 # What choose_damp multiplies the damping by, and how many columns it judges by.
 DAMP_FACTORS = (1, 3, 10, 30, 100)

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
+from gptq.factor import damped, inverse_factor, mean_live, mend_dead
 from gptq.grid import Grid, dequantize, find_grid, quantize
 from gptq.refine import refine
 from gptq.sweep import sweep_for
 
-DAMP_STEP = 10.0
 # In what orders a layer is swept in turn, where it is swept several times.
 SWEEP_ORDERS = ("gar", "act", "natural")
-# Rows of H whose product is taken at once, and up to what size a triangle is not cut further.
+# Rows of H whose product is taken at once.
 STRIP = 256
 # Rows of W that are refined and measured at once.
 ROWS = 2048
-TRIANGLE = 192
-DAMP_LIMIT = 1e4
 
 
 @dataclass(frozen=True)
@@ -170,67 +168,6 @@ def by_group(diagonal: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[int, 
     return columns, list(zip([0, *stops[:-1]], stops, strict=True)), visited.tolist()
 
 
-def permuted(H: Tensor, order: Tensor) -> Tensor:
-    """H (n, n) with its rows and columns in another order, n int64: one copy and no more, since of
-    a wide layer each is hundreds of megabytes."""
-    out = torch.empty_like(H)
-    for start in range(0, len(H), STRIP):
-        rows = H[order[start : start + STRIP]]
-        torch.index_select(rows, 1, order, out=out[start : start + STRIP])
-    return out
-
-
-def damped(H: Tensor, added: Tensor, order: Tensor | None = None) -> Tensor:
-    """A copy of H (n, n) with `added` on its diagonal, in another order if one is given."""
-    H = H.clone() if order is None else permuted(H, order)
-    H.diagonal().add_(added)
-    return H
-
-
-def inverse_factor(
-    H: Tensor, dead: Tensor, percdamp: float, order: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """Upper triangular U with U^T U = (H + damp)^-1, and the damping used.
-
-    H: (in, in), symmetric; dead: bool (in,), columns left out of the mean diagonal; order: int64
-        (in,), which of H's rows and columns each of U's belongs to, by default the same.
-    Damping starts at percdamp times the mean diagonal. With P the reversal of rows and L the
-    Cholesky factor of P H P, U is P L^-1 P: one factorization and one triangular inverse.
-    """
-    reverse = torch.arange(len(H), device=H.device) if order is None else order
-    reverse = reverse.flip(0)
-    mean = mean_live(H.diagonal(), dead)
-    while True:
-        L = permuted(H, reverse).T  # the layout that LAPACK factors in place
-        L.diagonal().add_(percdamp * mean)
-        failed = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(L, out=(L, failed))
-        if not failed:
-            U = lower_inverse(L)
-            del L
-            U = U.flip(0, 1)
-            if bool(torch.isfinite(U).all()):
-                return U, percdamp
-        percdamp = max(percdamp, 1e-4) * DAMP_STEP
-        if percdamp > DAMP_LIMIT:
-            raise ValueError("H cannot be made positive definite; its inputs may have overflowed")
-
-
-def lower_inverse(L: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves: LAPACK's own is half as fast, and solves
-    for the zeros too."""
-    n = len(L)
-    if n <= TRIANGLE:
-        eye = torch.eye(n, dtype=L.dtype, device=L.device)
-        return torch.linalg.solve_triangular(L, eye, upper=False)
-    half = n // 2
-    first, second = lower_inverse(L[:half, :half]), lower_inverse(L[half:, half:])
-    inverse = torch.zeros_like(L)
-    inverse[:half, :half], inverse[half:, half:] = first, second
-    inverse[half:, :half] = -(second @ (L[half:, :half] @ first))
-    return inverse
-
-
 def static_grids(
     w: Tensor, H: Tensor | None, groups: Tensor, config: QuantConfig
 ) -> tuple[Grid, ...]:
@@ -293,6 +230,7 @@ def _swept_again(
     if config.sweeps == 1:
         return q, scales
     none = torch.zeros_like(g_idx, dtype=torch.bool)
+    share = float(added / mean_live(H.diagonal(), none))
 
     def loss_of(q: Tensor, scales: Tensor) -> Tensor:
         error = dequantize(q, Grid(scales[g_idx], zeros[g_idx])).sub_(w)
@@ -302,12 +240,11 @@ def _swept_again(
     for turn in range(1, config.sweeps):
         turned = replace(config, order=SWEEP_ORDERS[turn % len(SWEEP_ORDERS)], static_groups=True)
         order, runs = column_order(H.diagonal(), turned)
-        in_order = damped(H, added, order)
-        U, _ = inverse_factor(in_order, none, 0.0)
+        U, _ = inverse_factor(H, none, share, order)
         tried, _, _ = sweep_for(w, turned)(
-            w[order], in_order, U, g_idx[order], runs, (scales, zeros), turned
+            w[order], damped(H, added, order), U, g_idx[order], runs, (scales, zeros), turned
         )
-        del U, in_order
+        del U
         tried, found = _refined(
             w, H, added, tried[torch.argsort(order)], scales, zeros, g_idx, config
         )
@@ -381,29 +318,6 @@ def _row_loss(error: Tensor, H: Tensor | None, dead: Tensor) -> Tensor:
 def _transposed(W: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A copy of W (out, in) as (in, out), so that a column of W lies in one piece."""
     return W.detach().to(device, dtype).T.clone(memory_format=torch.contiguous_format)
-
-
-def mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
-    """H with an ordinary diagonal for inputs that never fired, and which those are: bool (in,)."""
-    diagonal, dead = mended(H.diagonal())
-    if not bool(dead.any()):
-        return H, dead
-    H = H.clone()
-    H.diagonal().copy_(diagonal)
-    return H, dead
-
-
-def mended(diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """The diagonal of H (in,) with the mean of the others, or 1, for each zero, and where it had
-    one: bool (in,)."""
-    dead = diagonal == 0
-    ordinary = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
-    return torch.where(dead, ordinary, diagonal), dead
-
-
-def mean_live(diagonal: Tensor, dead: Tensor) -> Tensor:
-    """The mean of a mended diagonal (in,) over the inputs that fired, or over all of none."""
-    return (diagonal if bool(dead.all()) else diagonal[~dead]).mean()
 
 
 def _lengths(runs: list[tuple[int, int]]) -> Tensor:

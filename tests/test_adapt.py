@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gptq.adapt import choose_damp, feed_back
+from gptq.adapt import DAMP_FACTORS, choose_damp, feed_back
 from gptq.config import QuantConfig
-from gptq.solver import solve
+from gptq.solver import column_order, solve
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -53,3 +53,30 @@ def test_damping_grows_where_tokens_are_few():
         return float((((W - solved) @ held) * (W - solved)).sum())
 
     assert error(damp) < 0.95 * error(config.percdamp)
+
+
+@pytest.mark.parametrize("order", ["gar", "act", "natural"])
+def test_damping_against_the_formula_written_out(order):
+    """sum over j of (U held U^T)_jj / U_jj^2, U^T U the inverse of what is fitted, damped."""
+    config, chosen = QuantConfig(group_size=8, order=order), set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        size = rng.gamma(0.7, 1.0, 40)
+        x = rng.standard_normal((60, 40)) @ (np.eye(40) + rng.standard_normal((40, 40)) / 5) * size
+        x[:, 5] = 0
+        fitted, held = (part.T @ part / 60 for part in (x[:45], x[45:]))
+        mean = np.delete(np.diag(fitted), 5).mean()
+        diagonal = np.where(np.arange(40) == 5, mean, np.diag(fitted))
+        places = column_order(torch.from_numpy(diagonal), config)[0].numpy()
+        fitted, held = fitted[np.ix_(places, places)], held[np.ix_(places, places)]
+        np.fill_diagonal(fitted, diagonal[places])
+
+        def loss(percdamp, fitted=fitted, held=held, mean=mean):
+            U = np.linalg.cholesky(np.linalg.inv(fitted + percdamp * mean * np.eye(40))).T
+            return (np.diag(U @ held @ U.T) / np.diag(U) ** 2).sum()
+
+        expected = min((factor * config.percdamp for factor in DAMP_FACTORS), key=loss)
+        moments = (torch.from_numpy(it) for it in (x.T @ x / 60, x[45:].T @ x[45:] / 60))
+        assert choose_damp(*moments, config) == expected
+        chosen.add(expected)
+    assert len(chosen) > 1
