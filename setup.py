@@ -32,14 +32,14 @@ AVX512 = [
     "-mprefer-vector-width=512",
 ]
 X86_FLAGS = {
-    "sweep_avx512.cpp": AVX512,
-    "sweep_avx2.cpp": AVX2,
+    "solver_avx512.cpp": AVX512,
+    "solver_avx2.cpp": AVX2,
     "product_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
     "product_avx512.cpp": AVX512,
     "product_avx2.cpp": AVX2,
 }
 PORTABLE = (
-    *("sweep_generic.cpp", "product_generic.cpp"),
+    *("solver_generic.cpp", "product_generic.cpp"),
     *("tiles.cpp", "reader.cpp", "parallel.cpp", "dispatch.cpp"),
 )
 
@@ -54,7 +54,9 @@ CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 def sources() -> dict[str, list[str]]:
     """File names of what this machine's processor can run, with the flags of each."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    return {**(X86_FLAGS if x86 else {}), **{name: [] for name in PORTABLE}}
+    # Of an inline function that several files hold the linker keeps the first, which has to be one
+    # that runs on every processor.
+    return {**{name: [] for name in PORTABLE}, **(X86_FLAGS if x86 else {})}
 
 
 class BuildNative(build_ext):

@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, object]] = {
     "plain GPTQ": PLAIN,
     "act-order": {**PLAIN, "order": "act", "static_groups": True},
     "group-aware order": {**PLAIN, "order": "gar"},
-    "+ Hessian-aware grids": {"adaptive_damp": False, "error_feedback": 0.0, "refine": 0},
+    "+ Hessian-aware grids": {**QUALITIES["fast"]},
     "+ damping by held-out loss": {"error_feedback": 0.0, "refine": 0},
     "+ input feedback": {"residual_feedback": False, "refine": 0},
     "+ residual feedback": {"refine": 0},

@@ -33,9 +33,10 @@ from benchmarks.assets import DEFAULT_CACHE
 from benchmarks.limits import PLAIN, Rates, measured_rates, operations
 from benchmarks.quality import PEERS, Subject, log_perplexities, subject, windows_of
 from gptq import QuantConfig, api
+from gptq.config import QUALITIES
 from gptq.errors import UserError
 
-SETTINGS: dict[str, dict[str, Any]] = {"plain": PLAIN, "default": {}}
+SETTINGS: dict[str, dict[str, Any]] = {"plain": PLAIN, "fast": QUALITIES["fast"], "default": {}}
 PEER = "GPTQModel"
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
 GRID: dict[str, Any] = {"bits": 4, "group_size": 64}

@@ -155,7 +155,11 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="rounds of refinement after a layer is solved (default: 3)",
     )
-    add("--quality", choices=QUALITIES, help="best: a closer model in a few times the time")
+    add(
+        "--quality",
+        choices=QUALITIES,
+        help="best: a closer model in a few times the time; fast: less than half the time",
+    )
     add("--scale-search", choices=SCALE_SEARCHES, help="how scales are found (default: hessian)")
     add(
         "--embedding-bits",

@@ -1,6 +1,7 @@
 """What a quantization run is asked to do: one frozen record, checked once."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from gptq.errors import UserError
 
@@ -10,7 +11,11 @@ SCALE_SEARCHES = ("hessian", "mse", "minmax")
 METHODS = ("gptq", "rtn")
 EMBEDDING_BITS = (4, 8, 16)
 # What `--quality` stands for: closer models for more time, from the same calibration text.
-QUALITIES: dict[str, dict[str, int]] = {"default": {}, "best": {"sweeps": 7}}
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"error_feedback": 0.0, "adaptive_damp": False, "refine": 0},
+    "default": {},
+    "best": {"sweeps": 7},
+}
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,12 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make names that were given in a folder durable. Raises UserError where the system refuses."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise unwritable(folder, error) from error

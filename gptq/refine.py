@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptq.grid import to_stored
+from quant_cuda import native
 
 # Columns of a group whose changes reach the rest of the group by one product.
 PIECE = 128
@@ -33,9 +34,28 @@ def refine(
         zeros: (groups, out) in w's dtype, scales exactly float16 numbers of either sign.
     runs: (start, stop) of each group in the order they are visited; labels: each run's group.
     Returns q and scales anew, in the types given. Zero points stay, and the signs of scales.
+    In compiled code where it was built, for float32 on a CPU; else in torch.
     """
     if rounds == 0 or not runs:
         return q, scales
+    if w.dtype == torch.float32 and w.device.type == "cpu" and native.instruction_sets():
+        found, scales = native.refine(w, H, q, scales, zeros, runs, labels, bits, rounds)
+        return found.to(q.dtype), scales
+    return torch_refine(w, H, q, scales, zeros, runs, labels, bits, rounds)
+
+
+def torch_refine(
+    w: Tensor,
+    H: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    runs: list[tuple[int, int]],
+    labels: list[int],
+    bits: int,
+    rounds: int,
+) -> tuple[Tensor, Tensor]:
+    """`refine` on any device and in any floating type."""
     scales = scales.clone()
     group = torch.empty(len(w), dtype=torch.long, device=w.device)
     for (start, stop), label in zip(runs, labels, strict=True):

@@ -9,27 +9,29 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
-_POINTERS = ("w", "H", "Ut", "labels", "run_end", "blocks", "factors", "scales", "zeros", "q")
-_NUMBERS = (
-    "inputs",
-    "outputs",
-    "groups",
-    "block_count",
-    "factor_count",
-    "bits",
-    "sym",
-    "is_static",
-    "threads",
-)
+
+def _fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_int32) for name in numbers.split()),
+    ]
 
 
 class _SweepArgs(ctypes.Structure):
-    """The record of csrc/cpu/sweep_args.h."""
+    """The record of csrc/cpu/solver_args.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int32) for name in _NUMBERS),
-    ]
+    _fields_ = _fields(
+        "w H Ut labels run_end blocks factors scales zeros q",
+        "inputs outputs groups block_count factor_count bits sym is_static threads",
+    )
+
+
+class _RefineArgs(ctypes.Structure):
+    """The record of csrc/cpu/solver_args.h."""
+
+    _fields_ = _fields(
+        "w H ends labels scales zeros q", "inputs outputs groups bits rounds threads"
+    )
 
 
 @functools.cache
@@ -40,7 +42,9 @@ def library() -> ctypes.CDLL | None:
     found = ctypes.CDLL(str(LIBRARY))
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     found.quant_cuda_instruction_set.restype = ctypes.c_char_p
-    found.quant_cuda_sweep.argtypes = (pointer, ctypes.c_char_p)
+    for solver in (found.quant_cuda_sweep, found.quant_cuda_refine):
+        solver.restype = None
+        solver.argtypes = (number, pointer)
     found.quant_cuda_product.restype = None
     found.quant_cuda_product.argtypes = (
         *(number, pointer, pointer, pointer, pointer, pointer),
@@ -103,10 +107,6 @@ def sweep(
     Returns q uint8 (in, out), scales and zeros float32 (groups, out).
     Raises ValueError for an instruction set that does not run here.
     """
-    found = library()
-    chosen = instruction_set or next(iter(instruction_sets()), None)
-    if found is None or chosen not in instruction_sets():
-        raise ValueError(f"instruction set {chosen!r} does not run here: {instruction_sets()}")
     inputs, outputs = w.shape
     groups = int(labels.max()) + 1
     run_end = torch.zeros(inputs, dtype=torch.int32)
@@ -137,10 +137,66 @@ def sweep(
         "is_static": int(static is not None),
         "threads": torch.get_num_threads(),
     }
-    pointers = {name: tensors[name].data_ptr() for name in _POINTERS}
-    arguments = _SweepArgs(**pointers, **numbers)
-    found.quant_cuda_sweep(ctypes.byref(arguments), chosen.encode())
+    _call("quant_cuda_sweep", _SweepArgs, tensors, numbers, instruction_set)
     return tensors["q"], scales, zeros
+
+
+def refine(
+    w: Tensor,
+    H: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    runs: list[tuple[int, int]],
+    labels: list[int],
+    bits: int,
+    rounds: int,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The refinement of gptq/refine.py in one call, on torch's number of threads.
+
+    w: float32 (in, out), columns of W group by group; H: float32 (in, in), positive definite, in
+    the same order; q: whole numbers (in, out); scales, zeros: float32 (groups, out).
+    runs: (start, stop) of each group, one after another; labels: each run's row in scales.
+    Returns q uint8 (in, out) and scales float32 (groups, out), both new.
+    Raises ValueError for an instruction set that does not run here.
+    """
+    inputs, outputs = w.shape
+    tensors = {
+        "w": w.contiguous(),
+        "H": H.contiguous(),
+        "ends": torch.tensor([0, *(stop for _, stop in runs)], dtype=torch.int32),
+        "labels": torch.tensor(labels, dtype=torch.int32),
+        "scales": scales.clone(memory_format=torch.contiguous_format),
+        "zeros": zeros.contiguous(),
+        "q": q.to(torch.uint8, copy=True, memory_format=torch.contiguous_format),
+    }
+    numbers = {
+        "inputs": inputs,
+        "outputs": outputs,
+        "groups": len(runs),
+        "bits": bits,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+    }
+    _call("quant_cuda_refine", _RefineArgs, tensors, numbers, instruction_set)
+    return tensors["q"], tensors["scales"]
+
+
+def _call(
+    function: str,
+    record: type[ctypes.Structure],
+    tensors: dict[str, Tensor],
+    numbers: dict[str, int],
+    instruction_set: str | None,
+) -> None:
+    found = library()
+    chosen = instruction_set or next(iter(instruction_sets()), None)
+    if found is None or chosen not in instruction_sets():
+        raise ValueError(f"instruction set {chosen!r} does not run here: {instruction_sets()}")
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    arguments = record(**pointers, **numbers)
+    getattr(found, function)(compiled().index(chosen), ctypes.byref(arguments))
 
 
 def read(data: Tensor) -> int:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -66,7 +67,12 @@ def serve() -> None:
                 continue
             pid = os.fork()
             if pid == 0:
-                os._exit(child(task, log))
+                try:
+                    os._exit(child(task, log))
+                except BaseException:
+                    with open(log, "a") as file:
+                        traceback.print_exc(file=file)
+                    os._exit(1)  # what is to be cleaned up is the parent's
             if "seconds" in task:
                 time.sleep(task["seconds"])
                 os.kill(pid, task["signal"])

@@ -373,6 +373,8 @@ sys.path.insert(0, "tests")
 import quant_cuda, random
 from test_matmul import packed, activations, assert_as_good_as_naive
 from quant_cuda import cpu
+from gptq.config import ORDERS, QuantConfig
+from gptq.solver import solve
 random.seed(int(sys.argv[2]))
 torch.set_num_threads(2)
 for trial in range(60):
@@ -390,6 +392,20 @@ for trial in range(60):
         x = activations(random.randint(1, 80), inputs, dtype=dtype)
         assert_as_good_as_naive(quant_cuda.matmul(x, prepared, name), x, matrix)
         quant_cuda.matmul(x, prepared, name, int8=True, bias=torch.ones(shape[1]))
+built = native.instruction_sets()
+for trial in range(40):
+    inputs, outputs = random.randint(1, 300), random.randint(1, 90)
+    x = torch.randn(400, inputs)
+    config = QuantConfig(
+        bits=random.choice((2, 3, 4, 8)),
+        group_size=random.choice((-1, 8, 50, 128, 150)),
+        sym=random.random() < 0.5,
+        order=random.choice(ORDERS),
+        static_groups=random.random() < 0.5,
+    )
+    for name in built:
+        native.instruction_sets = lambda: (name,)
+        assert solve(torch.randn(outputs, inputs), x.T @ x / 400, config).loss.isfinite().all()
 print("clean")
 """
 

@@ -8,8 +8,9 @@ import torch
 
 from gptq.config import QuantConfig
 from gptq.grid import find_grid, quantize
-from gptq.refine import PIECE, refine
+from gptq.refine import PIECE, refine, torch_refine
 from gptq.solver import solve
+from quant_cuda import native
 
 
 def problem(inputs: int, outputs: int, size: int, bits: int, sym: bool, seed: int = 0):
@@ -99,6 +100,48 @@ def test_every_round_lowers_the_objective(size, dtype):
     for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + slack)).all()
     assert losses[-1].sum() < 0.9 * losses[0].sum()
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (20, 3, 8), (150, 40, 150), (1100, 33, 64)])
+def test_compiled_code_takes_the_same_steps(instruction_set, bits, sym, shape):
+    """Up to ties, that float32 may decide otherwise than float64."""
+    w, H, q, scales, zeros, runs, labels = problem(*shape, bits, sym)
+    runs = runs[1:] + runs[:1]  # the short one is not last
+    columns = torch.cat([torch.arange(*run) for run in runs])
+    stops = list(itertools.accumulate(stop - start for start, stop in runs))
+    runs, labels = list(zip([0, *stops[:-1]], stops, strict=True)), labels[1:] + labels[:1]
+    w, H, q = w[columns], H[columns][:, columns], q[columns]
+    scales[:, ::3] *= -1  # refinement keeps signs
+    given = (scales, zeros, runs, labels, bits, 3)
+    expected_q, expected_scales = torch_refine(w, H, q, *given)
+    narrow = [part.float() for part in (w, H, q, scales, zeros)]
+    kept = [part.clone() for part in narrow]
+    found_q, found_scales = native.refine(*narrow, *given[2:], instruction_set)
+    assert all(map(torch.equal, narrow, kept)), "nothing given is changed"
+    assert found_q.dtype == torch.uint8
+    assert (found_q == expected_q).double().mean() > 0.999
+    assert (found_scales == expected_scales).double().mean() > 0.99
+    found = errors(w, found_q.double(), found_scales.double(), zeros, runs, labels)
+    expected = errors(w, expected_q, expected_scales, zeros, runs, labels)
+    np.testing.assert_allclose(loss(H, found), loss(H, expected), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="needs the compiled code")
+def test_threads_share_the_work_and_not_the_result():
+    w, H, q, scales, zeros, runs, labels = problem(100, 130, 32, 4, False)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            narrow = [part.float() for part in (w, H, q, scales, zeros)]
+            results.append(refine(*narrow, runs, labels, 4, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("sym", [False, True])

@@ -1,18 +1,21 @@
 // C entry points: the best instruction set that this processor and its system have.
 
-#include <cstring>
+#include <cstdint>
 
 #include "product_args.h"
-#include "sweep_args.h"
+#include "solver_args.h"
 
 #if defined(__x86_64__)
 void sweep_avx512(const SweepArgs&);
 void sweep_avx2(const SweepArgs&);
+void refine_avx512(const RefineArgs&);
+void refine_avx2(const RefineArgs&);
 void product_avx512vnni(const ProductArgs&);
 void product_avx512(const ProductArgs&);
 void product_avx2(const ProductArgs&);
 #endif
 void sweep_generic(const SweepArgs&);
+void refine_generic(const RefineArgs&);
 void product_generic(const ProductArgs&);
 
 namespace {
@@ -20,6 +23,7 @@ namespace {
 struct Choice {
   const char* name;
   void (*sweep)(const SweepArgs&);
+  void (*refine)(const RefineArgs&);
   void (*product)(const ProductArgs&);
   bool (*runs_here)();
 };
@@ -33,13 +37,13 @@ bool has_avx512() {
 
 const Choice choices[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", sweep_avx512, product_avx512vnni,
+    {"avx512vnni", sweep_avx512, refine_avx512, product_avx512vnni,
      [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
-    {"avx512", sweep_avx512, product_avx512, has_avx512},
-    {"avx2", sweep_avx2, product_avx2,
+    {"avx512", sweep_avx512, refine_avx512, product_avx512, has_avx512},
+    {"avx2", sweep_avx2, refine_avx2, product_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"generic", sweep_generic, product_generic, [] { return true; }},
+    {"generic", sweep_generic, refine_generic, product_generic, [] { return true; }},
 };
 constexpr int COUNT = sizeof choices / sizeof choices[0];
 
@@ -58,17 +62,11 @@ int quant_cuda_runs_here(int index) {
   return index >= 0 && index < COUNT && choices[index].runs_here();
 }
 
-// 0, or 1 where no such instruction set runs here.
-int quant_cuda_sweep(const SweepArgs* args, const char* instruction_set) {
-  for (const Choice& choice : choices)
-    if (std::strcmp(choice.name, instruction_set) == 0 && choice.runs_here()) {
-      choice.sweep(*args);
-      return 0;
-    }
-  return 1;
-}
+// solver_args.h, product_args.h and tiles.h say what the arguments are; `index` is one that runs here.
+void quant_cuda_sweep(int index, const SweepArgs* args) { choices[index].sweep(*args); }
 
-// product_args.h and tiles.h say what the arguments are; `index` is one that runs here.
+void quant_cuda_refine(int index, const RefineArgs* args) { choices[index].refine(*args); }
+
 void quant_cuda_product(int index, const void* x, const uint8_t* data, const int32_t* plan,
                         const float* bias, void* y, int64_t rows, int kind, int digits,
                         int threads) {

@@ -1,0 +1,3 @@
+#define NAMED(what) what##_avx512
+#include "refine.h"
+#include "sweep.h"

@@ -1,0 +1,3 @@
+#define NAMED(what) what##_generic
+#include "refine.h"
+#include "sweep.h"

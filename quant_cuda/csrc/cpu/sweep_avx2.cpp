@@ -1,2 +1,0 @@
-#define SWEEP_NAME sweep_avx2
-#include "sweep.h"

@@ -1,2 +1,0 @@
-#define SWEEP_NAME sweep_generic
-#include "sweep.h"
