@@ -159,6 +159,13 @@ def test_flags_become_settings(here, run, llama_dir, text_file):
     assert said["meta"]["dataset"] == "words.txt"
 
 
+def test_fast_leaves_out_what_takes_time(here, run, llama_dir, text_file):
+    run(llama_dir, text_file, *QUANTIZE, "--quality", "fast", "--save-dir", "d")
+    said = json.loads((here / "d" / "quantize_config.json").read_text())["meta"]
+    assert (said["error_feedback"], said["adaptive_damp"], said["refine"]) == (0.0, False, 0)
+    assert said["scale_search"] == "hessian"
+
+
 @torch.no_grad()
 def direct_perplexity(model, windows):
     losses = [
