@@ -99,8 +99,8 @@ def _of_group(group: Group, quantization: QuantConfig, tokens: int) -> Iterator[
         size = n if quantization.group_size == -1 else min(n, quantization.group_size)
         yield "sweep", tries * m * n * size
     if quantization.refine:
-        # The errors' gradient, and in each round what the changes make of it.
-        yield "refinement", 2 * (quantization.refine + 1) * m * n**2
+        # In each round the errors' gradient, group by group.
+        yield "refinement", 2 * quantization.refine * m * n**2
     if quantization.adapts_damp:
         yield "damping", len(DAMP_FACTORS) * n**3 / 3
     if quantization.feeds_back:
