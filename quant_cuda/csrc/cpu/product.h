@@ -2,10 +2,12 @@
 //
 // Each product_*.cpp includes this file once with its own instruction set and PRODUCT_NAME.
 //
-// With VNNI, activations become fixed-point numbers of 1, 2 or 3 signed bytes, scaled to the
-// largest of their run, and products are exact integers: four inputs of 16 outputs an instruction
-// and byte. Three bytes keep the 24 bits of a float32, two more than bfloat16 and float16 have.
-// Without it, integers become floats as they are read, and products are those of float32.
+// Where a processor multiplies bytes, activations become fixed-point numbers of 1, 2 or 3 signed
+// bytes, scaled to the largest of their run, and products are exact integers: four inputs of an
+// output to each 32-bit word of a vector. VNNI does so in one instruction; AVX2 and AVX-512 without it
+// take two, and one more a unit. Three bytes keep the 24 bits of a float32, two more than bfloat16
+// and float16 have.
+// In generic code integers become floats as they are read, and products are those of float32.
 // Either way a run's sum is scaled once and added up in float32.
 
 #include <algorithm>
@@ -14,7 +16,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -190,61 +192,148 @@ void lay_out(const ProductArgs& args, const Plan& plan, size_t from, int row, bo
   }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 
 constexpr bool FIXED = true;
-constexpr int MOST_ROWS[] = {0, 8, 4, 4};  // by number of digits, as registers allow
+constexpr int PARTS = TILE / LANES;
 
-// Adds ROWS rows of one run to y (rows, TILE); entry: of the first row in scale and sums.
+// How many rows are multiplied at once: their sums have to stay in registers.
+constexpr int most_rows(int bits, int digits) {
+#if defined(__AVX512VNNI__)
+  return digits == 1 ? 8 : 4;
+#else
+  return (digits == 1 ? 8 : 4) / (bits == 8 ? 2 : 1);
+#endif
+}
+
+inline veci every_word(const int8_t* four) {
+  int32_t word;
+  std::memcpy(&word, four, 4);
+  return word - veci{};
+}
+
+// Adds ROWS rows' sums over a run to y (rows, TILE), less their zero points; entry: of the first row
+// in scale and sums.
+template <int DIGITS, int ROWS>
+inline void add_sums(const veci (&sum)[ROWS][DIGITS][PARTS], const Head& head, const Activations& x,
+                     size_t entry, float* y) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PARTS; ++p) {
+      const auto at = [p](const float* row) { return reinterpret_cast<const vecf*>(row)[p]; };
+      const float* sums = x.sums.data() + (entry + r) * DIGITS;
+      // Integers below 2**24, so that the difference of each digit is exact.
+      vecf value = {};
+      for (int d = DIGITS - 1; d >= 0; --d)
+        value = value * 256 + (__builtin_convertvector(sum[r][d][p], vecf) - at(head.zero) * sums[d]);
+      reinterpret_cast<vecf*>(y + r * TILE)[p] += value * (at(head.scale) * x.scale[entry + r]);
+    }
+}
+
+#if defined(__AVX512VNNI__)
+
+// Adds the products of a unit to sum; digits: of the first row's inputs, rows and digits `length` apart.
+template <int BITS, int DIGITS, int ROWS>
+inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
+                     veci (&sum)[ROWS][DIGITS][PARTS]) {
+  _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
+    vecu w[PARTS];
+    _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
+      w[p] = four_inputs<BITS>(words + p * LANES, step);
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+      _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
+        const veci xs = every_word(digits + (r * DIGITS + d) * length + 4 * step);
+        _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
+          sum[r][d][p] = reinterpret_cast<veci>(
+              _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum[r][d][p]),
+                                  reinterpret_cast<__m512i>(w[p]), reinterpret_cast<__m512i>(xs)));
+      }
+  }
+}
+
+#else
+
+typedef int16_t vecs __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+// Sums of two neighbours, those of unsigned times signed bytes, or of 16-bit numbers.
+inline vecs pairs(vecu w, veci xs) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vecs>(
+      _mm512_maddubs_epi16(reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(xs)));
+#else
+  return reinterpret_cast<vecs>(
+      _mm256_maddubs_epi16(reinterpret_cast<__m256i>(w), reinterpret_cast<__m256i>(xs)));
+#endif
+}
+
+inline veci pairs(vecs a, int16_t factor) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<veci>(
+      _mm512_madd_epi16(reinterpret_cast<__m512i>(a), _mm512_set1_epi16(factor)));
+#else
+  return reinterpret_cast<veci>(
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(a), _mm256_set1_epi16(factor)));
+#endif
+}
+
+// Adds the products of a unit to sum; digits: of the first row's inputs, rows and digits `length` apart.
+// Two products of a weight of 4 bits and a digit are at most 3840 in magnitude, so that those of a
+// unit's 8 steps fit 16 bits. Weights of 8 bits go in halves.
+template <int BITS, int DIGITS, int ROWS>
+inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
+                     veci (&sum)[ROWS][DIGITS][PARTS]) {
+  constexpr int HALVES = BITS == 8 ? 2 : 1;
+  constexpr int ROOM = LANES == 16 ? 24 : 12;  // registers for sums
+  constexpr int ASIDE = 2 * ROWS * DIGITS * HALVES <= ROOM ? 2 : 1;  // parts
+  _Pragma("GCC unroll 1") for (int first = 0; first < PARTS; first += ASIDE) {
+    vecs part[ROWS][DIGITS][ASIDE][HALVES] = {};
+    _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
+      vecu w[ASIDE][HALVES];
+      _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
+        w[p][0] = four_inputs<BITS>(words + (first + p) * LANES, step);
+        if constexpr (HALVES == 2) {
+          w[p][1] = (w[p][0] >> 4) & 0x0f0f0f0fu;
+          w[p][0] &= 0x0f0f0f0fu;
+        }
+      }
+      _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+        _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
+          const veci xs = every_word(digits + (r * DIGITS + d) * length + 4 * step);
+          _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p)
+            _Pragma("GCC unroll 2") for (int h = 0; h < HALVES; ++h)
+              part[r][d][p][h] += pairs(w[p][h], xs);
+        }
+    }
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+      _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d)
+        _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
+          veci& to = sum[r][d][first + p];
+          to += pairs(part[r][d][p][0], 1);
+          if constexpr (HALVES == 2) to += pairs(part[r][d][p][1], 16);
+        }
+  }
+}
+
+#endif
+
 template <int BITS, int DIGITS, int ROWS>
 void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
              const Activations& x, int first_row, float* y) {
-  constexpr int PARTS = TILE / LANES;
   const int units = plan.start[run + 1] - plan.start[run], length = units * UNIT;
   const int8_t* digits = x.digits.data() +
                          (static_cast<size_t>(UNIT) * plan.start[run] * x.rows +
                           static_cast<size_t>(first_row) * length) * DIGITS;
-  __m512i sum[ROWS][DIGITS][PARTS] = {};
+  veci sum[ROWS][DIGITS][PARTS] = {};
   for (int unit = 0; unit < units; ++unit, words += TILE * BITS, digits += UNIT) {
     fetch_ahead<BITS>(words);
-    _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
-      __m512i w[PARTS];
-      _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
-        w[p] = reinterpret_cast<__m512i>(four_inputs<BITS>(words + p * LANES, step));
-      _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-        _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
-          int32_t four;
-          std::memcpy(&four, digits + (r * DIGITS + d) * length + 4 * step, 4);
-          const __m512i xs = _mm512_set1_epi32(four);
-          _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
-            sum[r][d][p] = _mm512_dpbusd_epi32(sum[r][d][p], w[p], xs);
-        }
-    }
+    add_unit<BITS, DIGITS, ROWS>(words, digits, length, sum);
   }
-  const size_t entry = static_cast<size_t>(run) * x.rows + first_row;
-  _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-    _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p) {
-      const __m512 zero = _mm512_loadu_ps(head.zero + p * LANES);
-      const __m512 scale = _mm512_loadu_ps(head.scale + p * LANES);
-      const float* sums = x.sums.data() + (entry + r) * DIGITS;
-      // Integers below 2**24, so that the difference of each digit is exact.
-      __m512 value = _mm512_setzero_ps();
-      _Pragma("GCC unroll 3") for (int d = DIGITS - 1; d >= 0; --d) {
-        const auto q = reinterpret_cast<__m512>(
-            __builtin_convertvector(reinterpret_cast<veci>(sum[r][d][p]), vecf));
-        const __m512 digit = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[d]), q);
-        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), digit);
-      }
-      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[entry + r]));
-      float* at = y + r * TILE + p * LANES;
-      _mm512_storeu_ps(at, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(at)));
-    }
+  add_sums<DIGITS, ROWS>(sum, head, x, static_cast<size_t>(run) * x.rows + first_row, y);
 }
 
 #else
 
 constexpr bool FIXED = false;
-constexpr int MOST_ROWS[] = {0, 4, 4, 4};
+constexpr int most_rows(int, int) { return 4; }
 
 template <int BITS, int, int ROWS>
 void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
@@ -294,8 +383,9 @@ using AddRun = void (*)(const Plan&, int, const uint32_t*, const Head&, const Ac
 // By number of rows: 1, 2, 4, 8.
 template <int BITS, int DIGITS>
 AddRun rows_of(int rows) {
-  if (rows >= 8 && MOST_ROWS[DIGITS] >= 8) return add_run<BITS, DIGITS, 8>;
-  if (rows >= 4) return add_run<BITS, DIGITS, 4>;
+  constexpr int MOST = most_rows(BITS, DIGITS);
+  if (MOST >= 8 && rows >= 8) return add_run<BITS, DIGITS, MOST >= 8 ? 8 : 1>;
+  if (MOST >= 4 && rows >= 4) return add_run<BITS, DIGITS, MOST >= 4 ? 4 : 1>;
   return rows >= 2 ? add_run<BITS, DIGITS, 2> : add_run<BITS, DIGITS, 1>;
 }
 
@@ -321,7 +411,7 @@ void multiply_tile(const ProductArgs& args, const Plan& plan, const Activations&
   std::fill(y, y + x.rows * TILE, 0.0f);
   const uint8_t* data = args.data + plan.tile_bytes() * tile;
   const uint8_t* words = data + plan.words_at();
-  const int most = MOST_ROWS[FIXED ? args.digits : 3];
+  const int most = most_rows(plan.bits, args.digits);
   const AddRun add[] = {kernel_of(plan.bits, args.digits, 1), kernel_of(plan.bits, args.digits, 2),
                         kernel_of(plan.bits, args.digits, 4), kernel_of(plan.bits, args.digits, 8)};
   for (int run = 0; run < plan.runs; ++run) {
