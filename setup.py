@@ -31,12 +31,14 @@ AVX512 = [
     *(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
     "-mprefer-vector-width=512",
 ]
+# GCC otherwise moves all products of a loop's body before all sums, which do not fit the registers.
+IN_ORDER = ["-fno-tree-ter"]
 X86_FLAGS = {
     "solver_avx512.cpp": AVX512,
     "solver_avx2.cpp": AVX2,
     "product_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
-    "product_avx512.cpp": AVX512,
-    "product_avx2.cpp": AVX2,
+    "product_avx512.cpp": [*AVX512, *IN_ORDER],
+    "product_avx2.cpp": [*AVX2, *IN_ORDER],
 }
 PORTABLE = (
     *("solver_generic.cpp", "product_generic.cpp"),

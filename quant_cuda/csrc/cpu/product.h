@@ -37,7 +37,9 @@ constexpr int MAX_LENGTH = MAX_RUN * UNIT;
 constexpr int MAX_ROWS = 64;             // of x that are laid out at once
 constexpr size_t ROWS_BYTES = 512 << 10; // which should stay in a core's own cache
 constexpr size_t WORTH_A_THREAD = 1 << 16;
-constexpr int AHEAD = 1024 / 4;          // words; what will be read soon is asked for now
+// Words; what will be read soon is asked for now, farther ahead where a run is gone through more
+// than once.
+constexpr int AHEAD = 1024 / 4, FAR_AHEAD = 6144 / 4;
 
 typedef float vecf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -54,10 +56,10 @@ inline vecu four_inputs(const uint32_t* unit, int step) {
   return low | ((row(2) >> step) & 0x01010101u) << 2;
 }
 
-// Asks for the unit that lies AHEAD of this one; it may be the next tile's, or past the end.
+// Asks for a unit that will be read soon; it may be the next tile's, or past the end.
 template <int BITS>
-inline void fetch_ahead(const uint32_t* unit) {
-  for (int i = 0; i < 2 * BITS; ++i) __builtin_prefetch(unit + AHEAD + 16 * i);
+inline void fetch(const uint32_t* unit) {
+  for (int i = 0; i < 2 * BITS; ++i) __builtin_prefetch(unit + 16 * i);
 }
 
 // Scales and zero points of a tile's group.
@@ -212,29 +214,32 @@ inline veci every_word(const int8_t* four) {
   return word - veci{};
 }
 
-// Adds ROWS rows' sums over a run to y (rows, TILE), less their zero points; entry: of the first row
-// in scale and sums.
-template <int DIGITS, int ROWS>
-inline void add_sums(const veci (&sum)[ROWS][DIGITS][PARTS], const Head& head, const Activations& x,
-                     size_t entry, float* y) {
+// Adds ROWS rows' sums over a run to y (rows, TILE), less their zero points; first: of the ASIDE parts
+// that they are of; entry: of the first row in scale and sums.
+template <int DIGITS, int ROWS, int ASIDE>
+inline void add_sums(const veci (&sum)[ROWS][DIGITS][ASIDE], int first, const Head& head,
+                     const Activations& x, size_t entry, float* y) {
   for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PARTS; ++p) {
-      const auto at = [p](const float* row) { return reinterpret_cast<const vecf*>(row)[p]; };
+    for (int p = 0; p < ASIDE; ++p) {
+      const int part = first + p;
+      const auto at = [part](const float* row) { return reinterpret_cast<const vecf*>(row)[part]; };
       const float* sums = x.sums.data() + (entry + r) * DIGITS;
       // Integers below 2**24, so that the difference of each digit is exact.
       vecf value = {};
       for (int d = DIGITS - 1; d >= 0; --d)
         value = value * 256 + (__builtin_convertvector(sum[r][d][p], vecf) - at(head.zero) * sums[d]);
-      reinterpret_cast<vecf*>(y + r * TILE)[p] += value * (at(head.scale) * x.scale[entry + r]);
+      reinterpret_cast<vecf*>(y + r * TILE)[part] += value * (at(head.scale) * x.scale[entry + r]);
     }
 }
 
 #if defined(__AVX512VNNI__)
 
+constexpr int parts_aside(int, int, int) { return PARTS; }
+
 // Adds the products of a unit to sum; digits: of the first row's inputs, rows and digits `length` apart.
-template <int BITS, int DIGITS, int ROWS>
+template <int BITS, int DIGITS, int ROWS, int ASIDE>
 inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
-                     veci (&sum)[ROWS][DIGITS][PARTS]) {
+                     veci (&sum)[ROWS][DIGITS][ASIDE]) {
   _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
     vecu w[PARTS];
     _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
@@ -275,42 +280,44 @@ inline veci pairs(vecs a, int16_t factor) {
 #endif
 }
 
+constexpr int halves(int bits) { return bits == 8 ? 2 : 1; }
+
+constexpr int parts_aside(int bits, int digits, int rows) {
+  constexpr int ROOM = LANES == 16 ? 24 : 12;  // registers for sums
+  return 2 * rows * digits * halves(bits) <= ROOM ? 2 : 1;
+}
+
 // Adds the products of a unit to sum; digits: of the first row's inputs, rows and digits `length` apart.
 // Two products of a weight of 4 bits and a digit are at most 3840 in magnitude, so that those of a
 // unit's 8 steps fit 16 bits. Weights of 8 bits go in halves.
-template <int BITS, int DIGITS, int ROWS>
+template <int BITS, int DIGITS, int ROWS, int ASIDE>
 inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
-                     veci (&sum)[ROWS][DIGITS][PARTS]) {
-  constexpr int HALVES = BITS == 8 ? 2 : 1;
-  constexpr int ROOM = LANES == 16 ? 24 : 12;  // registers for sums
-  constexpr int ASIDE = 2 * ROWS * DIGITS * HALVES <= ROOM ? 2 : 1;  // parts
-  _Pragma("GCC unroll 1") for (int first = 0; first < PARTS; first += ASIDE) {
-    vecs part[ROWS][DIGITS][ASIDE][HALVES] = {};
-    _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
-      vecu w[ASIDE][HALVES];
-      _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
-        w[p][0] = four_inputs<BITS>(words + (first + p) * LANES, step);
-        if constexpr (HALVES == 2) {
-          w[p][1] = (w[p][0] >> 4) & 0x0f0f0f0fu;
-          w[p][0] &= 0x0f0f0f0fu;
-        }
+                     veci (&sum)[ROWS][DIGITS][ASIDE]) {
+  constexpr int HALVES = halves(BITS);
+  vecs part[ROWS][DIGITS][ASIDE][HALVES] = {};
+  _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
+    vecu w[ASIDE][HALVES];
+    _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
+      w[p][0] = four_inputs<BITS>(words + p * LANES, step);
+      if constexpr (HALVES == 2) {
+        w[p][1] = (w[p][0] >> 4) & 0x0f0f0f0fu;
+        w[p][0] &= 0x0f0f0f0fu;
       }
-      _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-        _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
-          const veci xs = every_word(digits + (r * DIGITS + d) * length + 4 * step);
-          _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p)
-            _Pragma("GCC unroll 2") for (int h = 0; h < HALVES; ++h)
-              part[r][d][p][h] += pairs(w[p][h], xs);
-        }
     }
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-      _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d)
-        _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
-          veci& to = sum[r][d][first + p];
-          to += pairs(part[r][d][p][0], 1);
-          if constexpr (HALVES == 2) to += pairs(part[r][d][p][1], 16);
-        }
+      _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
+        const veci xs = every_word(digits + (r * DIGITS + d) * length + 4 * step);
+        _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p)
+          _Pragma("GCC unroll 2") for (int h = 0; h < HALVES; ++h)
+            part[r][d][p][h] += pairs(w[p][h], xs);
+      }
   }
+  _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+    _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d)
+      _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
+        sum[r][d][p] += pairs(part[r][d][p][0], 1);
+        if constexpr (HALVES == 2) sum[r][d][p] += pairs(part[r][d][p][1], 16);
+      }
 }
 
 #endif
@@ -318,16 +325,22 @@ inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
 template <int BITS, int DIGITS, int ROWS>
 void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
              const Activations& x, int first_row, float* y) {
+  constexpr int ASIDE = parts_aside(BITS, DIGITS, ROWS);
   const int units = plan.start[run + 1] - plan.start[run], length = units * UNIT;
   const int8_t* digits = x.digits.data() +
                          (static_cast<size_t>(UNIT) * plan.start[run] * x.rows +
                           static_cast<size_t>(first_row) * length) * DIGITS;
-  veci sum[ROWS][DIGITS][PARTS] = {};
-  for (int unit = 0; unit < units; ++unit, words += TILE * BITS, digits += UNIT) {
-    fetch_ahead<BITS>(words);
-    add_unit<BITS, DIGITS, ROWS>(words, digits, length, sum);
+  const size_t entry = static_cast<size_t>(run) * x.rows + first_row;
+  const int ahead = ASIDE == PARTS ? AHEAD : std::max(FAR_AHEAD, units * TILE * BITS);
+  for (int first = 0; first < PARTS; first += ASIDE) {
+    veci sum[ROWS][DIGITS][ASIDE] = {};
+    for (int unit = 0; unit < units; ++unit) {
+      const uint32_t* own = words + unit * TILE * BITS;
+      if (first == 0) fetch<BITS>(own + ahead);
+      add_unit<BITS, DIGITS, ROWS, ASIDE>(own + first * LANES, digits + unit * UNIT, length, sum);
+    }
+    add_sums<DIGITS, ROWS, ASIDE>(sum, first, head, x, entry, y);
   }
-  add_sums<DIGITS, ROWS>(sum, head, x, static_cast<size_t>(run) * x.rows + first_row, y);
 }
 
 #else
@@ -347,7 +360,7 @@ void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
     for (int p = 0; p < PARTS; ++p)
       zero[p] = *reinterpret_cast<const vecf*>(head.zero + lane + p * LANES);
     for (int unit = 0; unit < units; ++unit) {
-      if (lane == 0) fetch_ahead<BITS>(words + unit * TILE * BITS);
+      if (lane == 0) fetch<BITS>(words + unit * TILE * BITS + AHEAD);
       vecf of_unit[ROWS][PARTS] = {};  // a sum of short sums rounds less
       _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
         vecu four[PARTS];
