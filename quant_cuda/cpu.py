@@ -16,8 +16,6 @@ NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compi
 _UNIT = 32
 # The order of csrc/cpu/product_args.h.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Bytes of a fixed-point activation that keep what the type has.
-_DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 
 
 def refuses(product: Facts) -> str | None:
@@ -162,7 +160,6 @@ def _product(
 ) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
-    dtype = x.dtype
     _library().quant_cuda_product(
         _best() if index < 0 else index,
         x.data_ptr(),
@@ -171,8 +168,8 @@ def _product(
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         y.numel() // out_features,
-        _KINDS[dtype],
-        1 if int8 else _DIGITS[dtype],
+        _KINDS[x.dtype],
+        1 if int8 else 2,
         torch.get_num_threads(),
     )
     return y

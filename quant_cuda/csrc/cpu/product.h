@@ -2,11 +2,10 @@
 //
 // Each product_*.cpp includes this file once with its own instruction set and PRODUCT_NAME.
 //
-// Where a processor multiplies bytes, activations become fixed-point numbers of 1, 2 or 3 signed
-// bytes, scaled to the largest of their run, and products are exact integers: four inputs of an
-// output to each 32-bit word of a vector. VNNI does so in one instruction; AVX2 and AVX-512 without it
-// take two, and one more a unit. Three bytes keep the 24 bits of a float32, two more than bfloat16
-// and float16 have.
+// Where a processor multiplies bytes, activations become fixed-point numbers of 1 or 2 signed bytes,
+// scaled to the largest of their run, and products are exact integers: four inputs of an output to
+// each 32-bit word of a vector. VNNI does so in one instruction; AVX2 and AVX-512 without it take two,
+// and one more a unit. Two bytes keep more than bfloat16 and float16 have.
 // In generic code integers become floats as they are read, and products are those of float32.
 // Either way a run's sum is scaled once and added up in float32.
 
@@ -129,7 +128,7 @@ inline uint32_t largest(const float* x, int count) {
   return most;
 }
 
-constexpr float largest_fixed(int digits) { return digits == 1 ? 127 : digits == 2 ? 32512 : 8323072; }
+constexpr float largest_fixed(int digits) { return digits == 1 ? 127 : 32512; }
 
 // What a fixed-point one stands for in this run: NaN where x has a NaN or an infinity in it.
 inline float fixed_scale(const float* x, int count, int digits) {
@@ -245,7 +244,7 @@ inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
     _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
       w[p] = four_inputs<BITS>(words + p * LANES, step);
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-      _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
+      _Pragma("GCC unroll 2") for (int d = 0; d < DIGITS; ++d) {
         const veci xs = every_word(digits + (r * DIGITS + d) * length + 4 * step);
         _Pragma("GCC unroll 2") for (int p = 0; p < PARTS; ++p)
           sum[r][d][p] = reinterpret_cast<veci>(
@@ -305,7 +304,7 @@ inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
       }
     }
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-      _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d) {
+      _Pragma("GCC unroll 2") for (int d = 0; d < DIGITS; ++d) {
         const veci xs = every_word(digits + (r * DIGITS + d) * length + 4 * step);
         _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p)
           _Pragma("GCC unroll 2") for (int h = 0; h < HALVES; ++h)
@@ -313,7 +312,7 @@ inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
       }
   }
   _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-    _Pragma("GCC unroll 3") for (int d = 0; d < DIGITS; ++d)
+    _Pragma("GCC unroll 2") for (int d = 0; d < DIGITS; ++d)
       _Pragma("GCC unroll 2") for (int p = 0; p < ASIDE; ++p) {
         sum[r][d][p] += pairs(part[r][d][p][0], 1);
         if constexpr (HALVES == 2) sum[r][d][p] += pairs(part[r][d][p][1], 16);
@@ -404,8 +403,7 @@ AddRun rows_of(int rows) {
 
 template <int BITS>
 AddRun digits_of(int digits, int rows) {
-  if (!FIXED || digits == 3) return rows_of<BITS, 3>(rows);
-  return digits == 2 ? rows_of<BITS, 2>(rows) : rows_of<BITS, 1>(rows);
+  return !FIXED || digits == 2 ? rows_of<BITS, 2>(rows) : rows_of<BITS, 1>(rows);
 }
 
 AddRun kernel_of(int bits, int digits, int rows) {

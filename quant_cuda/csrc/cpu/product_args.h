@@ -13,6 +13,6 @@ struct ProductArgs {
   void* y;               // (rows, outputs), of `kind`, written
   int64_t rows;
   int kind;
-  int digits;            // bytes of an activation: 1, or 2 and 3 for those of 16 and 32 bits
+  int digits;            // bytes of an activation where it becomes an integer: 1 or 2
   int threads;
 };
