@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gptq import distributed, evaluate, export, skeleton
+from gptq import distributed, evaluate, export, one_token, skeleton
 from gptq.calibration import calibration_windows, text_fingerprint
 from gptq.checkpoint import Checkpoint, attach
 from gptq.config import QuantConfig
@@ -206,6 +206,7 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
                 if isinstance(layer, QuantLinear):
                     layer.int8_activations = int8_activations
                     layer.prepare()
+    one_token.install(model)
     if (opened.source.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
     return model

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from gptq import one_token
 from gptq.checkpoint import Checkpoint, folder_settings, place
 from gptq.errors import UserError
 from gptq.models import SPECS
@@ -51,6 +52,7 @@ class PackedQuantizer(HfQuantizer):
         # Saved again, the model says what its zero points are rather than what its file said.
         config: Any = self.quantization_config
         config.format = "gptq" if self.checkpoint.zero_offset else "gptq_v2"
+        one_token.install(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
         # A configuration gives the name that from_pretrained was given.

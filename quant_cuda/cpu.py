@@ -32,7 +32,7 @@ def refuses(product: Facts) -> str | None:
 
 def prepare(weight: PackedWeight) -> PreparedWeight:
     """The weight in tiles. `tensors` are the data, uint8, and the plan that describes it, int32."""
-    found = _library()
+    found = library()
     halves = weight.scales.dtype == torch.float16
     scales = weight.scales if halves else weight.scales.float()
     g_idx = None if weight.g_idx is None else weight.g_idx.clone()
@@ -73,7 +73,7 @@ def restore(weight: PreparedWeight) -> PackedWeight:
     qzeros = torch.zeros((groups, zero_words), dtype=torch.int32)
     stored = torch.float16 if weight.scale_dtype == torch.float16 else torch.float32
     scales = torch.empty((groups, weight.out_features), dtype=stored)
-    _library().quant_cuda_tiles_unpack(
+    library().quant_cuda_tiles_unpack(
         *(t.data_ptr() for t in (plan, data, qweight, qzeros, scales)), torch.get_num_threads()
     )
     return PackedWeight(
@@ -101,7 +101,7 @@ def matmul(
     instruction_set: index in `native.compiled()` of one that runs here; -1 for the best.
     Differentiable in x and bias.
     """
-    if not _is_plain(x, bias):
+    if not is_plain(x, bias):
         return traced(x, weight, bias, int8, instruction_set)
     data, plan = weight.tensors
     bias = bias if bias is None else bias.detach().float().contiguous()
@@ -135,7 +135,7 @@ def rows(weight: PreparedWeight, index: Tensor) -> Tensor:
     return torch.ops.quant_cuda.cpu_rows(index, data, plan, weight.in_features)
 
 
-def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing watches: no gradient, no mode, no tensor of another kind. The dispatcher then
     adds nothing but its time, which is more than that of a small layer's product."""
     return (
@@ -160,8 +160,8 @@ def _product(
 ) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
-    _library().quant_cuda_product(
-        _best() if index < 0 else index,
+    library().quant_cuda_product(
+        best() if index < 0 else index,
         x.data_ptr(),
         data.data_ptr(),
         plan.data_ptr(),
@@ -176,14 +176,14 @@ def _product(
 
 
 @functools.cache
-def _best() -> int:
+def best() -> int:
     return native.compiled().index(native.instruction_sets()[0])
 
 
 def _numbers(data: Tensor, plan: Tensor, in_features: int, out_features: int) -> Tensor:
     """The weight as float32 (out, in)."""
     w = torch.empty((out_features, in_features), dtype=torch.float32)
-    _library().quant_cuda_tiles_numbers(
+    library().quant_cuda_tiles_numbers(
         *(t.data_ptr() for t in (plan, data, w)), torch.get_num_threads()
     )
     return w
@@ -195,13 +195,13 @@ def _rows(index: Tensor, data: Tensor, plan: Tensor, in_features: int) -> Tensor
         raise IndexError(f"a row lies outside 0..{outputs - 1}")
     index = index.to(torch.int64).contiguous()
     w = torch.empty((*index.shape, in_features), dtype=torch.float32)
-    _library().quant_cuda_tiles_rows(
+    library().quant_cuda_tiles_rows(
         *(t.data_ptr() for t in (plan, data, index, w)), index.numel(), torch.get_num_threads()
     )
     return w
 
 
-def _library():
+def library():
     found = native.library()
     if found is None:
         raise ValueError(

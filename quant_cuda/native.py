@@ -10,7 +10,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("_native.so")
 
 
-def _fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
+def fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
     return [
         *((name, ctypes.c_void_p) for name in pointers.split()),
         *((name, ctypes.c_int32) for name in numbers.split()),
@@ -20,7 +20,7 @@ def _fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
 class _SweepArgs(ctypes.Structure):
     """The record of csrc/cpu/solver_args.h."""
 
-    _fields_ = _fields(
+    _fields_ = fields(
         "w H Ut labels run_end blocks factors scales zeros q",
         "inputs outputs groups block_count factor_count bits sym is_static threads",
     )
@@ -29,9 +29,7 @@ class _SweepArgs(ctypes.Structure):
 class _RefineArgs(ctypes.Structure):
     """The record of csrc/cpu/solver_args.h."""
 
-    _fields_ = _fields(
-        "w H ends labels scales zeros q", "inputs outputs groups bits rounds threads"
-    )
+    _fields_ = fields("w H ends labels scales zeros q", "inputs outputs groups bits rounds threads")
 
 
 @functools.cache
@@ -45,6 +43,8 @@ def library() -> ctypes.CDLL | None:
     for solver in (found.quant_cuda_sweep, found.quant_cuda_refine):
         solver.restype = None
         solver.argtypes = (number, pointer)
+    found.quant_cuda_block.restype = None
+    found.quant_cuda_block.argtypes = (number, pointer)
     found.quant_cuda_product.restype = None
     found.quant_cuda_product.argtypes = (
         *(number, pointer, pointer, pointer, pointer, pointer),

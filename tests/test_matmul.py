@@ -53,8 +53,8 @@ def packed(
 def assert_as_good_as_naive(
     y: torch.Tensor, x: torch.Tensor, matrix: np.ndarray, backend: str | None = None
 ) -> None:
-    """y is x @ matrix with at most twice the error of torch on the rounded matrix; that of float32 by
-    a backend of fixed-point numbers has a sixteenth of bfloat16's at most."""
+    """y is x @ matrix with at most twice the error of torch on the rounded matrix; float32 by a
+    backend of fixed-point numbers with a sixteenth of bfloat16's."""
     exact = x.double().numpy() @ matrix
     rounded = x.dtype == torch.float32 and backend in FIXED_POINT
     kind, share = (torch.bfloat16, 1 / 16) if rounded else (x.dtype, 2)

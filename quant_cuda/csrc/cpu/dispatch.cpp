@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "block_args.h"
 #include "product_args.h"
 #include "solver_args.h"
 
@@ -13,10 +14,14 @@ void refine_avx2(const RefineArgs&);
 void product_avx512vnni(const ProductArgs&);
 void product_avx512(const ProductArgs&);
 void product_avx2(const ProductArgs&);
+void block_avx512vnni(const BlockArgs&);
+void block_avx512(const BlockArgs&);
+void block_avx2(const BlockArgs&);
 #endif
 void sweep_generic(const SweepArgs&);
 void refine_generic(const RefineArgs&);
 void product_generic(const ProductArgs&);
+void block_generic(const BlockArgs&);
 
 namespace {
 
@@ -25,6 +30,7 @@ struct Choice {
   void (*sweep)(const SweepArgs&);
   void (*refine)(const RefineArgs&);
   void (*product)(const ProductArgs&);
+  void (*block)(const BlockArgs&);
   bool (*runs_here)();
 };
 
@@ -37,13 +43,13 @@ bool has_avx512() {
 
 const Choice choices[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", sweep_avx512, refine_avx512, product_avx512vnni,
+    {"avx512vnni", sweep_avx512, refine_avx512, product_avx512vnni, block_avx512vnni,
      [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
-    {"avx512", sweep_avx512, refine_avx512, product_avx512, has_avx512},
-    {"avx2", sweep_avx2, refine_avx2, product_avx2,
+    {"avx512", sweep_avx512, refine_avx512, product_avx512, block_avx512, has_avx512},
+    {"avx2", sweep_avx2, refine_avx2, product_avx2, block_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"generic", sweep_generic, refine_generic, product_generic, [] { return true; }},
+    {"generic", sweep_generic, refine_generic, product_generic, block_generic, [] { return true; }},
 };
 constexpr int COUNT = sizeof choices / sizeof choices[0];
 
@@ -62,7 +68,7 @@ int quant_cuda_runs_here(int index) {
   return index >= 0 && index < COUNT && choices[index].runs_here();
 }
 
-// solver_args.h, product_args.h and tiles.h say what the arguments are; `index` is one that runs here.
+// solver_args.h, product_args.h, block_args.h and tiles.h say what the arguments are; `index` is one that runs here.
 void quant_cuda_sweep(int index, const SweepArgs* args) { choices[index].sweep(*args); }
 
 void quant_cuda_refine(int index, const RefineArgs* args) { choices[index].refine(*args); }
@@ -72,6 +78,8 @@ void quant_cuda_product(int index, const void* x, const uint8_t* data, const int
                         int threads) {
   choices[index].product({x, data, plan, bias, y, rows, kind, digits, threads});
 }
+
+void quant_cuda_block(int index, const BlockArgs* args) { choices[index].block(*args); }
 
 }
 

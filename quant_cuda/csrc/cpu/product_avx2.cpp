@@ -1,2 +1,5 @@
 #define PRODUCT_NAME product_avx2
+#define BLOCK_NAME block_avx2
 #include "product.h"
+
+#include "block.h"

@@ -1,0 +1,160 @@
+// One token through a transformer block with packed weights: RMS norm, attention with rotary positions
+// over a cache of keys and values, a gated feed-forward part. What lies between products of a small
+// model would otherwise take longer than these.
+//
+// Included after product.h by each product_*.cpp, with BLOCK_NAME.
+
+#include <cmath>
+
+#include "block_args.h"
+
+namespace {
+
+inline vecf all(float x) { return x - vecf{}; }
+
+// e^x to about two units in the last place; 0 or infinity only where float32 has nothing nearer.
+inline vecf exponential(vecf x) {
+  x = x < -87.0f ? all(-87) : x;
+  x = x > 88.0f ? all(88) : x;
+  const vecf magic = all(12582912.0f);
+  const vecf power = (x * 1.44269504f + magic) - magic;
+  const vecf r = x - power * 0.693359375f + power * 2.12194440e-4f;
+  vecf sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * r + 8.3334519073e-3f;
+  sum = sum * r + 4.1665795894e-2f;
+  sum = sum * r + 1.6666665459e-1f;
+  sum = sum * r + 5.0000001201e-1f;
+  sum = sum * r * r + r + 1;
+  const veci exponent = (__builtin_convertvector(power, veci) + 127) << 23;
+  return sum * reinterpret_cast<vecf>(exponent);
+}
+
+// f of every number of x, a vector at a time.
+template <typename F>
+inline void each(float* x, int count, const F& f) {
+  int i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    vecf* at = reinterpret_cast<vecf*>(x + i);  // auto would drop its alignment
+    *at = f(*at, i);
+  }
+  if (i == count) return;
+  float rest[LANES] = {};
+  std::copy(x + i, x + count, rest);
+  vecf* at = reinterpret_cast<vecf*>(rest);
+  *at = f(*at, i);
+  std::copy(rest, rest + (count - i), x + i);
+}
+
+inline float sum_of(vecf x) {
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+}
+
+inline float dot(const float* a, const float* b, int count) {
+  vecf sum[2] = {};
+  int i = 0;
+  for (; i + 2 * LANES <= count; i += 2 * LANES)
+    for (int p = 0; p < 2; ++p) {
+      const int at = i + p * LANES;
+      sum[p] += *reinterpret_cast<const vecf*>(a + at) * *reinterpret_cast<const vecf*>(b + at);
+    }
+  float rest = 0;
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return sum_of(sum[0] + sum[1]) + rest;
+}
+
+inline void normalize(const float* x, const float* weight, float epsilon, int count, float* y) {
+  const float factor = 1 / std::sqrt(dot(x, x, count) / count + epsilon);
+  for (int i = 0; i < count; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// Turns the two halves of a head against each other.
+inline void rotate(const float* cos, const float* sin, int size, float* head) {
+  const int half = size / 2;
+  for (int i = 0; i < half; ++i) {
+    const float low = head[i], high = head[i + half];
+    head[i] = low * cos[i] - high * sin[i];
+    head[i + half] = high * cos[i + half] + low * sin[i + half];
+  }
+}
+
+// One query's mean of values, weighted by how its product with each key compares; scores: room for count.
+inline void attend(const float* query, const float* keys, const float* values, float scale, int size,
+                   int count, float* scores, float* mean) {
+  float most = -INFINITY;
+  for (int t = 0; t < count; ++t) {
+    scores[t] = dot(query, keys + static_cast<size_t>(t) * size, size) * scale;
+    most = std::max(most, scores[t]);
+  }
+  each(scores, count, [most](vecf x, int) { return exponential(x - most); });
+  float total = 0;
+  std::fill(mean, mean + size, 0.0f);
+  for (int t = 0; t < count; ++t) {
+    const float* value = values + static_cast<size_t>(t) * size;
+    total += scores[t];
+    for (int i = 0; i < size; ++i) mean[i] += scores[t] * value[i];
+  }
+  for (int i = 0; i < size; ++i) mean[i] /= total;
+}
+
+struct BlockRoom {
+  std::vector<float> normed, query, key, value, attended, gate, up, scores;
+};
+
+}  // namespace
+
+void BLOCK_NAME(const BlockArgs& args) {
+  // Another thread's work must not find this one's: parallel code below goes by the reference.
+  thread_local BlockRoom own;
+  BlockRoom& room = own;
+  const int size = args.head_dim, count = args.length + 1;
+  const int shared = args.heads / args.key_heads;  // queries that go with one key
+  room.normed.resize(args.hidden);
+  room.query.resize(static_cast<size_t>(args.heads) * size);
+  room.attended.resize(room.query.size());
+  room.key.resize(static_cast<size_t>(args.key_heads) * size);
+  room.value.resize(room.key.size());
+  room.gate.resize(args.inner);
+  room.up.resize(args.inner);
+  room.scores.resize(static_cast<size_t>(args.heads) * count);
+  const auto multiply = [&args](BlockWeight which, const float* x, float* y) {
+    PRODUCT_NAME({x, args.data[which], args.plan[which], args.bias[which], y, 1, FLOAT32, args.digits,
+                  args.threads});
+  };
+
+  normalize(args.x, args.attention_norm, args.attention_epsilon, args.hidden, room.normed.data());
+  multiply(QUERY, room.normed.data(), room.query.data());
+  multiply(KEY, room.normed.data(), room.key.data());
+  multiply(VALUE, room.normed.data(), room.value.data());
+  const size_t of_head = static_cast<size_t>(args.capacity) * size;
+  const bool few = room.scores.size() * size < WORTH_A_THREAD;
+  parallel_for(few ? 1 : args.threads, args.key_heads, [&](int head) {
+    float *keys = args.keys + head * of_head, *values = args.values + head * of_head;
+    float* key = room.key.data() + head * size;
+    const float* value = room.value.data() + head * size;
+    rotate(args.cos, args.sin, size, key);
+    std::copy(key, key + size, keys + static_cast<size_t>(args.length) * size);
+    std::copy(value, value + size, values + static_cast<size_t>(args.length) * size);
+    for (int q = head * shared; q < (head + 1) * shared; ++q) {
+      float* query = room.query.data() + q * size;
+      rotate(args.cos, args.sin, size, query);
+      attend(query, keys, values, args.scale, size, count,
+             room.scores.data() + static_cast<size_t>(q) * count, room.attended.data() + q * size);
+    }
+  });
+  multiply(ATTENDED, room.attended.data(), args.y);
+  for (int i = 0; i < args.hidden; ++i) args.y[i] += args.x[i];
+
+  normalize(args.y, args.mlp_norm, args.mlp_epsilon, args.hidden, room.normed.data());
+  multiply(GATE, room.normed.data(), room.gate.data());
+  multiply(UP, room.normed.data(), room.up.data());
+  const float* up = room.up.data();
+  each(room.gate.data(), args.inner, [up, &args](vecf x, int at) {
+    vecf with = {};
+    std::memcpy(&with, up + at, sizeof(float) * std::min(LANES, args.inner - at));
+    return x / (1 + exponential(-x)) * with;
+  });
+  multiply(DOWN, room.gate.data(), room.normed.data());
+  for (int i = 0; i < args.hidden; ++i) args.y[i] += room.normed[i];
+}

@@ -1,0 +1,22 @@
+// What one token's way through a transformer block reads and writes; quant_cuda/block.py has its twin.
+#pragma once
+
+#include <cstdint>
+
+enum BlockWeight { QUERY, KEY, VALUE, ATTENDED, GATE, UP, DOWN, BLOCK_WEIGHTS };
+
+struct BlockArgs {
+  const uint8_t* data[BLOCK_WEIGHTS];  // packed weights, see tiles.h
+  const int32_t* plan[BLOCK_WEIGHTS];
+  const float* bias[BLOCK_WEIGHTS];    // each null or (outputs,)
+  const float *attention_norm, *mlp_norm;  // (hidden,)
+  const float* x;                      // (hidden,)
+  float* y;                            // (hidden,), written
+  const float *cos, *sin;              // (head_dim,)
+  float *keys, *values;                // (key_heads, capacity, head_dim): the token's own are added
+  float attention_epsilon, mlp_epsilon;
+  float scale;                         // of a query's products with keys
+  int32_t hidden, heads, key_heads, head_dim, inner;
+  int32_t capacity, length;            // tokens there is room for, and before this one
+  int32_t digits, threads;             // as ProductArgs
+};
