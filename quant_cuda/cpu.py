@@ -14,6 +14,10 @@ from quant_cuda.weight import MAX_RUN, Facts, PackedWeight, PreparedWeight
 LAYOUT = "cpu"
 NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compiler"
 _UNIT = 32
+MANY_ROWS = 64
+"""From here on torch's dense products may be faster, see `_dense_dtype`."""
+DENSE_OUTPUTS = 512
+"""A multiple of 32: their numbers are in memory at a time."""
 # The order of csrc/cpu/product_args.h.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -126,7 +130,7 @@ def traced(
 def numbers(weight: PreparedWeight) -> Tensor:
     """What the weight stands for, float32 (out, in)."""
     data, plan = weight.tensors
-    return _numbers(data, plan, weight.in_features, weight.out_features)
+    return _numbers(data, plan, weight.in_features, weight.out_features).T
 
 
 def rows(weight: PreparedWeight, index: Tensor) -> Tensor:
@@ -160,14 +164,21 @@ def _product(
 ) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
+    rows = y.numel() // out_features
+    index = best() if index < 0 else index
+    if rows >= MANY_ROWS and not int8:
+        dtype = _dense_dtype(x.dtype, int(plan[0]), native.compiled()[index])
+        if dtype is not None:
+            _dense_product(x, data, plan, bias, dtype, y)
+            return y
     library().quant_cuda_product(
-        best() if index < 0 else index,
+        index,
         x.data_ptr(),
         data.data_ptr(),
         plan.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        y.numel() // out_features,
+        rows,
         _KINDS[x.dtype],
         1 if int8 else 2,
         torch.get_num_threads(),
@@ -175,17 +186,53 @@ def _product(
     return y
 
 
+def _dense_dtype(dtype: torch.dtype, bits: int, instruction_set: str) -> torch.dtype | None:
+    """The type in which torch multiplies many rows faster than our code does; None for none."""
+    if dtype == torch.bfloat16 and _has_bfloat16():
+        return torch.bfloat16
+    # Weights of 8 bits cost twice the products without VNNI.
+    if instruction_set == "generic" or (bits == 8 and instruction_set in ("avx512", "avx2")):
+        return torch.float32
+    return None
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether torch's bfloat16 products run on units for them here."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def _dense_product(
+    x: Tensor,
+    data: Tensor,
+    plan: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    y: Tensor,
+) -> None:
+    """The product by torch, into y, with the weight's numbers made a block of outputs at a time."""
+    rows, result = x.flatten(0, -2).to(dtype), y.flatten(0, -2)
+    for first in range(0, y.shape[-1], DENSE_OUTPUTS):
+        count = min(DENSE_OUTPUTS, y.shape[-1] - first)
+        part = rows @ _numbers(data, plan, x.shape[-1], count, first).to(dtype)
+        if bias is not None:
+            part = part + bias[first : first + count]
+        result[:, first : first + count] = part
+
+
 @functools.cache
 def best() -> int:
     return native.compiled().index(native.instruction_sets()[0])
 
 
-def _numbers(data: Tensor, plan: Tensor, in_features: int, out_features: int) -> Tensor:
-    """The weight as float32 (out, in)."""
-    w = torch.empty((out_features, in_features), dtype=torch.float32)
-    library().quant_cuda_tiles_numbers(
-        *(t.data_ptr() for t in (plan, data, w)), torch.get_num_threads()
-    )
+def _numbers(
+    data: Tensor, plan: Tensor, in_features: int, out_features: int, first: int = 0
+) -> Tensor:
+    """The weights of outputs from `first` on, a multiple of 32, as float32 (in, out)."""
+    w = torch.empty((in_features, out_features), dtype=torch.float32)
+    pointers = (t.data_ptr() for t in (plan, data, w))
+    library().quant_cuda_tiles_numbers(*pointers, first, out_features, torch.get_num_threads())
     return w
 
 
@@ -295,7 +342,7 @@ def _fake_product(x, data, plan, bias, out_features, int8, instruction_set):
 
 @torch.library.register_fake("quant_cuda::cpu_numbers", lib=_LIB)
 def _fake_numbers(data, plan, in_features, out_features):
-    return data.new_empty((out_features, in_features), dtype=torch.float32)
+    return data.new_empty((in_features, out_features), dtype=torch.float32)
 
 
 @torch.library.register_fake("quant_cuda::cpu_rows", lib=_LIB)
@@ -316,7 +363,7 @@ def _gradient(ctx, grad: Tensor):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         w = torch.ops.quant_cuda.cpu_numbers(data, plan, ctx.in_features, grad.shape[-1])
-        grad_x = grad @ w.to(grad.dtype)
+        grad_x = grad @ w.to(grad.dtype).T
     if ctx.needs_input_grad[3]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None, None

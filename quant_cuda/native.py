@@ -56,10 +56,12 @@ def library() -> ctypes.CDLL | None:
     found.quant_cuda_tiles_bytes.argtypes = (pointer,)
     found.quant_cuda_tiles_rows.restype = None
     found.quant_cuda_tiles_rows.argtypes = (*[pointer] * 4, long, number)
-    for name, count in (("pack", 5), ("unpack", 5), ("numbers", 3)):
+    found.quant_cuda_tiles_numbers.restype = None
+    found.quant_cuda_tiles_numbers.argtypes = (*[pointer] * 3, number, number, number)
+    for name in ("pack", "unpack"):
         function = getattr(found, f"quant_cuda_tiles_{name}")
         function.restype = None
-        function.argtypes = (*[pointer] * count, number)
+        function.argtypes = (*[pointer] * 5, number)
     return found
 
 

@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_matmul import FIXED_POINT, activations, assert_as_good_as_naive, packed
 
 import quant_cuda
-from quant_cuda import PreparedWeight, backends, native, reference
+from quant_cuda import PreparedWeight, backends, cpu, native, reference
 from quant_cuda.packing import pack, pack_zeros
 from quant_cuda.weight import PackedWeight
 
@@ -75,11 +75,24 @@ def test_against_float64(instruction_set, bits, g_idx):
 
 
 @pytest.mark.parametrize("instruction_set", COMPILED)
-def test_more_rows_than_are_laid_out_at_once(instruction_set):
-    weight, matrix = packed(4, 96, 40)
-    x = activations(200, 96)
-    y = quant_cuda.matmul(x, weight, instruction_set)
-    assert_as_good_as_naive(y, x, matrix, instruction_set)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_rows(instruction_set, bits, dtype, monkeypatch):
+    """More than are laid out at once; also as torch's dense product, of some outputs at a time."""
+    monkeypatch.setattr(cpu, "DENSE_OUTPUTS", 32)
+    for g_idx in (False, True):
+        weight, matrix = packed(bits, 96, 72, g_idx=g_idx)
+        x, bias = activations(4, 50, 96, dtype=dtype), torch.randn(72)
+        for has_units in (False, True):
+            monkeypatch.setattr(cpu, "_has_bfloat16", lambda has_units=has_units: has_units)
+            y = quant_cuda.matmul(x, weight, instruction_set, bias=bias)
+            exact = x.double().numpy() @ matrix + bias.double().numpy()
+            rounded = exact if dtype == torch.float32 else torch.from_numpy(exact).to(dtype)
+            eps = 2**-12 if dtype == torch.float32 else torch.finfo(dtype).eps
+            assert y.dtype == dtype
+            torch.testing.assert_close(
+                y.double(), torch.as_tensor(rounded).double(), rtol=4 * eps, atol=40 * eps
+            )
 
 
 @pytest.mark.parametrize("backend", quant_cuda.available())

@@ -137,7 +137,7 @@ def test_dequantize(folders):
     before = logits(model)
     dense = model.dequantize()
     assert not packed(dense)
-    torch.testing.assert_close(logits(dense), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(dense), before, rtol=2e-4, atol=2e-4)
     assert not hasattr(dense.config, "quantization_config")
 
 

@@ -190,7 +190,8 @@ void move_words(const Plan& plan, uint8_t* data, uint32_t* qweight, int threads,
   });
 }
 
-void numbers_of_tile(const Plan& plan, uint8_t* data, float* w, int index) {
+// A tile's weights, each input's in a row of `stride` floats of which w begins with the tile's first.
+void numbers_of_tile(const Plan& plan, uint8_t* data, int index, size_t stride, float* w) {
   const Tile tile(plan, data, index);
   for (int run = 0; run < plan.runs; ++run) {
     const uint8_t* head = tile.head + plan.head_bytes() * plan.group[run];
@@ -203,9 +204,9 @@ void numbers_of_tile(const Plan& plan, uint8_t* data, float* w, int index) {
       uint32_t values[TILE];
       get_place(tile.words + static_cast<size_t>(unit) * plan.bits * TILE, plan.bits, place,
                 tile.lanes, values);
+      float* row = w + input * stride;
       for (int l = 0; l < tile.lanes; ++l)
-        w[static_cast<size_t>(tile.first + l) * plan.inputs + input] =
-            scale[l] * (static_cast<float>(values[l]) - zero[l]);
+        row[l] = scale[l] * (static_cast<float>(static_cast<int32_t>(values[l])) - zero[l]);
     });
   }
 }
@@ -268,10 +269,13 @@ void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweig
   }
 }
 
-// The weight as float32 (outputs, inputs).
-void quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int threads) {
+// The weights of outputs first..first + count - 1, float32 (inputs, count); first: a tile's.
+void quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int first, int count,
+                              int threads) {
   const Plan p(plan);
-  parallel_for(threads, p.tiles(), [&](int tile) { numbers_of_tile(p, data, w, tile); });
+  parallel_for(threads, (count + TILE - 1) / TILE, [&](int tile) {
+    numbers_of_tile(p, data, first / TILE + tile, count, w + static_cast<size_t>(tile) * TILE);
+  });
 }
 
 // The weights of `count` outputs, each in 0..outputs - 1: float32 (count, inputs).
