@@ -25,6 +25,7 @@ from gptq.shelf import Shelf
 from gptq.solver import Solution, round_to_nearest, solve
 from gptq.source import ModelSource
 from gptq.stages import advance, advance_past, finish
+from gptq.tensors import LazyTensors
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -95,6 +96,8 @@ def quantize_blocks(
     run = _Run(spec, config, team, stream, full)
     for index in range(skeleton.block_count(model, spec)):
         block = skeleton.fill(model, spec, spec.block(index), source.tensors, device, dtype)
+        if isinstance(source.tensors, LazyTensors):
+            source.tensors.expect(f"{spec.block(index + 1)}.")
         weights = digest(block)
         if journal.has(index):
             tensors, record = journal.read(index, weights)

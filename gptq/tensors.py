@@ -5,6 +5,7 @@ first bytes, not by its name's ending.
 """
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -12,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,15 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         """The type of a tensor, which is not read where its file's header tells."""
         return self._dtypes[name] if name in self._dtypes else self[name].dtype
 
+    def expect(self, prefix: str) -> None:
+        """Ask the system to read ahead what has names with this prefix, into memory that is its own.
+
+        Only what `read_span` reads; where the system cannot, nothing happens.
+        """
+        for name, read in self._reads.items():
+            if name.startswith(prefix) and isinstance(read, partial) and read.func is read_span:
+                _read_ahead(*read.args)
+
     def changed(self, changes: Mapping[str, Read | None]) -> "LazyTensors":
         """The same with some tensors read in another way, or left out where that is None."""
         reads = {**self._reads, **changes}
@@ -152,6 +163,13 @@ def read_span(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) 
         if file.readinto(target) != target.nbytes:  # type: ignore[attr-defined]
             raise UserError(f"{path} became shorter while it was read: is it still being written?")
     return tensor
+
+
+def _read_ahead(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with open_binary(path) as file:
+            size = prod(shape) * dtype.itemsize
+            os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
 
 def open_binary(path: Path):

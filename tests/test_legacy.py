@@ -19,7 +19,8 @@ def check(bits, weight, matrix, groups, shape, vec_dtype, mul_dtype):
     mul = activations(*shape, matrix.shape[1], dtype=mul_dtype)
     expected = mul.double().numpy() + vec.double().numpy() @ matrix
     called(bits, vec, weight.qweight, mul, weight.scales.float(), weight.qzeros, groups)
-    eps = max(torch.finfo(vec_dtype).eps, torch.finfo(mul_dtype).eps)
+    # Activations are rounded to 16 bits, whatever their type.
+    eps = max(torch.finfo(vec_dtype).eps, torch.finfo(mul_dtype).eps, 2**-14)
     assert mul.dtype == mul_dtype
     size = np.abs(vec.double().numpy()) @ np.abs(matrix) + np.abs(expected)
     assert (np.abs(mul.double().numpy() - expected) <= 2 * eps * size).all()
@@ -55,7 +56,7 @@ def test_with_zeros_as_numbers(bits, shape):
     mul = activations(*shape, 32)
     expected = mul.double().numpy() + vec.double().numpy() @ matrix
     called(bits, vec, weight.qweight, mul, scales, zeros)
-    np.testing.assert_allclose(mul.double().numpy(), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(mul.double().numpy(), expected, rtol=0, atol=1e-3)
 
 
 def numbers_before_zeros(bits, weight, scales) -> np.ndarray:

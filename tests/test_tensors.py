@@ -103,6 +103,20 @@ def test_opening_and_asking_for_names_reads_no_values(tmp_path, kind):
     assert torch.equal(tensors["w"], torch.arange(1000.0))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot read ahead")
+def test_what_is_expected_is_read_ahead(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file({"a.1": torch.zeros(3, 5), "a.2": torch.zeros(7), "b": torch.zeros(2)}, path)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *span: asked.append(span[:2]))
+    opened = open_tensors([path]).renamed(lambda name: f"model.{name}")
+    opened.expect("model.a.")
+    opened.changed({"model.b": lambda: torch.zeros(2)}).expect("model.b")
+    data = path.stat().st_size - 4 * 24
+    assert sorted(size for _, size in asked) == [28, 60]
+    assert all(data <= start < path.stat().st_size for start, _ in asked)
+
+
 def test_names_are_known_without_reading():
     def never() -> torch.Tensor:
         raise AssertionError("read")
