@@ -89,7 +89,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return self._dtypes[name] if name in self._dtypes else self[name].dtype
 
     def expect(self, prefix: str) -> None:
-        """Ask the system to read ahead what has names with this prefix, into memory that is its own.
+        """Ask the system to read ahead what has names with this prefix, into its own memory.
 
         Only what `read_span` reads; where the system cannot, nothing happens.
         """
