@@ -44,7 +44,9 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers."""
-        if not args and hidden_states.shape[:2] == (1, 1):
+        is_one = not args and hidden_states.shape[:2] == (1, 1)
+        # What is traced must not meet what follows.
+        if is_one and not self.training and not torch.compiler.is_compiling():
             cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
             known = _known_of(self)
             if known.block is not None and _fits(hidden_states, cache, known.index, kwargs):
@@ -61,7 +63,6 @@ def _fits(x: Tensor, cache: Any, index: int, arguments: dict[str, Any]) -> bool:
         or arguments.get("attention_mask") is not None
         or arguments.get("output_attentions")
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or not cpu.is_plain(x, None)
         or type(cache) is not DynamicCache
         or index >= len(cache.layers)

@@ -203,6 +203,25 @@ def test_what_it_leaves_to_transformers(model, steps):
     assert len(steps) == before
 
 
+def test_a_traced_layer_is_transformers_own(model, steps):
+    layer = model.model.layers[0]
+    x = torch.randn(1, 1, 64)
+    where = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
+    with torch.no_grad():
+        expected = layer(x, position_embeddings=where)
+        traced = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(traced(x, position_embeddings=where), expected, **TOLERANCE)
+    assert not steps
+
+
+def test_dropout_is_left_to_transformers(model, steps):
+    _, cache = logits(model, PROMPT)
+    model.train()
+    with torch.no_grad():
+        model(input_ids=PROMPT[:, :1], **{CACHE: cache})
+    assert not steps
+
+
 def test_a_hook_sees_its_layer(model, steps):
     layer = model.model.layers[0]
     seen = []

@@ -1,0 +1,129 @@
+// Rows of x as the kernels read them, and what a product gives as x's type.
+//
+// Included by files that are compiled once for each instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "product_args.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int MAX_LENGTH = MAX_RUN * UNIT;
+
+// Rows of x, laid out as the kernels read them: for each run, for each row, its inputs (for each
+// digit, lowest first).
+struct Activations {
+  int rows = 0;
+  std::vector<int8_t> digits;
+  std::vector<float> numbers;
+  std::vector<float> scale;  // (runs, rows): of the fixed-point numbers
+  std::vector<float> sums;   // (runs, rows, digits): of each digit over the run
+};
+
+inline float as_float(const void* x, int kind, size_t i) {
+  if (kind == FLOAT32) return static_cast<const float*>(x)[i];
+  const uint16_t half = static_cast<const uint16_t*>(x)[i];
+  if (kind == FLOAT16) return half_to_float(half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void store(void* y, int kind, size_t i, float value) {
+  if (kind == FLOAT32) {
+    static_cast<float*>(y)[i] = value;
+  } else if (kind == FLOAT16) {
+    static_cast<_Float16*>(y)[i] = static_cast<_Float16>(value);
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    // To the nearest, ties to even; a NaN stays one.
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    static_cast<uint16_t*>(y)[i] = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+  }
+}
+
+// The largest magnitude, as bits, whose order is that of the magnitudes; NaN is above infinity.
+inline uint32_t largest(const float* x, int count) {
+  uint32_t most = 0;
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  return most;
+}
+
+constexpr float largest_fixed(int digits) { return digits == 1 ? 127 : 32512; }
+
+// What a fixed-point one stands for in this run: NaN where x has a NaN or an infinity in it.
+inline float fixed_scale(const float* x, int count, int digits) {
+  const uint32_t most = largest(x, count);
+  if (most >= 0x7f800000) return __builtin_nanf("");
+  float magnitude;
+  std::memcpy(&magnitude, &most, 4);
+  return std::max(magnitude, 1e-30f) / largest_fixed(digits);
+}
+
+inline void to_integers(const float* x, int count, float scale, int32_t* integers) {
+  const float inverse = 1 / scale;
+  if (scale != scale) {
+    std::fill(integers, integers + count, 0);
+    return;
+  }
+  for (int i = 0; i < count; ++i)
+    integers[i] = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
+}
+
+// Lay out row `row` of a chunk; `line` has room for inputs + 1 floats.
+void lay_out(const ProductArgs& args, const Plan& plan, size_t from, int row, bool fixed, float* line,
+             Activations& to) {
+  const size_t first = from * plan.inputs;
+  if (args.kind == FLOAT32)
+    std::memcpy(line, static_cast<const float*>(args.x) + first, sizeof(float) * plan.inputs);
+  else
+    for (int i = 0; i < plan.inputs; ++i) line[i] = as_float(args.x, args.kind, first + i);
+  line[plan.inputs] = 0;  // where the plan has places that no input stands at
+  float x[MAX_LENGTH];
+  int32_t integers[MAX_LENGTH];
+  for (int run = 0; run < plan.runs; ++run) {
+    const int32_t* order = plan.order + UNIT * plan.start[run];
+    const int length = UNIT * (plan.start[run + 1] - plan.start[run]);
+    for (int i = 0; i < length; ++i) x[i] = line[order[i]];
+    const size_t at = static_cast<size_t>(UNIT) * plan.start[run] * to.rows +
+                      static_cast<size_t>(row) * length;
+    if (!fixed && args.digits != 1) {
+      std::copy(x, x + length, to.numbers.begin() + at);
+      continue;
+    }
+    const float scale = fixed_scale(x, length, args.digits);
+    to_integers(x, length, scale, integers);
+    if (!fixed) {
+      for (int i = 0; i < length; ++i)
+        to.numbers[at + i] = static_cast<float>(integers[i]) * scale;
+      continue;
+    }
+    const size_t entry = static_cast<size_t>(run) * to.rows + row;
+    to.scale[entry] = scale;
+    for (int d = 0; d < args.digits; ++d) {
+      int8_t* digits = to.digits.data() + at * args.digits + d * length;
+      int32_t sum = 0;
+      for (int i = 0; i < length; ++i) {
+        const int8_t low = static_cast<int8_t>(integers[i]);
+        digits[i] = low;
+        sum += low;
+        integers[i] = (integers[i] - low) >> 8;
+      }
+      to.sums[entry * args.digits + d] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
