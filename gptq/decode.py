@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 WARM_UP = 2
 
@@ -14,10 +14,22 @@ WARM_UP = 2
 def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     """A function that takes the next token's id, (1, 1), and returns its logits (1, 1, vocab).
 
-    It remembers up to `length` tokens in a cache of fixed size. On a GPU each step replays one
-    captured CUDA graph, and the logits are overwritten by the next step.
+    On a CPU the cache is the one that generate takes. On a GPU it has room for `length` tokens;
+    each step replays one captured CUDA graph, and the next overwrites its logits.
     """
     device = model.device
+    # transformers 5.24 has renamed it, and warns of the old name.
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    past = "cache" if renamed else "past_key_values"
+    if device.type != "cuda":
+        held = {past: DynamicCache(config=model.config)}
+
+        def step(next_token: Tensor) -> Tensor:
+            with torch.no_grad():
+                return model(input_ids=next_token, use_cache=True, **held).logits
+
+        return step
+
     size = max(length, WARM_UP + 1)
     cache = StaticCache(config=model.config, max_cache_len=size)
     # Without a mask, BLOOM in transformers 5.17 makes its alibi as long as the tokens seen, not as
@@ -25,21 +37,10 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     alibi = model.config.model_type == "bloom"
     mask = torch.ones((1, size), dtype=torch.long, device=device) if alibi else None
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
-    # transformers 5.24 has renamed it, and warns of the old name.
-    renamed = "cache" in inspect.signature(model.forward).parameters
-    past = {"cache" if renamed else "past_key_values": cache}
 
     def forward() -> Tensor:
-        return model(input_ids=token, attention_mask=mask, use_cache=True, **past).logits
-
-    if device.type != "cuda":
-
-        def step(next_token: Tensor) -> Tensor:
-            token.copy_(next_token)
-            with torch.no_grad():
-                return forward()
-
-        return step
+        arguments = {"attention_mask": mask, "use_cache": True, past: cache}
+        return model(input_ids=token, **arguments).logits
 
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

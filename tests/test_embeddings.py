@@ -93,7 +93,7 @@ def test_the_files_and_what_they_stand_for(kind, bits, sym, models, tokens, tmp_
     for path in paths.values():
         model, _ = gptq.load(models[kind], path)
         torch.testing.assert_close(
-            logits_of(model, tokens), logits_of(blocks, tokens), rtol=2e-3, atol=2e-3
+            logits_of(model, tokens), logits_of(blocks, tokens), rtol=1e-3, atol=1e-3
         )
         whole = logits_of(model, tokens)[:, :-1].flatten(0, 1)
         expected = torch.nn.functional.cross_entropy(whole, tokens[:, 1:].flatten()).exp()
@@ -139,13 +139,13 @@ def test_folders_stay_at_16_bits_unless_asked(kind, sym, models, tokens, tmp_pat
     tied = KINDS[kind][0].tie_word_embeddings
     assert kinds == [QuantEmbedding, TiedHead if tied else QuantLinear]
     wanted = logits_of(packed, tokens)
-    torch.testing.assert_close(logits_of(loaded, tokens), wanted, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(logits_of(loaded, tokens), wanted, rtol=1e-4, atol=1e-4)
     loaded.tie_weights()
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
-    torch.testing.assert_close(logits_of(again, tokens), wanted, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(logits_of(again, tokens), wanted, rtol=1e-4, atol=1e-4)
     plain = loaded.dequantize()
-    torch.testing.assert_close(logits_of(plain, tokens), wanted, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(logits_of(plain, tokens), wanted, rtol=1e-3, atol=1e-3)
     assert (plain.lm_head.weight is plain.get_input_embeddings().weight) == tied
 
 

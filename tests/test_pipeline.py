@@ -74,7 +74,7 @@ def test_round_trip(fixture, config, request, tmp_path, text_file):
     assert len(layers) == len(report.layers)
     assert (layers[0].bits, layers[0].group_size) == (config.bits, config.group_size)
     expected = logits(fake_quantized(folder, model))
-    torch.testing.assert_close(logits(model), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
     for model_name, checkpoint in [
         (folder, tmp_path / "m.safetensors"),
         (folder, tmp_path / "dir"),
@@ -158,7 +158,7 @@ def test_heads_tied_and_not(tied, tmp_path, text_file):
             model, _ = gptq.load(folder, path)
             assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
             expected = logits(fake_quantized(folder, model))
-            torch.testing.assert_close(logits(model), expected, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_biases_are_kept(tmp_path, text_file):
@@ -167,7 +167,7 @@ def test_biases_are_kept(tmp_path, text_file):
     model, _ = gptq.load(folder, tmp_path / "m.pt")
     assert model.model.layers[0].mlp.down_proj.bias is not None
     expected = logits(fake_quantized(folder, model))
-    torch.testing.assert_close(logits(model), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_stopped_and_resumed_is_bit_identical(llama_dir, text_file, tmp_path):
