@@ -33,12 +33,14 @@ AVX512 = [
 ]
 # GCC otherwise moves all products of a loop's body before all sums, which do not fit the registers.
 IN_ORDER = ["-fno-tree-ter"]
+# Of an inline function that several objects hold the linker keeps the first, which has to run
+# wherever the others do: what asks for less comes first.
 X86_FLAGS = {
-    "solver_avx512.cpp": AVX512,
     "solver_avx2.cpp": AVX2,
-    "product_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
-    "product_avx512.cpp": [*AVX512, *IN_ORDER],
     "product_avx2.cpp": [*AVX2, *IN_ORDER],
+    "solver_avx512.cpp": AVX512,
+    "product_avx512.cpp": [*AVX512, *IN_ORDER],
+    "product_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
 }
 PORTABLE = (
     *("solver_generic.cpp", "product_generic.cpp"),
@@ -56,8 +58,6 @@ CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 def sources() -> dict[str, list[str]]:
     """File names of what this machine's processor can run, with the flags of each."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    # Of an inline function that several files hold the linker keeps the first, which has to be one
-    # that runs on every processor.
     return {**{name: [] for name in PORTABLE}, **(X86_FLAGS if x86 else {})}
 
 

@@ -388,6 +388,7 @@ sys.path.insert(0, "tests")
 import quant_cuda, random
 from test_matmul import packed, activations, assert_as_good_as_naive
 from quant_cuda import cpu
+from quant_cuda.block import Block
 from gptq.config import ORDERS, QuantConfig
 from gptq.solver import solve
 random.seed(int(sys.argv[2]))
@@ -407,6 +408,22 @@ for trial in range(60):
         x = activations(random.randint(1, 80), inputs, dtype=dtype)
         assert_as_good_as_naive(quant_cuda.matmul(x, prepared, name), x, matrix, name)
         quant_cuda.matmul(x, prepared, name, int8=True, bias=torch.ones(shape[1]))
+for trial in range(20):
+    size, key_heads, shared = 8 * random.randint(1, 6), random.randint(1, 3), random.randint(1, 3)
+    hidden, inner, length = 32 * random.randint(1, 5), 32 * random.randint(1, 5), trial * 3
+    query, key = size * key_heads * shared, size * key_heads
+    shapes = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    weights = [quant_cuda.prepare(packed(4, *shape, 32)[0]) for shape in shapes]
+    biases = [random.choice((None, torch.randn(outputs))) for _, outputs in shapes]
+    gains = [(torch.ones(hidden), 1e-6)] * 2
+    block = Block(weights, biases, gains, size, size**-0.5, random.random() < 0.5)
+    cache = torch.randn(2, 1, key_heads, length + random.randint(1, 4), size)
+    turn = torch.randn(2, 1, 1, size)
+    for name in native.instruction_sets():
+        index = native.compiled().index(name)
+        y = block.step(torch.randn(1, 1, hidden), *turn, *cache, length, index)
+        assert y.isfinite().all()
 built = native.instruction_sets()
 for trial in range(40):
     inputs, outputs = random.randint(1, 300), random.randint(1, 90)

@@ -1,9 +1,13 @@
 """The compiled sweep against the torch one, which the oracle of test_solver.py holds."""
 
 import itertools
+import platform
+import runpy
 
 import pytest
+import setuptools
 import torch
+from conftest import ROOT
 
 from gptq import solver
 from gptq.config import QuantConfig
@@ -34,6 +38,16 @@ def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     W[1, 3] = 1000  # an outlier
     x[:, 5] = 0  # an input that never fires
     return W, x.T @ x / len(x)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 processor")
+def test_what_asks_for_less_is_linked_first(monkeypatch):
+    """The linker keeps the first of an inline function that several objects hold."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    names = runpy.run_path(str(ROOT / "setup.py"))["sources"]().values()
+    asked = [{flag for flag in flags if flag.startswith("-m")} for flags in names]
+    assert len(asked) > 5
+    assert all(before <= after for before, after in itertools.pairwise(asked))
 
 
 def test_the_compiled_code_was_built():
