@@ -1,8 +1,8 @@
 """Kernels, decoding and quantization on the GPU of this machine; run by benchmarks/gpu.sh.
 
-    python -m benchmarks.gpu check      a few products against float64, for compute-sanitizer
-    python -m benchmarks.gpu measure    tables, and benchmarks/results/<gpu>.json
-    python -m benchmarks.gpu marlin     adds GPTQModel's Marlin kernel, where that is installed
+    python -m benchmarks.gpu check [cuda] [triton]    products against float64, for compute-sanitizer
+    python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
+    python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, where that is installed
 
 Weights are random and made on the device. A kernel is timed as a CUDA graph of calls that go
 through more weights than the second-level cache holds.
@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import quant_cuda
 from benchmarks.gpu_models import GROUP_SIZE, decode, quantization, random_weight, released
+from benchmarks.stopwatch import SETTINGS
 from gptq.config import QuantConfig
 from gptq.files import whole_file
 from gptq.solver import solve
@@ -93,6 +95,7 @@ def kernels(bits: int) -> list[dict[str, Any]]:
         row["bytes"] = stored + x.nbytes + 2 * rows * outputs
         row["flop"] = 2 * rows * inputs * outputs
         found.append(row)
+        print(f"{bits} bits, {rows} rows: timed", flush=True)
     return found
 
 
@@ -157,9 +160,9 @@ def marlin(bits: int) -> list[dict[str, Any]]:
     return found
 
 
-def check() -> None:
+def check(engines: list[str]) -> None:
     """A few products of each kernel against float64; raises where one is wrong."""
-    for engine in gpu.engines():
+    for engine in engines:
         for bits in (2, 3, 4, 8):
             weight = random_weight(bits, 640, 80, "cuda")
             exact = reference.dequantize(weight, torch.float64)
@@ -184,31 +187,54 @@ def write(result: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(console: Console) -> None:
+def known() -> dict[str, Any]:
+    """What was measured on this GPU before; {} without anything."""
+    path = result_path()
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def measure(console: Console, wanted: list[str]) -> bool:
+    """Print and write each part that is wanted; whether none failed."""
     properties = torch.cuda.get_device_properties(0)
-    known = limits()
-    result: dict[str, Any] = {
+    rates = limits()
+    result = known() | {
         "gpu": properties.name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "shape": SHAPE,
         "group_size": GROUP_SIZE,
-        "limits": known,
+        "limits": rates,
     }
     RESULTS.mkdir(exist_ok=True)
-    console.print(f"{properties.name}: copy {known['copy'] / 1e9:.0f} GB/s, ", end="")
-    console.print(f"cuBLAS float16 {known['matrix'] / 1e12:.0f} TFLOP/s")
-    for name, part in (
-        ("kernels", lambda: kernels(4) + kernels(8)),
-        ("decode", decode),
-        ("released", lambda: released(result["decode"])),
-        ("solving", solving),
-        ("quantization", quantization),
-    ):
-        result[name] = part()
-        console.print(table(name, result[name], known))
-        # After each part: what was measured is kept should a later part fail.
+    console.print(f"{properties.name}: copy {rates['copy'] / 1e9:.0f} GB/s, ", end="")
+    console.print(f"cuBLAS float16 {rates['matrix'] / 1e12:.0f} TFLOP/s")
+    good = True
+    for name in wanted:
+        try:
+            result[name] = PARTS[name]()
+        # Whatever fails, the parts after it are worth their time.
+        except Exception:
+            console.print(f"FAILED: {name}\n{traceback.format_exc()}", markup=False)
+            good = False
+            continue
+        console.print(table(name, result[name], rates))
         write(result)
+    return good
+
+
+def _decode() -> list[dict[str, Any]]:
+    found = decode()
+    Console().print(table("released", released(found), {}))
+    return found
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "kernels": lambda: kernels(4) + kernels(8),
+    "decode": _decode,
+    "blocks": lambda: [quantization(setting, 2) for setting in SETTINGS],
+    "solving": solving,
+    "quantization": lambda: [quantization("fast", 32)],
+}
 
 
 def add_marlin(console: Console) -> None:
@@ -220,13 +246,12 @@ def add_marlin(console: Console) -> None:
         reason = str(error).strip().partition("\n")[0]
         console.print(f"Marlin was not timed: {type(error).__name__}: {reason}")
         return
-    result = json.loads(result_path().read_text(encoding="utf-8"))
-    result["marlin"] = found
-    console.print(table("marlin", found, result["limits"]))
+    result = known() | {"marlin": found}
+    console.print(table("marlin", found, {}))
     write(result)
 
 
-def table(name: str, rows: list[dict[str, Any]], known: dict[str, float]) -> Table:
+def table(name: str, rows: list[dict[str, Any]], rates: dict[str, float]) -> Table:
     """One line a row; kernels' times in microseconds, with their share of the limits."""
     made = Table(title=name)
     if name != "kernels":
@@ -240,7 +265,7 @@ def table(name: str, rows: list[dict[str, Any]], known: dict[str, float]) -> Tab
     for row in rows:
         times = [f"{1e6 * row[way]:.1f}" if way in row else "" for way in WAYS]
         best = min(row[way] for way in OURS if way in row)
-        shares = (row["bytes"] / best / known["copy"], row["flop"] / best / known["matrix"])
+        shares = (row["bytes"] / best / rates["copy"], row["flop"] / best / rates["matrix"])
         made.add_row(str(row["bits"]), str(row["rows"]), *times, *(f"{s:.0%}" for s in shares))
     return made
 
@@ -252,16 +277,22 @@ def main(arguments: list[str]) -> int:
     if "cuda" not in gpu.engines():
         print("error: no CUDA kernels; run benchmarks/gpu.sh, which builds them", file=sys.stderr)
         return 2
-    if arguments == ["check"]:
-        check()
+    if arguments[:1] == ["check"] and set(arguments[1:]) <= set(gpu.engines()):
+        check(arguments[1:] or list(gpu.engines()))
         return 0
-    parts = {"measure": measure, "marlin": add_marlin}
-    if len(arguments) == 1 and arguments[0] in parts:
-        console = Console()
-        parts[arguments[0]](console)
+    console = Console(width=160)
+    if arguments == ["marlin"]:
+        add_marlin(console)
+        return 0
+    if arguments[:1] == ["measure"] and set(arguments[1:]) <= set(PARTS):
+        good = measure(console, arguments[1:] or list(PARTS))
         console.print(f"written to {result_path()}")
-        return 0
-    print("error: say check, measure or marlin: python -m benchmarks.gpu measure", file=sys.stderr)
+        return 0 if good else 1
+    print(
+        f"error: say check, marlin, or measure with some of {', '.join(PARTS)}: "
+        "python -m benchmarks.gpu measure kernels",
+        file=sys.stderr,
+    )
     return 2
 
 

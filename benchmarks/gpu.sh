@@ -37,14 +37,14 @@ test -e quant_cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; 
 status=0
 echo "tests on the device"
 step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" tests/test_cuda.py \
-  tests/test_cuda_wgmma.py tests/test_cuda_sweep.py tests/test_gpu.py tests/test_triton.py \
-  tests/test_decode.py || { echo "FAILED: tests on the device"; status=1; }
+  tests/test_cuda_wgmma.py tests/test_cuda_sweep.py tests/test_cuda_refine.py \
+  tests/test_moments.py tests/test_gpu.py tests/test_triton.py tests/test_decode.py || { echo "FAILED: tests on the device"; status=1; }
 
 for tool in memcheck racecheck; do
   echo "compute-sanitizer $tool"
   if command -v compute-sanitizer > /dev/null; then
     step 40 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      $PYTHON -m benchmarks.gpu check || { echo "FAILED: $tool"; status=1; }
+      $PYTHON -m benchmarks.gpu check cuda || { echo "FAILED: $tool"; status=1; }
   else
     echo "compute-sanitizer is not here: not run"
   fi

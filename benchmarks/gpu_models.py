@@ -1,6 +1,7 @@
 """Models of BELLE's shapes, of random numbers made on the device: decoding, GPU memory, and the
 quantization of a whole one. A part of benchmarks/gpu.py."""
 
+import copy
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BloomConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from benchmarks.stopwatch import SETTINGS, Stopwatch
 from gptq import skeleton
 from gptq.config import QuantConfig
 from gptq.decode import stepper
 from gptq.journal import open_journal
+from gptq.machine import peak_memory, reset_peak_memory
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
@@ -29,8 +32,8 @@ from quant_cuda.packing import pack_zeros, words_for
 
 GROUP_SIZE = 128
 DECODED = 128
-# Windows of 2048 tokens to calibrate on; a usual run takes 128, and time for twice this.
-NSAMPLES = 32
+# Windows to calibrate on, and their tokens.
+NSAMPLES = 128
 SEQLEN = 2048
 # The shapes of BELLE-LLAMA-7B and of BELLE-7B (BLOOMZ).
 SEVEN_BILLION: tuple[tuple[ModelSpec, PretrainedConfig], ...] = (
@@ -188,35 +191,52 @@ def quantize_model(
     windows: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-) -> Found:
-    """Seconds to quantize a whole model of random weights to 4 bits, journal and all.
+    setting: str = "default",
+) -> dict[str, Any]:
+    """Seconds to quantize a whole model of random weights to 4 bits, journal and all, by stage.
 
-    windows: int64 (nsamples, seqlen), the tokens to calibrate on.
+    windows: int64 (nsamples, seqlen), the tokens to calibrate on. setting: one of SETTINGS.
     """
     source = random_source(spec, config, str(device), dtype)
-    settings = QuantConfig(bits=4, group_size=GROUP_SIZE)
-    started = perf_counter()
+    settings = QuantConfig(bits=4, group_size=GROUP_SIZE, **SETTINGS[setting])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak_memory(device)
+    watch = Stopwatch(partial(_clock, device))
+    started = _clock(device)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_journal([Path(folder) / "model.pt"], {"model": "random"}, False) as journal,
+        watch.watching(),
     ):
         layers = list(quantize_blocks(source, windows, settings, journal, device, dtype))
-    return [
-        {
-            "model": spec.model_type,
-            "bits": settings.bits,
-            "layers": len(layers),
-            "windows": len(windows),
-            "tokens": windows.numel(),
-            "seconds": perf_counter() - started,
-            "of_them_solving": sum(layer.seconds for layer in layers),
-        }
-    ]
+    seconds = _clock(device) - started
+    return {
+        "model": spec.model_type,
+        "setting": setting,
+        "blocks": _blocks(config),
+        "layers": len(layers),
+        "tokens": windows.numel(),
+        "seconds": seconds,
+        "memory": peak_memory(device),
+        **watch.seconds,
+        "all else": seconds - sum(watch.seconds.values()),
+    }
 
 
-def quantization() -> Found:
-    """`quantize_model` for the shape of LLaMA-7B, on the GPU."""
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def quantization(setting: str, blocks: int) -> dict[str, Any]:
+    """`quantize_model` for the shape of LLaMA-7B with so many blocks, on the GPU."""
     spec, config = SEVEN_BILLION[0]
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = blocks
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(config.vocab_size, (NSAMPLES, SEQLEN), generator=generator)
-    return quantize_model(spec, config, windows, torch.device("cuda"), torch.float16)
+    device = torch.device("cuda")
+    return quantize_model(spec, config, windows, device, torch.float16, setting)

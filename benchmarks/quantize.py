@@ -10,58 +10,31 @@ seconds are those of the processor, with more those of the clock.
 
 import argparse
 import dataclasses
-import functools
-import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter, process_time, thread_time
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.assets import DEFAULT_CACHE
-from benchmarks.limits import PLAIN, Rates, measured_rates, operations
+from benchmarks.limits import Rates, measured_rates, operations
 from benchmarks.quality import PEERS, Subject, log_perplexities, subject, windows_of
+from benchmarks.stopwatch import SETTINGS, Stopwatch
 from gptq import QuantConfig, api
-from gptq.config import QUALITIES
 from gptq.errors import UserError
 
-SETTINGS: dict[str, dict[str, Any]] = {"plain": PLAIN, "fast": QUALITIES["fast"], "default": {}}
 PEER = "GPTQModel"
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
 GRID: dict[str, Any] = {"bits": 4, "group_size": 64}
-
-# What is timed, by the place it is called from; time inside another of these is that one's.
-STAGES = {
-    "gptq.stages.step": "forward",
-    "gptq.stages._outputs": "forward",
-    "gptq.pipeline.moments": "moments",
-    "gptq.pipeline.choose_damp": "damping",
-    "gptq.pipeline.feed_back": "feedback",
-    "gptq.solver.inverse_factor": "factorization",
-    "quant_cuda.native.sweep": "sweep",
-    "gptq.sweep.torch_sweep": "sweep",
-    "gptq.solver._refined": "refinement",
-    "gptq.solver._finish": "losses",
-    "gptq.pipeline.solve": "rest of the solve",
-    "gptq.skeleton.fill": "read weights",
-    "gptq.pipeline._check_weights": "read weights",
-    "gptq.pipeline._put": "pack",
-    "gptq.journal.Journal.write": "journal",
-    "gptq.api._windows": "tokenize",
-    "gptq.api.export.assemble": "write",
-    "gptq.api.export.write_pt": "write",
-}
 
 
 @dataclasses.dataclass
@@ -76,50 +49,6 @@ class Run:
     """Seconds; what is in none of them is not listed."""
     gaps: dict[str, float]
     """Nats a token by text; empty where they were not asked for."""
-
-
-class Stopwatch:
-    """Time spent in functions, less that in others of them which they call."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.seconds: dict[str, float] = {}
-        self._clock = clock
-        self._inner = [0.0]
-
-    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            started = self._clock()
-            self._inner.append(0.0)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent = self._clock() - started
-                own = spent - self._inner.pop()
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + own
-                self._inner[-1] += spent
-
-        return run
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Time the calls of everything in STAGES."""
-        with ExitStack() as stack:
-            for place, stage in STAGES.items():
-                owner, name = _owner(place)
-                function = self.timed(stage, getattr(owner, name))
-                stack.enter_context(mock.patch.object(owner, name, function))
-            yield
-
-
-def _owner(place: str) -> tuple[Any, str]:
-    """The module or class of a dotted name, and the last part of it."""
-    path, _, name = place.rpartition(".")
-    try:
-        return importlib.import_module(path), name
-    except ModuleNotFoundError:
-        outer, inner = _owner(path)
-        return getattr(outer, inner), name
 
 
 def run_ours(it: Subject, method: str, out: Path) -> tuple[Run, Path]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,9 +54,14 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
         logits = forward()
     cache.reset()
 
-    def replay(next_token: Tensor) -> Tensor:
-        token.copy_(next_token)
-        graph.replay()
-        return logits
+    return partial(_replay, graph, token, logits, (cache, mask))
 
-    return replay
+
+def _replay(
+    graph: torch.cuda.CUDAGraph, token: Tensor, logits: Tensor, _read: object, next_token: Tensor
+) -> Tensor:
+    """The next step of a captured graph; _read: what the graph reads besides, and keeps alive no
+    more than any tensor's address does."""
+    token.copy_(next_token)
+    graph.replay()
+    return logits

@@ -53,15 +53,15 @@ def moments(
 
     def total(name: str, rows: int, x: Tensor) -> Tensor:
         if name not in sums:
-            sums[name] = x.new_zeros((rows, x.shape[1]))
+            sums[name] = x.new_zeros((rows, x.shape[1]), dtype=torch.float32)
         return sums[name]
 
     def add(name: str, left: Tensor, x: Tensor) -> None:
-        left = left.flatten(0, -2).float()
-        total(name, left.shape[1], x).addmm_(left.T, x)
+        left = multiplied_as(left.flatten(0, -2))
+        add_product(total(name, left.shape[1], x), left, x)
 
     for batch in inputs:
-        x = batch.x.flatten(0, -2).float()
+        x = multiplied_as(batch.x.flatten(0, -2))
         tokens += len(x)
         cut = len(x) - int(held_out * len(x))
         add_upper(total("H", x.shape[1], x), x[:cut])
@@ -85,14 +85,31 @@ def moments(
     return Moments(**{name: sum_.div_(tokens) for name, sum_ in sums.items()})
 
 
+def multiplied_as(x: Tensor) -> Tensor:
+    """x in the type that its products are taken in: float32, or 16 bits as they are on a GPU, whose
+    matrix units multiply them exactly and sum in float32."""
+    wide = torch.ops.aten.mm
+    return x if x.is_cuda and x.itemsize == 2 and hasattr(wide, "dtype") else x.float()
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to `total` (n, m). left: (tokens, n), right: (tokens, m), of its type or as
+    `multiplied_as` gives them."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)  # type: ignore[call-overload]
+
+
 def add_upper(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to `total` (in, in) where the column is not below the row; what lies left of the
-    diagonal is undefined. x: (tokens, in), of the same dtype. About half of a product's work."""
+    """Add x^T x to float32 `total` (in, in) where the column is not below the row; what lies left
+    of the diagonal is undefined. x: (tokens, in), as `multiplied_as` gives it. About half of a
+    product's work."""
     n = x.shape[1]
     width = min(max(NARROWEST, -(-n // STRIPS)), WIDEST)
     for start in range(0, n, width):
         stop = min(start + width, n)
-        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        add_product(total[start:stop, start:], x[:, start:stop], x[:, start:])
 
 
 def mirror_upper(total: Tensor) -> None:

@@ -6,11 +6,13 @@ group are known in closed form (coordinate descent on integers: QuantEase, Behdi
 arXiv 2309.01885; scales by least squares: arXiv 2602.02126). No step raises the objective.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gptq.grid import to_stored
-from quant_cuda import native
+from quant_cuda import cuda, cuda_refine, native
 
 # Columns of a group whose changes reach the rest of the group by one product.
 PIECE = 128
@@ -34,14 +36,29 @@ def refine(
         zeros: (groups, out) in w's dtype, scales exactly float16 numbers of either sign.
     runs: (start, stop) of each group in the order they are visited; labels: each run's group.
     Returns q and scales anew, in the types given. Zero points stay, and the signs of scales.
-    In compiled code where it was built, for float32 on a CPU; else in torch.
+    In compiled code where it was built, for float32; else in torch, as on a GPU where a group is
+    longer than its kernel takes.
     """
     if rounds == 0 or not runs:
         return q, scales
-    if w.dtype == torch.float32 and w.device.type == "cpu" and native.instruction_sets():
-        found, scales = native.refine(w, H, q, scales, zeros, runs, labels, bits, rounds)
-        return found.to(q.dtype), scales
-    return torch_refine(w, H, q, scales, zeros, runs, labels, bits, rounds)
+    given = (w, H, q, scales, zeros, runs, labels, bits, rounds)
+    compiled = _compiled_for(w, runs)
+    if compiled is None:
+        return torch_refine(*given)
+    found, scales = compiled(*given)
+    return found.to(q.dtype), scales
+
+
+def _compiled_for(
+    w: Tensor, runs: list[tuple[int, int]]
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    if w.dtype != torch.float32:
+        return None
+    if w.device.type == "cpu" and native.instruction_sets():
+        return native.refine
+    longest = max(stop - start for start, stop in runs)
+    fits = w.device.type == "cuda" and cuda.available() and longest <= cuda_refine.LONGEST
+    return cuda_refine.refine if fits else None
 
 
 def torch_refine(

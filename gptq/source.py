@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from gptq.errors import UserError
-from gptq.gguf_reader import gguf_config, open_gguf
 from gptq.models import SPECS, ModelSpec
 from gptq.tensors import LazyTensors, cause, open_binary, open_tensors
 
@@ -129,6 +128,9 @@ def _open_gguf(path: Path) -> ModelSource:
         is_gguf = path.suffix == ".gguf" or file.read(4) == b"GGUF"
     if not is_gguf:
         raise UserError(f"{path} is not a .gguf file: pass the folder that holds the model")
+    # Only here: that format's package is read for nothing else.
+    from gptq.gguf_reader import gguf_config, open_gguf
+
     config = gguf_config(path)
     spec = SPECS[config.model_type]
     return ModelSource(path.stem, path.parent, config, spec, open_gguf(path), path.name)

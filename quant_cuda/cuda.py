@@ -36,6 +36,7 @@ _SIGNATURES = {
     "plain_multiply": "i pppppp iiiii p",
     "plain_dequantize": "ii ppppp iii p",
     "sweep_block": "pppppppppp iiiiiii p",
+    "refine_group": "pppppp iiiii p",
 }
 
 

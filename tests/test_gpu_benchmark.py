@@ -43,10 +43,11 @@ def test_the_shapes_are_those_of_seven_billion():
 @pytest.mark.parametrize(("spec", "config"), [(LLAMA, llama_config()), (BLOOM, bloom_config())])
 def test_a_whole_random_model_is_quantized(spec, config):
     windows = torch.randint(config.vocab_size, (2, 16))
-    (row,) = gpu_models.quantize_model(spec, config, windows, torch.device("cpu"), torch.float32)
+    row = gpu_models.quantize_model(spec, config, windows, torch.device("cpu"), torch.float32)
     assert row["layers"] == config.num_hidden_layers * len(spec.linears)
     assert row["tokens"] == 32
-    assert 0 < row["of_them_solving"] <= row["seconds"]
+    stages = ("forward", "moments", "sweep", "refinement", "pack", "all else")
+    assert 0 < sum(row[stage] for stage in stages) < row["seconds"]
 
 
 def test_every_released_model_has_its_row():

@@ -112,3 +112,21 @@ def test_upper_blocks_alone_are_computed():
     assert float(total[-1, : 700 - module.WIDEST].abs().max()) == 0
     mirror_upper(total)
     torch.testing.assert_close(total, x.T @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+
+    def there(some):
+        return [Inputs(batch.x.to("cuda", dtype), None) for batch in some]
+
+    sizes = [(2, 500), (1, 33)]
+    inputs, beside = there(batches(sizes, 600)), there(batches(sizes, 600))
+    found = moments(iter(inputs), iter(beside), 0.25)
+    x = [batch.x for batch in inputs]
+    missing = [full.x - batch.x for full, batch in zip(beside, inputs, strict=True)]
+    assert found.H.dtype == torch.float32
+    torch.testing.assert_close(found.H.double(), mean_product(x, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.C.double(), mean_product(missing, x), rtol=1e-5, atol=1e-5)

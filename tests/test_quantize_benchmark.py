@@ -10,7 +10,8 @@ from conftest import llama_config
 from benchmarks import quantize
 from benchmarks.limits import PLAIN, Group, groups_of, main, operations
 from benchmarks.quality import Subject
-from benchmarks.quantize import Stopwatch, run_ours
+from benchmarks.quantize import run_ours
+from benchmarks.stopwatch import STAGES, Stopwatch
 from gptq import QuantConfig
 
 
@@ -89,7 +90,7 @@ def test_stages_of_a_run(tiny, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert path.exists()
-    assert set(quantize.STAGES.values()) == set(run.stages)
+    assert set(STAGES.values()) == set(run.stages)
     assert min(run.stages.values()) >= 0
     assert sum(run.stages.values()) <= run.cpu_seconds
 

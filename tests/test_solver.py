@@ -427,7 +427,7 @@ def test_rows_worked_on_a_few_at_a_time(monkeypatch):
     W, H = (torch.from_numpy(it) for it in layer(8, 40, 6))
     config = QuantConfig(bits=3, group_size=16, order="act", sweeps=3)
     whole = solve_and_refine(W, H, config)
-    monkeypatch.setattr(solver, "ROWS", 3)
+    monkeypatch.setattr(solver, "ROWS", {"cpu": 3})
     found = solve_and_refine(W, H, config)
     for field in ("q", "scales", "zeros", "kept_rtn"):
         assert torch.equal(getattr(found, field), getattr(whole, field)), field

@@ -19,10 +19,13 @@ constexpr int GROUP = 128;   // threads of a warpgroup
 constexpr int WORKERS = 2;   // warpgroups that multiply
 constexpr int THREADS = (1 + WORKERS) * GROUP;
 constexpr int WARPS = GROUP / 32;
-constexpr int BATCH = 8;     // loads of x that a lane has under way, in two batches
+constexpr int BATCH = 4;     // loads of x that a lane has under way, in two batches
 constexpr int PITCH = 20;    // of a row of sums; lanes of a warp meet no bank twice
-// 65536 registers over three warpgroups.
-constexpr int BRINGER_REGISTERS = 80, WORKER_REGISTERS = 216;
+// What a warpgroup asks for has to be what another gave back, or it waits for ever: a thread block
+// starts with the most for each thread that 65536 registers allow, in multiples of eight.
+constexpr int BRINGER_REGISTERS = 56, WORKER_REGISTERS = 224;
+static_assert(BRINGER_REGISTERS + WORKERS * WORKER_REGISTERS <=
+              (1 + WORKERS) * (65536 / THREADS / 8 * 8));
 
 // A stage is one block of inputs of x: (chunk of eight inputs, row), 16 bytes each.
 template <int BITS>
@@ -48,20 +51,19 @@ template <int BITS, typename T>
 __device__ __forceinline__ void bring(uint4* shared, barrier_t* full, barrier_t* empty,
                                       const T* x, const Work& work) {
   using Size = Sizes<BITS>;
-  constexpr int RUNS_AT_ONCE = 2, EIGHTS = BATCH / RUNS_AT_ONCE;  // of rows, a warp
-  constexpr int BATCHES = Size::RUNS / RUNS_AT_ONCE;
+  constexpr int BATCHES = Size::RUNS, EIGHTS = BATCH;  // of rows, a warp
+  static_assert(WARPS * 8 * EIGHTS == ROWS);
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 8 * EIGHTS;
   const int count = work.steps() * BATCHES;
 
   const auto load = [&](uint4(&values)[BATCH], int batch) {
     const int k = work.block(batch / BATCHES) * Size::BLOCK +
-                  batch % BATCHES * RUNS_AT_ONCE * layout::RUN + lane % 4 * 8;
+                  batch % BATCHES * layout::RUN + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      const int row = work.first_row + first + i % EIGHTS * 8 + lane / 4;
-      const int input = k + i / EIGHTS * layout::RUN;
-      const bool there = row < work.rows && input < work.inputs;
-      const T* from = x + static_cast<size_t>(row) * work.inputs + input;
+      const int row = work.first_row + first + i * 8 + lane / 4;
+      const bool there = row < work.rows && k < work.inputs;
+      const T* from = x + static_cast<size_t>(row) * work.inputs + k;
       values[i] = there ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
     }
   };
@@ -76,8 +78,8 @@ __device__ __forceinline__ void bring(uint4* shared, barrier_t* full, barrier_t*
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       // Lane 8j + r names the place of matrix j's row r.
-      const int chunk = (part * RUNS_AT_ONCE + i / EIGHTS) * 4 + lane / 8;
-      const int row = first + i % EIGHTS * 8 + lane % 8;
+      const int chunk = part * 4 + lane / 8;
+      const int row = first + i * 8 + lane % 8;
       store_matrices(&shared[stage * Size::STAGE + chunk * ROWS + row], now[i]);
     }
     if (part == BATCHES - 1) {
