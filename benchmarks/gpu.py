@@ -1,6 +1,6 @@
 """Kernels, decoding and quantization on the GPU of this machine; run by benchmarks/gpu.sh.
 
-    python -m benchmarks.gpu check [cuda] [triton]    products against float64, for compute-sanitizer
+    python -m benchmarks.gpu check [ENGINE]    products against float64, for compute-sanitizer
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
     python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, where that is installed
 
