@@ -38,7 +38,8 @@ status=0
 echo "tests on the device"
 step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" tests/test_cuda.py \
   tests/test_cuda_wgmma.py tests/test_cuda_sweep.py tests/test_cuda_refine.py \
-  tests/test_moments.py tests/test_gpu.py tests/test_triton.py tests/test_decode.py || { echo "FAILED: tests on the device"; status=1; }
+  tests/test_moments.py tests/test_gpu.py tests/test_triton.py \
+  tests/test_decode.py tests/test_shelf.py || { echo "FAILED: tests on the device"; status=1; }
 
 for tool in memcheck racecheck; do
   echo "compute-sanitizer $tool"

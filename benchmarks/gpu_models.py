@@ -25,6 +25,7 @@ from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
 from gptq.pipeline import quantize_blocks
 from gptq.qlinear import QuantLinear
+from gptq.shelf import Shelf
 from gptq.source import ModelSource
 from gptq.tensors import LazyTensors
 from quant_cuda import PackedWeight
@@ -192,10 +193,12 @@ def quantize_model(
     device: torch.device,
     dtype: torch.dtype,
     setting: str = "default",
+    host: bool = False,
 ) -> dict[str, Any]:
     """Seconds to quantize a whole model of random weights to 4 bits, journal and all, by stage.
 
     windows: int64 (nsamples, seqlen), the tokens to calibrate on. setting: one of SETTINGS.
+    host: whether activations are kept in the machine's memory.
     """
     source = random_source(spec, config, str(device), dtype)
     settings = QuantConfig(bits=4, group_size=GROUP_SIZE, **SETTINGS[setting])
@@ -209,11 +212,13 @@ def quantize_model(
         open_journal([Path(folder) / "model.pt"], {"model": "random"}, False) as journal,
         watch.watching(),
     ):
-        layers = list(quantize_blocks(source, windows, settings, journal, device, dtype))
+        shelf = Shelf(host=host)
+        layers = list(quantize_blocks(source, windows, settings, journal, device, dtype, shelf))
     seconds = _clock(device) - started
     return {
         "model": spec.model_type,
         "setting": setting,
+        "activations": "host" if host else "device",
         "blocks": _blocks(config),
         "layers": len(layers),
         "tokens": windows.numel(),
@@ -231,7 +236,7 @@ def _clock(device: torch.device) -> float:
     return perf_counter()
 
 
-def quantization(setting: str, blocks: int) -> dict[str, Any]:
+def quantization(setting: str, blocks: int, host: bool = False) -> dict[str, Any]:
     """`quantize_model` for the shape of LLaMA-7B with so many blocks, on the GPU."""
     spec, config = SEVEN_BILLION[0]
     config = copy.deepcopy(config)
@@ -239,4 +244,4 @@ def quantization(setting: str, blocks: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(config.vocab_size, (NSAMPLES, SEQLEN), generator=generator)
     device = torch.device("cuda")
-    return quantize_model(spec, config, windows, device, torch.float16, setting)
+    return quantize_model(spec, config, windows, device, torch.float16, setting, host)

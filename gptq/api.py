@@ -19,7 +19,7 @@ from gptq.errors import UserError
 from gptq.files import check_writable
 from gptq.journal import Journal, open_journal
 from gptq.machine import available_memory, parse_size, peak_memory, pick_device, pick_dtype
-from gptq.memory import fits, needs
+from gptq.memory import FIXED, Needs, fits, needs
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
 from gptq.qlinear import QuantLinear, TiedHead
 from gptq.shelf import Shelf
@@ -62,7 +62,8 @@ def quantize(
         the model can take).
     resume: continue a run of the same arguments that was stopped.
     max_memory: such as "6GiB"; activations go to disk, beside the output, where they would exceed
-        it. By default what is free. On a GPU it is the GPU's memory that counts.
+        it. By default what is free. On a GPU it is the GPU's memory that counts, and they go to the
+        machine's where they fit.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
@@ -87,7 +88,7 @@ def quantize(
     layers = []
     run = identity(source, config, dtype=kind, **calibration)
     with distributed.team(where) as team, _shared_journal(team, outputs, run, resume) as journal:
-        shelf = None if in_memory else Shelf(journal.scratch / str(team.rank) / "quantized")
+        shelf = None if in_memory else _shelf(needed, where, journal, team)
         blocks = quantize_blocks(source, windows, config, journal, where, kind, shelf, team)
         for layer in blocks:
             layers.append(layer)
@@ -115,6 +116,14 @@ def quantize(
     stages.append(("writing", now - writing))
     peak = peak_memory(where)
     return Report(config, tuple(layers), tuple(outputs), now - started, peak, tuple(stages))
+
+
+def _shelf(needed: Needs, device: torch.device, journal: Journal, team: distributed.Team) -> Shelf:
+    """For activations that do not stay where they are computed."""
+    room = available_memory(torch.device("cpu")) / team.size
+    if device.type == "cuda" and needed.activations + FIXED < room:
+        return Shelf(host=True)
+    return Shelf(journal.scratch / str(team.rank) / "quantized")
 
 
 def _check_outputs(outputs: list[Path], folder_last: bool, format: str | None) -> None:

@@ -3,9 +3,11 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 WARM_UP = 2
@@ -50,18 +52,35 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
             forward()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph), _FilledNumbers():
         logits = forward()
     cache.reset()
 
     return partial(_replay, graph, token, logits, (cache, mask))
 
 
+class _FilledNumbers(TorchFunctionMode):
+    """torch.tensor of one number, which a captured graph cannot copy from the CPU, as a fill:
+    BLOOM's mask in transformers 5 is made with such a number."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], int | float):
+            return torch.full((), *args, **kwargs)
+        return func(*args, **kwargs)
+
+
 def _replay(
-    graph: torch.cuda.CUDAGraph, token: Tensor, logits: Tensor, _read: object, next_token: Tensor
+    graph: torch.cuda.CUDAGraph, token: Tensor, logits: Tensor, _held: object, next_token: Tensor
 ) -> Tensor:
-    """The next step of a captured graph; _read: what the graph reads besides, and keeps alive no
-    more than any tensor's address does."""
+    """The next step of a captured graph, which holds none of the tensors that it reads and writes:
+    those which nothing else holds are `_held`."""
     token.copy_(next_token)
     graph.replay()
     return logits

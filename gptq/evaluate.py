@@ -33,7 +33,7 @@ def perplexity(
     progress: called with (blocks done, blocks in all).
     Raises UserError where the result is not a number.
     """
-    batches = skeleton.batches(windows)
+    batches = skeleton.batches(windows, device)
     stream = skeleton.embed(model, spec, tensors, batches, device, dtype)
     count = skeleton.block_count(model, spec)
     for index in range(count):

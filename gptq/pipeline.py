@@ -89,7 +89,7 @@ def quantize_blocks(
     model = skeleton.build(source.config, spec, device)
     check_layers(model, spec, config.bits)
     skeleton.check_complete(model, spec, source.tensors)
-    batches = [] if windows is None else team.share(skeleton.batches(windows))
+    batches = [] if windows is None else team.share(skeleton.batches(windows, device))
     stream = skeleton.embed(model, spec, source.tensors, batches, device, dtype, shelf)
     # The full-precision model's activations, beside those of the model quantized so far.
     full = stream.copy("full") if config.feeds_back else None

@@ -18,8 +18,10 @@ from gptq.qlinear import STORED_AS_IS, QuantEmbedding, TiedHead
 from gptq.shelf import Shelf
 from gptq.tensors import cause
 
-# Tokens that go through a block at once: enough to keep matrix units busy, little memory.
+# Tokens that go through a block at once: enough to keep matrix units busy, little memory. A GPU
+# takes as many times more.
 BATCH_TOKENS = 4096
+GPU_FACTOR = 2
 
 
 def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> PreTrainedModel:
@@ -269,6 +271,7 @@ def _rows(
     return rows
 
 
-def batches(windows: Tensor) -> list[Tensor]:
-    """Windows int64 (n, seqlen) in parts that go through a block at once."""
-    return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
+def batches(windows: Tensor, device: torch.device) -> list[Tensor]:
+    """Windows int64 (n, seqlen) in parts that go through a block at once, on that device."""
+    tokens = BATCH_TOKENS * (GPU_FACTOR if device.type == "cuda" else 1)
+    return list(windows.split(max(1, tokens // windows.shape[1])))

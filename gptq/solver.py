@@ -20,7 +20,7 @@ SWEEP_ORDERS = ("gar", "act", "natural")
 # Rows of H whose product is taken at once.
 STRIP = 256
 # Rows of W that are refined and measured at once, on a CPU and on a GPU, which more keep busy.
-ROWS = {"cpu": 2048, "cuda": 8192}
+ROWS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)

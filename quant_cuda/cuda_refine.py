@@ -54,10 +54,13 @@ def launch_refine(
     for (start, stop), label in zip(runs, labels, strict=True):
         error[start:stop] -= (q[start:stop] - zeros[label]) * scales[label]
     gradient = H @ error
+    in_order = runs == sorted(runs)
     change = error[:longest]  # not needed any more
-    for _ in range(rounds):
+    for turn in range(rounds):
         for (start, stop), label in zip(runs, labels, strict=True):
             tensors = (H, gradient, zeros[label], scales[label], q, change)
             launch("refine_group", *tensors, inputs, outputs, start, stop, bits)
-            gradient.addmm_(H[:, start:stop], change[: stop - start], alpha=-1)
+            # In the last round what was visited is not visited again.
+            first = stop if turn + 1 == rounds and in_order else 0
+            gradient[first:].addmm_(H[first:, start:stop], change[: stop - start], alpha=-1)
     return q, scales

@@ -60,7 +60,7 @@ def check(kernels: Kernels, x: torch.Tensor, weight: PackedWeight, matrix, proce
 @pytest.mark.parametrize(("n_in", "n_out", "group_size"), SHAPES)
 def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
     weight, matrix = packed(bits, n_in, n_out, group_size)
-    for rows in (1, 2, 8, 13, 29, 70):
+    for rows in (1, 2, 8, 13, 29, 50, 70):
         check(kernels, activations(rows, n_in, dtype=dtype), weight, matrix)
 
 

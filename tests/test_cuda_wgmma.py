@@ -110,16 +110,16 @@ def test_order_of_threads_changes_nothing(kernels, bits):
 
 def test_it_is_chosen_for_some_hundreds_of_rows(kernels):
     weight, matrix = packed(4, 96, 24, 32)
-    check(kernels, activations(129, 96, dtype=torch.float16), weight, matrix)
+    check(kernels, activations(65, 96, dtype=torch.float16), weight, matrix)
     tiled = tiles.prepack(weight)
     half = torch.float16
-    names = [cuda.kernel_for(m, half, tiled, True) for m in (1, 8, 9, 128, 129, 4095, 4096)]
+    names = [cuda.kernel_for(m, half, tiled, True) for m in (1, 32, 33, 64, 65, 512, 513)]
     assert names == ["gemv", "gemv", "gemm", "gemm", "wgmma", "wgmma", "dense"]
-    names = [cuda.kernel_for(m, half, tiled, False) for m in (8, 9, 255, 256)]
+    names = [cuda.kernel_for(m, half, tiled, False) for m in (32, 33, 127, 128)]
     assert names == ["gemv", "gemm", "gemm", "dense"]
     assert cuda.kernel_for(200, torch.float32, tiled, True) == "dense"
     plain = tiles.plain(weight)
-    assert [cuda.kernel_for(m, half, plain, True) for m in (200, 256)] == ["plain", "dense"]
+    assert [cuda.kernel_for(m, half, plain, True) for m in (127, 128)] == ["plain", "dense"]
 
 
 def test_tiles_fill_the_gpu():

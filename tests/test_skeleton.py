@@ -40,7 +40,7 @@ def test_hidden_states_equal_hugging_face(folder):
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = whole(windows(), output_hidden_states=True, use_cache=False)
     model = skeleton.build(source.config, source.spec, CPU)
-    batches = skeleton.batches(windows())
+    batches = skeleton.batches(windows(), CPU)
     stream = skeleton.embed(model, source.spec, source.tensors, batches, CPU, torch.float32)
 
     def hidden():

@@ -1,5 +1,5 @@
-// y = x W for up to eight rows of x: bound by the bytes of W, so that each is read once, straight
-// into registers, and the tensor cores (which eight rows fill as one would) leave the rest idle.
+// y = x W for up to 32 rows of x: bound by the bytes of W, so that each is read once, straight into
+// registers, and the tensor cores, which take eight rows at a time, leave the rest idle.
 //
 // A thread block computes 32 columns; its warps take blocks of inputs in turn, several loads ahead
 // of use, and their sums are added in shared memory in a fixed order. Where the columns are too
@@ -11,10 +11,12 @@
 namespace {
 
 constexpr int WARPS = 8;
-constexpr int AHEAD = 3;  // blocks of inputs that a warp has under way
+// Blocks of inputs that a warp has under way; more rows of x take the registers of one.
+template <int EIGHTS>
+constexpr int ahead = EIGHTS == 1 ? 3 : 2;
 constexpr int TILES = 2;
 constexpr int COLUMNS = TILES * layout::TILE;
-constexpr int ROWS = 8;
+constexpr int MOST_ROWS = 32;
 
 // What a warp holds of a block of inputs, 32 columns wide.
 template <bool FINE>
@@ -42,22 +44,26 @@ struct Stage {
   }
 };
 
-// x: (rows, inputs), rows at most 8. words: (tiles, blocks, 256). table: (units, columns), one row
+// x: (rows, inputs), rows at most 8 * EIGHTS. words: (tiles, blocks, 256). table: (units, columns), one row
 // for each 2**shift inputs; FINE where that is fewer than a block. bias: (outputs,) or NULL.
 // y: (rows, outputs); or partial: (gridDim.y, rows, outputs), without the bias, if not NULL.
-template <int BITS, typename T, bool FINE>
-__global__ void __launch_bounds__(WARPS * 32)
+template <int BITS, typename T, bool FINE, int EIGHTS>
+__global__ void __launch_bounds__(WARPS * 32, EIGHTS == 4 ? 1 : 2)
     gemv(const T* __restrict__ x, const uint32_t* __restrict__ words,
          const Grid* __restrict__ table, const float* __restrict__ bias, T* __restrict__ y,
          float* __restrict__ partial, int rows, int inputs, int outputs, int columns, int shift) {
   constexpr int BLOCK = layout::block_inputs<BITS>;
   constexpr int RUNS = BLOCK / layout::RUN;
+  constexpr int ROWS = 8 * EIGHTS, AHEAD = ahead<EIGHTS>;
   SHARED(float, sums, [WARPS][ROWS][COLUMNS + 1]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int blocks = layout::block_count<BITS>(inputs);
   const int stride = WARPS * gridDim.y;
-  const bool has_row = g < rows;
-  const T* my_x = x + static_cast<size_t>(has_row ? g : 0) * inputs + 8 * t;
+  // Rows that are not there are read as the first, and their results left out.
+  const T* my_x[EIGHTS];
+#pragma unroll
+  for (int n = 0; n < EIGHTS; ++n)
+    my_x[n] = x + static_cast<size_t>(8 * n + g < rows ? 8 * n + g : 0) * inputs + 8 * t;
 
   Stage<FINE> stages[AHEAD];
   const int start = blockIdx.y * WARPS + warp;
@@ -66,23 +72,25 @@ __global__ void __launch_bounds__(WARPS * 32)
     if (start + i * stride < blocks)
       stages[i].template load<BITS>(words, table, start + i * stride, blocks, columns, shift, lane);
 
-  float sum[TILES][4] = {};
+  float sum[TILES][EIGHTS][4] = {};
   for (int base = start; base < blocks; base += AHEAD * stride) {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const int block = base + i * stride;
       if (block >= blocks) break;
       Stage<FINE>& stage = stages[i];
-      uint4 b[RUNS];
+      uint4 b[EIGHTS][RUNS];
 #pragma unroll
-      for (int run = 0; run < RUNS; ++run) {
-        const int k = block * BLOCK + run * layout::RUN;
-        b[run] = has_row && k + 8 * t < inputs ? *reinterpret_cast<const uint4*>(my_x + k)
-                                               : make_uint4(0, 0, 0, 0);
-      }
+      for (int n = 0; n < EIGHTS; ++n)
+#pragma unroll
+        for (int run = 0; run < RUNS; ++run) {
+          const int k = block * BLOCK + run * layout::RUN;
+          b[n][run] = k + 8 * t < inputs ? *reinterpret_cast<const uint4*>(my_x[n] + k)
+                                         : make_uint4(0, 0, 0, 0);
+        }
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) {
-        float part[4] = {};
+        float part[EIGHTS][4] = {};
 #pragma unroll
         for (int run = 0; run < RUNS; ++run) {
           if (FINE && block * BLOCK + run * layout::RUN >= inputs) break;
@@ -93,10 +101,13 @@ __global__ void __launch_bounds__(WARPS * 32)
                                                Expander<BITS, T>(grid[1].zero())};
           uint32_t a[2][4];
           expand_run<BITS, T>(stage.pieces[tile], run, expand, a);
-          mma(part, a[0], b[run].x, b[run].y, T());
-          mma(part, a[1], b[run].z, b[run].w, T());
-          if (FINE || run == RUNS - 1) add_scaled(sum[tile], part, grid);
-          if (FINE) part[0] = part[1] = part[2] = part[3] = 0;
+#pragma unroll
+          for (int n = 0; n < EIGHTS; ++n) {
+            mma(part[n], a[0], b[n][run].x, b[n][run].y, T());
+            mma(part[n], a[1], b[n][run].z, b[n][run].w, T());
+            if (FINE || run == RUNS - 1) add_scaled(sum[tile][n], part[n], grid);
+            if (FINE) part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0;
+          }
         }
       }
       const int next = block + AHEAD * stride;
@@ -108,37 +119,53 @@ __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      sums[warp][2 * t + i % 2][tile * layout::TILE + g + 8 * (i / 2)] = sum[tile][i];
+    for (int n = 0; n < EIGHTS; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[warp][8 * n + 2 * t + i % 2][tile * layout::TILE + g + 8 * (i / 2)] = sum[tile][n][i];
   __syncthreads();
 
-  static_assert(WARPS * 32 == ROWS * COLUMNS, "a thread for each result");
-  const int row = threadIdx.x / COLUMNS, in_tile = threadIdx.x % COLUMNS;
-  const int column = blockIdx.x * COLUMNS + in_tile;
-  if (row >= rows || column >= outputs) return;
-  float total = 0;
+  static_assert(WARPS * 32 == 8 * COLUMNS, "a thread for each result of eight rows");
+  const int in_tile = threadIdx.x % COLUMNS, column = blockIdx.x * COLUMNS + in_tile;
+  if (column >= outputs) return;
+  for (int row = threadIdx.x / COLUMNS; row < ROWS && row < rows; row += 8) {
+    float total = 0;
 #pragma unroll
-  for (int w = 0; w < WARPS; ++w) total += sums[w][row][in_tile];
-  const size_t at = static_cast<size_t>(row) * outputs + column;
-  if (partial)
-    partial[static_cast<size_t>(blockIdx.y) * rows * outputs + at] = total;
-  else
-    y[at] = from_float<T>(bias ? total + bias[column] : total);
+    for (int w = 0; w < WARPS; ++w) total += sums[w][row][in_tile];
+    const size_t at = static_cast<size_t>(row) * outputs + column;
+    if (partial)
+      partial[static_cast<size_t>(blockIdx.y) * rows * outputs + at] = total;
+    else
+      y[at] = from_float<T>(bias ? total + bias[column] : total);
+  }
 }
 
-template <int BITS, typename T>
+template <int BITS, typename T, int EIGHTS>
 void launch(const void* x, const void* words, const void* table, const float* bias, void* y,
-            float* partial, int rows, int inputs, int outputs, int columns, int shift, int splits, cudaStream_t stream) {
-  const auto kernel = (1 << shift) < layout::block_inputs<BITS> ? gemv<BITS, T, true>
-                                                                : gemv<BITS, T, false>;
+            float* partial, int rows, int inputs, int outputs, int columns, int shift, int splits,
+            cudaStream_t stream) {
+  const auto kernel = (1 << shift) < layout::block_inputs<BITS> ? gemv<BITS, T, true, EIGHTS>
+                                                                : gemv<BITS, T, false, EIGHTS>;
   LAUNCH(kernel, dim3(columns / COLUMNS, splits), WARPS * 32, 0, stream, static_cast<const T*>(x),
          static_cast<const uint32_t*>(words), static_cast<const Grid*>(table), bias,
          static_cast<T*>(y), partial, rows, inputs, outputs, columns, shift);
 }
 
+template <int BITS, typename T, typename... Rest>
+void launch_rows(const void* x, const void* words, const void* table, const float* bias, void* y,
+                 float* partial, int rows, Rest... rest) {
+  const auto run = rows <= 8 ? launch<BITS, T, 1> : rows <= 16 ? launch<BITS, T, 2> : launch<BITS, T, 4>;
+  run(x, words, table, bias, y, partial, rows, rest...);
+}
+
+template <int BITS, typename... Rest>
+void launch_type(int type, Rest... rest) {
+  type == HALF ? launch_rows<BITS, half_t>(rest...) : launch_rows<BITS, bfloat_t>(rest...);
+}
+
 }  // namespace
 
-// x: float16 or bfloat16 (rows, inputs), rows 1..8, inputs a multiple of 8, 16-byte aligned.
+// x: float16 or bfloat16 (rows, inputs), rows 1..32, inputs a multiple of 8, 16-byte aligned.
 // words: (columns / 16, blocks, 256). table: (units, columns), a row for each 2**shift inputs.
 // columns: outputs rounded up to a multiple of 32.
 // bias: float32 (outputs,) or NULL. y: x's type (rows, outputs); or, for splits > 1, partial:
@@ -146,11 +173,13 @@ void launch(const void* x, const void* words, const void* table, const float* bi
 EXPORT int quant_cuda_gemv(int bits, int type, const void* x, const void* words, const void* table,
                            const float* bias, void* y, float* partial, int rows, int inputs, int outputs, int columns,
                            int shift, int splits, cudaStream_t stream) {
-  if ((bits != 4 && bits != 8) || (type != HALF && type != BFLOAT) || rows < 1 || rows > ROWS ||
+  if ((bits != 4 && bits != 8) || (type != HALF && type != BFLOAT) || rows < 1 || rows > MOST_ROWS ||
       inputs < 8 || inputs % 8 || columns % COLUMNS || shift < 5 || (splits > 1) != (partial != nullptr))
     return cudaErrorInvalidValue;
-  const auto run = bits == 4 ? (type == HALF ? launch<4, half_t> : launch<4, bfloat_t>)
-                             : (type == HALF ? launch<8, half_t> : launch<8, bfloat_t>);
-  run(x, words, table, bias, y, partial, rows, inputs, outputs, columns, shift, splits, stream);
+  const auto run = [&](auto launch) {
+    launch(type, x, words, table, bias, y, partial, rows, inputs, outputs, columns, shift, splits,
+           stream);
+  };
+  bits == 4 ? run([](auto... a) { launch_type<4>(a...); }) : run([](auto... a) { launch_type<8>(a...); });
   return cudaGetLastError();
 }
