@@ -47,7 +47,7 @@ def test_the_same_steps(kernels, bits, sym, shape):
     assert same.double().mean() > 0.9
     found = errors(w, found_q.double(), found_scales.double(), zeros, runs, labels)
     expected = errors(w, expected_q, expected_scales, zeros, runs, labels)
-    np.testing.assert_allclose(loss(H, found), loss(H, expected), rtol=0.05, atol=1e-9)
+    np.testing.assert_allclose(loss(H, found).sum(), loss(H, expected).sum(), rtol=1e-2, atol=1e-9)
 
 
 def test_every_round_lowers_the_objective(kernels):
