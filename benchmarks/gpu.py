@@ -13,8 +13,9 @@ import re
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -79,7 +80,7 @@ def limits() -> dict[str, float]:
     return {"copy": 2 * source.nbytes / copied, "matrix": 2 * 8192**3 / multiplied}
 
 
-def kernels(bits: int) -> list[dict[str, Any]]:
+def kernels(bits: int) -> Iterator[dict[str, Any]]:
     """Times of one product of SHAPE for each number of rows, by each way to take it."""
     inputs, outputs = SHAPE
     count = max(4, COLD_BYTES // (inputs * outputs * bits // 8))
@@ -89,7 +90,6 @@ def kernels(bits: int) -> list[dict[str, Any]]:
     dense = [torch.randn(outputs, inputs, device="cuda", dtype=torch.float16) for _ in range(4)]
     stored = sum(t.nbytes for t in gpu.prepare(weights[0]).tensors)
     del weights
-    found = []
     for rows in ROWS:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
         row: dict[str, Any] = {"bits": bits, "rows": rows}
@@ -97,9 +97,7 @@ def kernels(bits: int) -> list[dict[str, Any]]:
             row[name] = time_graph(calls)
         row["bytes"] = stored + x.nbytes + 2 * rows * outputs
         row["flop"] = 2 * rows * inputs * outputs
-        found.append(row)
-        print(f"{bits} bits, {rows} rows: timed", flush=True)
-    return found
+        yield row
 
 
 def _ways(
@@ -121,9 +119,8 @@ def _ways(
     return cast(dict[str, list[Callable[[], Tensor]]], ways)
 
 
-def solving() -> list[dict[str, Any]]:
+def solving() -> Iterator[dict[str, Any]]:
     """Seconds to solve one layer of each shape of a LLaMA-7B block, those of one input together."""
-    found: list[dict[str, Any]] = []
     for inputs, outputs in ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)):
         x = torch.randn(2 * inputs, inputs, device="cuda")
         H = x.T @ x / len(x)
@@ -135,8 +132,7 @@ def solving() -> list[dict[str, Any]]:
             solve(W, H, config)
             torch.cuda.synchronize()
             shape = {"inputs": inputs, "outputs": outputs, "search": search}
-            found.append({**shape, "seconds": perf_counter() - started})
-    return found
+            yield {**shape, "seconds": perf_counter() - started}
 
 
 def marlin(bits: int) -> list[dict[str, Any]]:
@@ -213,30 +209,31 @@ def measure(console: Console, wanted: list[str]) -> bool:
     console.print(f"cuBLAS float16 {rates['matrix'] / 1e12:.0f} TFLOP/s")
     good = True
     for name in wanted:
+        found: list[dict[str, Any]] = []
         try:
-            result[name] = PARTS[name]()
+            for row in PARTS[name]():
+                found.append(row)
+                # What was measured is kept should the next fail, or be stopped.
+                write(result | {name: found})
+                console.print(f"{name}: {len(found)} measured")
         # Whatever fails, the parts after it are worth their time.
         except Exception:
             console.print(f"FAILED: {name}\n{traceback.format_exc()}", markup=False)
             good = False
-            continue
-        console.print(table(name, result[name], rates))
-        write(result)
+        if found:
+            result[name] = found
+            console.print(table(name, found, rates))
+    if "decode" in wanted:
+        console.print(table("released", released(result["decode"]), rates))
     return good
 
 
-def _decode() -> list[dict[str, Any]]:
-    found = decode()
-    Console().print(table("released", released(found), {}))
-    return found
-
-
-PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "kernels": lambda: kernels(4) + kernels(8),
-    "decode": _decode,
-    "blocks": lambda: [quantization(setting, 4, host) for setting, host in BLOCKS],
+PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+    "kernels": lambda: chain(kernels(4), kernels(8)),
+    "decode": decode,
+    "blocks": lambda: (quantization(setting, 4, host) for setting, host in BLOCKS),
     "solving": solving,
-    "quantization": lambda: [quantization(setting, 32) for setting in ("fast", "default")],
+    "quantization": lambda: (quantization(setting, 32) for setting in ("fast", "default")),
 }
 
 

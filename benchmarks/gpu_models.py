@@ -4,7 +4,7 @@ quantization of a whole one. A part of benchmarks/gpu.py."""
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -129,21 +129,20 @@ def _blocks(config: PretrainedConfig) -> int:
     return config.num_hidden_layers
 
 
-@torch.no_grad()
-def decode() -> Found:
+def decode() -> Iterator[dict[str, Any]]:
     """Tokens a second at batch 1 from a captured graph, and memory, of 7B-shaped models."""
-    found: Found = []
     for spec, config in SEVEN_BILLION:
         for bits in WIDTHS[spec.model_type]:
             torch.cuda.empty_cache()
             row: dict[str, Any] = {"model": spec.model_type, "bits": bits}
             try:
-                found.append({**row, **_decode(spec, config, bits)})
+                measured = _decode(spec, config, bits)
             except torch.cuda.OutOfMemoryError:
-                found.append({**row, "tokens_per_second": None, "memory": None, "used": None})
-    return found
+                measured = {"tokens_per_second": None, "memory": None, "used": None}
+            yield row | measured
 
 
+@torch.no_grad()
 def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, Any]:
     dtype = torch.float32 if bits == 32 else torch.float16
     model = random_model(spec, config, bits, "cuda", dtype)
