@@ -1,11 +1,12 @@
-"""Token after token through LLaMA blocks of packed layers on a CPU: each block in one native call.
+"""Token after token through LLaMA blocks of packed layers on a CPU: all of them in one native call.
 
-A small model's time goes to what Python and torch do between its products. Blocks stay those of
+A small model's time goes to what Python and torch do between its products. Models stay those of
 transformers, so that generate and all else remain what users know; where exactly one token is asked
-for, with nothing watching, what they compute is computed by quant_cuda.block.
+for, with nothing watching, what their blocks compute is computed by quant_cuda.block.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from gptq.qlinear import QuantLinear
-from quant_cuda import cpu, native
+from quant_cuda import block, cpu, native
 from quant_cuda.block import Block
 from quant_cuda.weight import PreparedWeight
 
@@ -34,52 +35,93 @@ def install(model: PreTrainedModel) -> None:
     """Let a model's LLaMA blocks take single tokens in one call, where there is compiled code."""
     if not native.compiled():
         return
-    for module in model.modules():
-        if type(module) is modeling_llama.LlamaDecoderLayer:
-            module.__class__ = LlamaDecoderLayer
+    if type(model) is modeling_llama.LlamaForCausalLM:
+        model.__class__ = LlamaForCausalLM
 
 
-class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
-    """transformers' block; it has its name, by which others know it."""
+class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
+    """transformers' model; it has its name, by which others know it."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers."""
-        is_one = not args and hidden_states.shape[:2] == (1, 1)
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         # What is traced must not meet what follows.
-        if is_one and not self.training and not torch.compiler.is_compiling():
-            cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
-            known = _known_of(self)
-            if known.block is not None and _fits(hidden_states, cache, known.index, kwargs):
-                held = cache.layers[known.index]
-                return _step(known.block, hidden_states, held, *kwargs["position_embeddings"])
-        return super().forward(hidden_states, *args, **kwargs)
+        if inputs is None or inputs.shape[:2] != (1, 1) or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        # Found before the module of that name, for as long as transformers goes through its blocks.
+        inner = vars(self.model)
+        inner["layers"] = _Stack(cast(nn.ModuleList, inner["_modules"]["layers"]))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            inner.pop("layers", None)  # gone where two threads were here
 
 
-def _fits(x: Tensor, cache: Any, index: int, arguments: dict[str, Any]) -> bool:
-    """Whether x is one token after others that a plain cache holds, nothing masked or watched."""
-    if (
-        x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or arguments.get("attention_mask") is not None
-        or arguments.get("output_attentions")
-        or torch.is_grad_enabled()
-        or not cpu.is_plain(x, None)
-        or type(cache) is not DynamicCache
-        or index >= len(cache.layers)
-    ):
-        return False
-    held = cache.layers[index]
-    if type(held) is not DynamicLayer or not held.is_initialized:
-        return False
-    keys, values = cast(Tensor, held.keys), cast(Tensor, held.values)
-    cos, sin = arguments["position_embeddings"]
+class _Stack:
+    """All blocks of a model, in place of a list of them: one that does what they would in turn."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.layers = layers
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.layers[index]
+        return [self] if isinstance(index, slice) and len(found) == len(self) else found
+
+    def __iter__(self) -> Iterator["_Stack"]:
+        return iter([self])
+
+    def __call__(self, x: Tensor, **kwargs: Any) -> Tensor:
+        cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
+        if _fits(x, cache, len(self), kwargs) and not _globally_watched():
+            known = [_known_of(layer) for layer in self.layers]
+            blocks = [it.block for it in known if it.block is not None]
+            held = [cache.layers[it.index] for it in known]
+            if len(blocks) == len(known) and _alike(held, *kwargs["position_embeddings"]):
+                return _step(blocks, x, held, *kwargs["position_embeddings"])
+        for layer in self.layers:
+            x = layer(x, **kwargs)
+        return x
+
+
+def _fits(x: Tensor, cache: Any, count: int, arguments: dict[str, Any]) -> bool:
+    """Whether x is one token after others that a plain cache holds, nothing masked or asked for."""
     return (
-        keys.numel() > 0
-        and len(keys) == 1
-        and keys.dtype == values.dtype == cos.dtype == sin.dtype == torch.float32
-        and cos.numel() == sin.numel() == keys.shape[3]
-        and keys.device.type == "cpu"
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and arguments.get("attention_mask") is None
+        and not arguments.get("output_attentions")
+        and not torch.is_grad_enabled()
+        and cpu.is_plain(x, None)
+        and type(cache) is DynamicCache
+        and len(cache.layers) == count
     )
+
+
+def _alike(layers: list[Any], cos: Tensor, sin: Tensor) -> bool:
+    """Whether all layers of a cache hold as many tokens, of one sequence and in float32."""
+    if any(type(held) is not DynamicLayer or not held.is_initialized for held in layers):
+        return False
+    shape = (1, *layers[0].keys.shape[1:])
+    return (
+        0 not in shape
+        and cos.numel() == sin.numel() == shape[3]
+        and cos.dtype == sin.dtype == torch.float32
+        and all(
+            kept.shape == shape and kept.dtype == torch.float32 and kept.device.type == "cpu"
+            for held in layers
+            for kept in (held.keys, held.values)
+        )
+    )
+
+
+def _globally_watched() -> bool:
+    """Whether there are hooks of all modules."""
+    its = nn.modules.module
+    return bool(its._global_forward_hooks or its._global_forward_pre_hooks)
 
 
 # A block's weights -----------------------------------------------------------------------------
@@ -89,8 +131,8 @@ def _fits(x: Tensor, cache: Any, index: int, arguments: dict[str, Any]) -> bool:
 class _Known:
     """What is known of a layer while nobody changes it."""
 
-    places: tuple[tuple[dict, str, object], ...]
-    """Dictionaries of its modules, and what has to be found in them."""
+    places: tuple[tuple[dict, ...], tuple[str, ...], tuple[object, ...]]
+    """Dictionaries of its modules, and by which names what has to be found in them."""
     hooks: tuple[dict, ...]
     """Of its modules, which native code would pass by."""
     is_hooked: bool
@@ -99,51 +141,56 @@ class _Known:
     index: int
 
     def holds(self) -> bool:
-        return any(map(len, self.hooks)) == self.is_hooked and all(
-            held.get(name) is it for held, name, it in self.places
-        )
+        dictionaries, names, its = self.places
+        same = all(map(operator.is_, map(dict.get, dictionaries, names), its))
+        return same and any(self.hooks) == self.is_hooked
 
 
 # Not in the layers themselves, which can be copied and pickled.
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def _known_of(layer: LlamaDecoderLayer) -> _Known:
+def _known_of(layer: nn.Module) -> _Known:
     known = _known.get(layer)
     if known is None or not known.holds():
         known = _known[layer] = _look(layer)
     return known
 
 
-def _look(layer: LlamaDecoderLayer) -> _Known:
-    paths = [*_LINEARS, *_NORMS, "self_attn", "mlp"]
+def _look(layer: nn.Module) -> _Known:
+    paths = [*_LINEARS, *_NORMS, "self_attn", "mlp", ""]
+    if type(layer) is not modeling_llama.LlamaDecoderLayer:
+        return _Known(((), (), ()), (), False, None, 0)
     modules = [layer.get_submodule(path) for path in paths]
-    linears, norms = modules[: len(_LINEARS)], modules[len(_LINEARS) : -2]
+    linears, norms = modules[: len(_LINEARS)], modules[len(_LINEARS) : -3]
     attention = layer.self_attn
     hooks = tuple(hooks for it in modules for hooks in (it._forward_hooks, it._forward_pre_hooks))
-    is_hooked = any(map(len, hooks))
+    is_hooked = any(hooks)
     config = attention.config
     is_usual = (
         all(type(it) is QuantLinear for it in linears)
         and all(type(it) is modeling_llama.LlamaRMSNorm for it in norms)
         and not is_hooked
         and not any("forward" in vars(it) for it in modules)
+        and not layer.training
         and config.hidden_act == "silu"
         and config._attn_implementation in ("sdpa", "eager")
     )
-    block = _make(cast(list[QuantLinear], linears), norms, attention) if is_usual else None
+    made = _make(cast(list[QuantLinear], linears), norms, attention) if is_usual else None
     places: list[tuple[dict, str, object]] = []
     for path, it in zip(paths, modules, strict=True):
         parent, _, name = path.rpartition(".")
-        places.append((layer.get_submodule(parent)._modules, name, it))
-        own, names = vars(it), ["forward"]
+        if name:
+            places.append((layer.get_submodule(parent)._modules, name, it))
+        own, names = vars(it), ["forward", *(["training"] if it is layer else [])]
         if it in linears:
             names += ["_prepared", "backend", "int8_activations"]
             places.append((it._buffers, "bias", it._buffers.get("bias")))
         elif it in norms:
             places.append((it._parameters, "weight", it._parameters.get("weight")))
         places += ((own, name, own.get(name)) for name in names)
-    return _Known(tuple(places), hooks, is_hooked, block, attention.layer_idx)
+    known = cast(Any, tuple(zip(*places, strict=True)))
+    return _Known(known, hooks, is_hooked, made, attention.layer_idx)
 
 
 def _make(
@@ -182,13 +229,14 @@ class _Room:
     """Tokens written. Where a cache has fewer, it or a copy of it took another way."""
 
 
-def _step(block: Block, x: Tensor, held: Any, cos: Tensor, sin: Tensor) -> Tensor:
-    room, length = _room_of(held), held.keys.shape[2]
-    y = block.step(
-        x.contiguous(), cos.contiguous(), sin.contiguous(), room.keys, room.values, length
-    )
-    room.filled = length + 1
-    held.keys, held.values = room.keys[:, :, : length + 1], room.values[:, :, : length + 1]
+def _step(blocks: list[Block], x: Tensor, layers: list[Any], cos: Tensor, sin: Tensor) -> Tensor:
+    length = layers[0].keys.shape[2]
+    rooms = [_room_of(held) for held in layers]
+    caches = [(room.keys, room.values) for room in rooms]
+    y = block.run(blocks, x.contiguous(), cos.contiguous(), sin.contiguous(), caches, length)
+    for held, room in zip(layers, rooms, strict=True):
+        room.filled = length + 1
+        held.keys, held.values = room.keys[:, :, : length + 1], room.values[:, :, : length + 1]
     return y
 
 

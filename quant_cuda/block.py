@@ -1,4 +1,4 @@
-"""One token through a transformer block of packed weights, in one call of compiled CPU code.
+"""One token through transformer blocks of packed weights, in one call of compiled CPU code.
 
 csrc/cpu/block.h has the arithmetic: RMS norm, attention with rotary positions over a cache of keys
 and values, a gated feed-forward part with SiLU.
@@ -28,7 +28,7 @@ class _Args(ctypes.Structure):
 
 
 class Block:
-    """A block's weights, for one token after another.
+    """A block's weights, as `run` takes them.
 
     weights: in the order of WEIGHTS, all in the CPU's layout; biases: float32 (out,) or None each.
     norms: of attention and of the feed-forward part, each a weight, float32 (hidden,), and an
@@ -45,7 +45,7 @@ class Block:
         scale: float,
         int8: bool = False,
     ) -> None:
-        args = self._args = _Args()
+        args = self.args = _Args()
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             args.data[index], args.plan[index] = (it.data_ptr() for it in weight.tensors)
             args.bias[index] = None if bias is None else bias.data_ptr()
@@ -58,29 +58,34 @@ class Block:
         # What the record points to must live as long.
         self._held = (*weights, *biases, first, second)
 
-    def step(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        length: int,
-        backend: int = -1,
-    ) -> Tensor:
-        """x float32 (1, 1, hidden) to the block's output, of the same shape.
 
-        cos, sin: float32 (1, 1, head_dim), of the token's position.
-        keys, values: float32 (1, key heads, capacity, head_dim), contiguous, of which the first
-            `length` < capacity tokens are known; this token's are written behind them.
-        backend: index in `native.compiled()`; -1 for the best.
-        """
-        args = self._args
-        y = torch.empty_like(x)
-        args.x, args.y = x.data_ptr(), y.data_ptr()
-        args.cos, args.sin = cos.data_ptr(), sin.data_ptr()
+def run(
+    blocks: Sequence[Block],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    caches: Sequence[tuple[Tensor, Tensor]],
+    length: int,
+    backend: int = -1,
+) -> Tensor:
+    """x float32 (1, 1, hidden) through one or more blocks, each on the output of the one before.
+
+    cos, sin: float32 (1, 1, head_dim), of the token's position.
+    caches: of each block keys and values, float32 (1, key heads, capacity, head_dim), contiguous,
+        the first `length` < capacity tokens known; this token's are written behind them.
+    backend: index in `native.compiled()`; -1 for the best.
+    Returns the last block's output, of x's shape.
+    """
+    y = torch.empty_like(x)
+    # Its own records, since another thread may be taking a token of its own through these blocks.
+    records = (_Args * len(blocks))(*(block.args for block in blocks))
+    token = (y.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    for args, (keys, values) in zip(records, caches, strict=True):
+        args.x, (args.y, args.cos, args.sin) = y.data_ptr(), token
         args.keys, args.values = keys.data_ptr(), values.data_ptr()
         args.capacity, args.length = keys.shape[2], length
         args.threads = torch.get_num_threads()
-        cpu.library().quant_cuda_block(cpu.best() if backend < 0 else backend, ctypes.byref(args))
-        return y
+    records[0].x = x.data_ptr()
+    index = cpu.best() if backend < 0 else backend
+    cpu.library().quant_cuda_blocks(index, records, len(blocks))
+    return y

@@ -43,8 +43,8 @@ def library() -> ctypes.CDLL | None:
     for solver in (found.quant_cuda_sweep, found.quant_cuda_refine):
         solver.restype = None
         solver.argtypes = (number, pointer)
-    found.quant_cuda_block.restype = None
-    found.quant_cuda_block.argtypes = (number, pointer)
+    found.quant_cuda_blocks.restype = None
+    found.quant_cuda_blocks.argtypes = (number, pointer, number)
     found.quant_cuda_product.restype = None
     found.quant_cuda_product.argtypes = (
         *(number, pointer, pointer, pointer, pointer, pointer),

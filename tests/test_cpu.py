@@ -388,7 +388,7 @@ sys.path.insert(0, "tests")
 import quant_cuda, random
 from test_matmul import packed, activations, assert_as_good_as_naive
 from quant_cuda import cpu
-from quant_cuda.block import Block
+from quant_cuda.block import Block, run
 from gptq.config import ORDERS, QuantConfig
 from gptq.solver import solve
 random.seed(int(sys.argv[2]))
@@ -418,11 +418,11 @@ for trial in range(20):
     biases = [random.choice((None, torch.randn(outputs))) for _, outputs in shapes]
     gains = [(torch.ones(hidden), 1e-6)] * 2
     block = Block(weights, biases, gains, size, size**-0.5, random.random() < 0.5)
-    cache = torch.randn(2, 1, key_heads, length + random.randint(1, 4), size)
+    caches = torch.randn(2, 2, 1, key_heads, length + random.randint(1, 4), size)
     turn = torch.randn(2, 1, 1, size)
     for name in native.instruction_sets():
         index = native.compiled().index(name)
-        y = block.step(torch.randn(1, 1, hidden), *turn, *cache, length, index)
+        y = run([block, block], torch.randn(1, 1, hidden), *turn, caches, length, index)
         assert y.isfinite().all()
 built = native.instruction_sets()
 for trial in range(40):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from transformers.models.llama import modeling_llama
 
 import gptq
 from gptq import QuantConfig, one_token
-from quant_cuda import native
-from quant_cuda.block import Block
+from quant_cuda import block, native
 
 pytestmark = pytest.mark.skipif(not native.compiled(), reason="the CPU code was not built")
 # transformers 5.24 has renamed it, and warns of the old name.
@@ -50,15 +50,15 @@ def model(folder):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """A list that gets an entry for every native step."""
+    """A list that gets an entry for every block that takes a token in native code."""
     seen = []
-    whole = Block.step
+    whole = block.run
 
-    def step(self, *args, **kwargs):
-        seen.append(args[-1])
-        return whole(self, *args, **kwargs)
+    def run(blocks, *args):
+        seen.extend(blocks)
+        return whole(blocks, *args)
 
-    monkeypatch.setattr(Block, "step", step)
+    monkeypatch.setattr(block, "run", run)
     return seen
 
 
@@ -116,9 +116,9 @@ def test_every_instruction_set(name, model, monkeypatch):
     if name not in native.instruction_sets():
         pytest.skip(f"this processor has no {name}")
     exact = whole(model, some_tokens(20))
-    step = Block.step
+    run = block.run
     index = native.compiled().index(name)
-    monkeypatch.setattr(Block, "step", lambda self, *args: step(self, *args, backend=index))
+    monkeypatch.setattr(block, "run", lambda *args: run(*args, backend=index))
     found, _ = logits(model, some_tokens(20))
     torch.testing.assert_close(found, exact, **TOLERANCE)
 
@@ -153,8 +153,7 @@ def test_generate(model, steps):
     arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     native_ids = model.generate(PROMPT, **arguments)
     assert len(steps) == 29 * 2
-    for layer in model.model.layers:
-        layer.__class__ = modeling_llama.LlamaDecoderLayer
+    model.__class__ = modeling_llama.LlamaForCausalLM
     assert torch.equal(native_ids, model.generate(PROMPT, **arguments))
 
 
@@ -203,16 +202,40 @@ def test_what_it_leaves_to_transformers(model, steps):
     assert len(steps) == before
 
 
-def test_a_traced_layer_is_transformers_own(model, steps):
-    layer = model.model.layers[0]
+def test_what_is_traced_is_transformers_own(model, steps):
+    traced = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        traced(input_ids=PROMPT, **{CACHE: cache})
+        found = traced(input_ids=PROMPT[:, :1], **{CACHE: cache}).logits
+    assert not steps
+    exact = whole(model, torch.cat([PROMPT, PROMPT[:, :1]], 1))[:, -1:]
+    torch.testing.assert_close(found, exact, **TOLERANCE)
+
+
+def test_layers_are_found_as_ever(model):
+    """Alone, and some of them, whoever else is at work."""
+    layers = model.model.layers
+    assert len(layers[:2]) == 2
     x = torch.randn(1, 1, 64)
     where = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
+    stack = one_token._Stack(layers)
+    assert stack[:1][0] is layers[0]
+    assert stack[-1] is layers[-1]
+    assert list(stack) == stack[:2] == [stack]
     with torch.no_grad():
-        traced = torch.compile(layer, backend="eager", fullgraph=True)
-        found = traced(x, position_embeddings=where)  # before anything is known of the layer
-        expected = layer(x, position_embeddings=where)
-    torch.testing.assert_close(found, expected, **TOLERANCE)
-    assert not steps
+        expected = layers[1](layers[0](x, position_embeddings=where), position_embeddings=where)
+        assert torch.equal(stack(x, position_embeddings=where), expected)
+
+
+def test_threads_take_tokens_of_their_own(model):
+    """Where one is done first, another may go transformers' way."""
+    tokens = [torch.randint(2, 300, (1, 40)) for _ in range(4)]
+    expected = [logits(model, its)[0] for its in tokens]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda its: logits(model, its)[0], tokens))
+    for its, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(its, exact, **TOLERANCE)
 
 
 def test_dropout_is_left_to_transformers(model, steps):
@@ -229,11 +252,11 @@ def test_a_hook_sees_its_layer(model, steps):
     handle = layer.mlp.up_proj.register_forward_hook(lambda *args: seen.append(args))
     logits(model, some_tokens(7))
     assert len(seen) == 3
-    assert len(steps) == 2
+    assert not steps
     handle.remove()
     logits(model, some_tokens(7))
     assert len(seen) == 3
-    assert len(steps) == 6
+    assert len(steps) == 4
 
 
 def test_changed_layers_are_noticed(model, steps):
@@ -247,11 +270,11 @@ def test_changed_layers_are_noticed(model, steps):
     torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
     layer.backend = "torch"
     found, _ = logits(model, tokens)
-    assert len(steps) == 2 * before + before // 2
+    assert len(steps) == 2 * before
     torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64)
     logits(model, tokens)
-    assert len(steps) == 2 * before + before // 2
+    assert len(steps) == 2 * before
 
 
 def test_hidden_states_are_recorded(model):
@@ -277,4 +300,4 @@ def test_models_are_copied_and_pickled(model, steps):
 def test_without_compiled_code_nothing_is_changed(folder, monkeypatch):
     monkeypatch.setattr(native, "compiled", lambda: ())
     model = loaded(folder)
-    assert not any(isinstance(module, one_token.LlamaDecoderLayer) for module in model.modules())
+    assert not isinstance(model, one_token.LlamaForCausalLM)

@@ -118,15 +118,16 @@ void BLOCK_NAME(const BlockArgs& args) {
   room.gate.resize(args.inner);
   room.up.resize(args.inner);
   room.scores.resize(static_cast<size_t>(args.heads) * count);
-  const auto multiply = [&args](BlockWeight which, const float* x, float* y) {
-    PRODUCT_NAME({x, args.data[which], args.plan[which], args.bias[which], y, 1, FLOAT32, args.digits,
-                  args.threads});
+  const auto product = [&args](BlockWeight which, const std::vector<float>& x, std::vector<float>& y) {
+    return ProductArgs{x.data(), args.data[which], args.plan[which], args.bias[which], y.data(), 1,
+                       FLOAT32, args.digits, args.threads};
   };
 
   normalize(args.x, args.attention_norm, args.attention_epsilon, args.hidden, room.normed.data());
-  multiply(QUERY, room.normed.data(), room.query.data());
-  multiply(KEY, room.normed.data(), room.key.data());
-  multiply(VALUE, room.normed.data(), room.value.data());
+  const ProductArgs before[] = {product(QUERY, room.normed, room.query),
+                                product(KEY, room.normed, room.key),
+                                product(VALUE, room.normed, room.value)};
+  multiply_together(before, 3);
   const size_t of_head = static_cast<size_t>(args.capacity) * size;
   const bool few = room.scores.size() * size < WORTH_A_THREAD;
   parallel_for(few ? 1 : args.threads, args.key_heads, [&](int head) {
@@ -143,18 +144,19 @@ void BLOCK_NAME(const BlockArgs& args) {
              room.scores.data() + static_cast<size_t>(q) * count, room.attended.data() + q * size);
     }
   });
-  multiply(ATTENDED, room.attended.data(), args.y);
-  for (int i = 0; i < args.hidden; ++i) args.y[i] += args.x[i];
+  PRODUCT_NAME(product(ATTENDED, room.attended, room.normed));
+  for (int i = 0; i < args.hidden; ++i) args.y[i] = args.x[i] + room.normed[i];
 
   normalize(args.y, args.mlp_norm, args.mlp_epsilon, args.hidden, room.normed.data());
-  multiply(GATE, room.normed.data(), room.gate.data());
-  multiply(UP, room.normed.data(), room.up.data());
+  const ProductArgs gated[] = {product(GATE, room.normed, room.gate),
+                               product(UP, room.normed, room.up)};
+  multiply_together(gated, 2);
   const float* up = room.up.data();
   each(room.gate.data(), args.inner, [up, &args](vecf x, int at) {
     vecf with = {};
     std::memcpy(&with, up + at, sizeof(float) * std::min(LANES, args.inner - at));
     return x / (1 + exponential(-x)) * with;
   });
-  multiply(DOWN, room.gate.data(), room.normed.data());
+  PRODUCT_NAME(product(DOWN, room.gate, room.normed));
   for (int i = 0; i < args.hidden; ++i) args.y[i] += room.normed[i];
 }

@@ -11,7 +11,7 @@ struct BlockArgs {
   const float* bias[BLOCK_WEIGHTS];    // each null or (outputs,)
   const float *attention_norm, *mlp_norm;  // (hidden,)
   const float* x;                      // (hidden,)
-  float* y;                            // (hidden,), written
+  float* y;                            // (hidden,), written; may be x
   const float *cos, *sin;              // (head_dim,)
   float *keys, *values;                // (key_heads, capacity, head_dim): the token's own are added
   float attention_epsilon, mlp_epsilon;

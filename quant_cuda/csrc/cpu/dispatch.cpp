@@ -79,7 +79,10 @@ void quant_cuda_product(int index, const void* x, const uint8_t* data, const int
   choices[index].product({x, data, plan, bias, y, rows, kind, digits, threads});
 }
 
-void quant_cuda_block(int index, const BlockArgs* args) { choices[index].block(*args); }
+// One token through one block after another.
+void quant_cuda_blocks(int index, const BlockArgs* blocks, int count) {
+  for (int i = 0; i < count; ++i) choices[index].block(blocks[i]);
+}
 
 }
 

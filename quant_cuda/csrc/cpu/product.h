@@ -335,6 +335,53 @@ void multiply_tile(const ProductArgs& args, const Plan& plan, const Activations&
     }
 }
 
+// Lay out `rows` rows of x from `from` on.
+void lay_out_rows(const ProductArgs& args, const Plan& plan, size_t from, int rows, Activations& to) {
+  thread_local std::vector<float> lines;
+  const size_t places = static_cast<size_t>(plan.units) * UNIT;
+  to.rows = rows;
+  if (FIXED) {
+    to.digits.resize(places * rows * args.digits);
+    to.scale.resize(static_cast<size_t>(plan.runs) * rows);
+    to.sums.resize(to.scale.size() * args.digits);
+  } else {
+    to.numbers.resize(places * rows);
+  }
+  lines.resize(static_cast<size_t>(plan.inputs + 1) * rows);
+  float* const line = lines.data();  // a thread's own variables are not those of the others
+  const bool few = places * rows < WORTH_A_THREAD;
+  parallel_for(few ? 1 : args.threads, rows, [&](int row) {
+    float* own = line + static_cast<size_t>(plan.inputs + 1) * row;
+    lay_out(args, plan, from + row, row, FIXED, own, to);
+  });
+}
+
+// Several products with one row of x, which is laid out once where their plans place it alike; at
+// most three.
+void multiply_together(const ProductArgs* args, int count) {
+  thread_local Activations rooms[3];
+  std::vector<Plan> plans;
+  const Activations* x[3];
+  int first_tile[4] = {};
+  size_t bytes = 0;
+  for (int i = 0; i < count; ++i) {
+    plans.emplace_back(args[i].plan);
+    if (i > 0 && plans[i].places_as(plans[i - 1])) {
+      x[i] = x[i - 1];
+    } else {
+      lay_out_rows(args[i], plans[i], 0, 1, rooms[i]);
+      x[i] = &rooms[i];
+    }
+    first_tile[i + 1] = first_tile[i] + plans[i].tiles();
+    bytes += plans[i].tile_bytes() * plans[i].tiles();
+  }
+  parallel_for(bytes < WORTH_A_THREAD ? 1 : args[0].threads, first_tile[count], [&](int tile) {
+    int i = 0;
+    while (tile >= first_tile[i + 1]) ++i;
+    multiply_tile(args[i], plans[i], *x[i], 0, tile - first_tile[i]);
+  });
+}
+
 }  // namespace
 
 void PRODUCT_NAME(const ProductArgs& args) {
@@ -342,28 +389,12 @@ void PRODUCT_NAME(const ProductArgs& args) {
   const size_t places = static_cast<size_t>(plan.units) * UNIT;
   const size_t row_bytes = std::max<size_t>(1, places * (FIXED ? args.digits : sizeof(float)));
   const int64_t most = std::clamp<int64_t>(ROWS_BYTES / row_bytes / 8 * 8, 8, MAX_ROWS);
-  thread_local Activations x;
-  thread_local std::vector<float> lines;
+  thread_local Activations own;
+  Activations& x = own;
   for (int64_t from = 0; from < args.rows; from += most) {
-    x.rows = static_cast<int>(std::min(most, args.rows - from));
-    if (FIXED) {
-      x.digits.resize(places * x.rows * args.digits);
-      x.scale.resize(static_cast<size_t>(plan.runs) * x.rows);
-      x.sums.resize(x.scale.size() * args.digits);
-    } else {
-      x.numbers.resize(places * x.rows);
-    }
-    lines.resize(static_cast<size_t>(plan.inputs + 1) * x.rows);
-    // A thread's own variables are not the other threads', who work on the caller's.
-    Activations& shared = x;
-    float* const line = lines.data();
-    const bool few = places * x.rows < WORTH_A_THREAD;
-    parallel_for(few ? 1 : args.threads, x.rows, [&](int row) {
-      float* own = line + static_cast<size_t>(plan.inputs + 1) * row;
-      lay_out(args, plan, from + row, row, FIXED, own, shared);
-    });
+    lay_out_rows(args, plan, from, static_cast<int>(std::min(most, args.rows - from)), x);
     const bool little = plan.tile_bytes() * plan.tiles() * x.rows < WORTH_A_THREAD;
     parallel_for(little ? 1 : args.threads, plan.tiles(),
-                 [&](int tile) { multiply_tile(args, plan, shared, from, tile); });
+                 [&](int tile) { multiply_tile(args, plan, x, from, tile); });
   }
 }

@@ -56,6 +56,13 @@ struct Plan {
   size_t words_at() const { return (head_bytes() * groups + 63) / 64 * 64; }
   size_t unit_bytes() const { return static_cast<size_t>(TILE) * 4 * bits; }
   size_t tile_bytes() const { return words_at() + unit_bytes() * units; }
+
+  // Whether activations lie alike for both.
+  bool places_as(const Plan& other) const {
+    return inputs == other.inputs && runs == other.runs && units == other.units &&
+           std::memcmp(start, other.start, sizeof(int32_t) * (runs + 1)) == 0 &&
+           std::memcmp(order, other.order, sizeof(int32_t) * UNIT * units) == 0;
+  }
 };
 
 // The place in its unit of the b-th of the four inputs of a step is 4 * step + b; the input it stands
