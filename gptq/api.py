@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import distributed, evaluate, export, one_token, skeleton
@@ -21,9 +21,10 @@ from gptq.journal import Journal, open_journal
 from gptq.machine import available_memory, parse_size, peak_memory, pick_device, pick_dtype
 from gptq.memory import FIXED, Needs, fits, needs
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
-from gptq.qlinear import QuantLinear, TiedHead
+from gptq.qlinear import HalfHead, QuantLinear, TiedHead
 from gptq.shelf import Shelf
 from gptq.source import ModelSource, open_model
+from quant_cuda import native
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
@@ -207,6 +208,9 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
         if name == spec.head and isinstance(head, TiedHead):
             head.int8_activations = int8_activations
             head.embedding.prepare()
+        elif name == spec.head and (halves := _stored_in_halves(opened)) is not None:
+            head.weight = nn.Parameter(halves, requires_grad=False)
+            head.__class__ = HalfHead
         elif name == spec.head and model.config.tie_word_embeddings:
             head.weight = embedding.weight
         else:
@@ -219,6 +223,19 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
     if (opened.source.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
     return model
+
+
+def _stored_in_halves(opened: Opened) -> Tensor | None:
+    """The head's weight as a quantized model's file has it, where that is 16-bit floats and a CPU
+    is to multiply it by float32; else None."""
+    if opened.checkpoint is None or opened.dtype != torch.float32 or opened.device.type != "cpu":
+        return None
+    head, spec = opened.model.get_output_embeddings(), opened.source.spec
+    name = skeleton.stored_name(opened.model, spec, f"{spec.head}.weight", opened.tensors)
+    if type(head) is not nn.Linear or name not in opened.tensors or not native.compiled():
+        return None
+    weight = skeleton.stored(opened.model, spec, f"{spec.head}.weight", opened.tensors, head.weight)
+    return weight.contiguous() if weight.dtype in (torch.float16, torch.bfloat16) else None
 
 
 def load(

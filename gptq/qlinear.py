@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import quant_cuda
 from gptq.solver import Solution
-from quant_cuda import PackedWeight, PreparedWeight
+from quant_cuda import PackedWeight, PreparedWeight, halves
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import AnyWeight, group_count
 
@@ -210,6 +210,20 @@ class QuantEmbedding(PackedModule):
         """tokens (...) to their rows (..., embedding_dim)."""
         rows = quant_cuda.rows(self._prepared or self.packed(), tokens)
         return rows.to(self.like.dtype)
+
+
+class HalfHead(nn.Linear):
+    """An output head whose weight is float16 or bfloat16 where activations are float32: a CPU reads
+    half as much for each token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out), in its dtype."""
+        weight = self.weight
+        differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        traced = torch.compiler.is_compiling()
+        if traced or differentiable or self.bias is not None or not halves.fits(input, weight):
+            return nn.functional.linear(input, weight.to(input.dtype), self.bias)
+        return halves.matmul(input, weight)
 
 
 class TiedHead(nn.Module):

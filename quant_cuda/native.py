@@ -50,6 +50,11 @@ def library() -> ctypes.CDLL | None:
         *(number, pointer, pointer, pointer, pointer, pointer),
         *(long, number, number, number),
     )
+    found.quant_cuda_halves.restype = None
+    found.quant_cuda_halves.argtypes = (
+        *(number, pointer, pointer, pointer),
+        *(long, long, long, number, number),
+    )
     found.quant_cuda_read.restype = ctypes.c_uint64
     found.quant_cuda_read.argtypes = (pointer, long, number)
     found.quant_cuda_tiles_bytes.restype = long

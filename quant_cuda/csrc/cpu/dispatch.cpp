@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "block_args.h"
+#include "halves_args.h"
 #include "product_args.h"
 #include "solver_args.h"
 
@@ -15,13 +16,17 @@ void product_avx512vnni(const ProductArgs&);
 void product_avx512(const ProductArgs&);
 void product_avx2(const ProductArgs&);
 void block_avx512vnni(const BlockArgs&);
+void halves_avx512vnni(const HalvesArgs&);
 void block_avx512(const BlockArgs&);
+void halves_avx512(const HalvesArgs&);
 void block_avx2(const BlockArgs&);
+void halves_avx2(const HalvesArgs&);
 #endif
 void sweep_generic(const SweepArgs&);
 void refine_generic(const RefineArgs&);
 void product_generic(const ProductArgs&);
 void block_generic(const BlockArgs&);
+void halves_generic(const HalvesArgs&);
 
 namespace {
 
@@ -31,6 +36,7 @@ struct Choice {
   void (*refine)(const RefineArgs&);
   void (*product)(const ProductArgs&);
   void (*block)(const BlockArgs&);
+  void (*halves)(const HalvesArgs&);
   bool (*runs_here)();
 };
 
@@ -43,13 +49,15 @@ bool has_avx512() {
 
 const Choice choices[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", sweep_avx512, refine_avx512, product_avx512vnni, block_avx512vnni,
+    {"avx512vnni", sweep_avx512, refine_avx512, product_avx512vnni, block_avx512vnni, halves_avx512vnni,
      [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
-    {"avx512", sweep_avx512, refine_avx512, product_avx512, block_avx512, has_avx512},
-    {"avx2", sweep_avx2, refine_avx2, product_avx2, block_avx2,
+    {"avx512", sweep_avx512, refine_avx512, product_avx512, block_avx512, halves_avx512,
+     has_avx512},
+    {"avx2", sweep_avx2, refine_avx2, product_avx2, block_avx2, halves_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"generic", sweep_generic, refine_generic, product_generic, block_generic, [] { return true; }},
+    {"generic", sweep_generic, refine_generic, product_generic, block_generic, halves_generic,
+     [] { return true; }},
 };
 constexpr int COUNT = sizeof choices / sizeof choices[0];
 
@@ -77,6 +85,12 @@ void quant_cuda_product(int index, const void* x, const uint8_t* data, const int
                         const float* bias, void* y, int64_t rows, int kind, int digits,
                         int threads) {
   choices[index].product({x, data, plan, bias, y, rows, kind, digits, threads});
+}
+
+// x and y are float32, the weight of `kind`; see halves_args.h.
+void quant_cuda_halves(int index, const float* x, const uint16_t* weight, float* y, int64_t rows,
+                       int64_t inputs, int64_t outputs, int kind, int threads) {
+  choices[index].halves({x, weight, y, rows, inputs, outputs, kind, threads});
 }
 
 // One token through one block after another.
