@@ -14,7 +14,7 @@ from quant_cuda.weight import MAX_RUN, Facts, PackedWeight, PreparedWeight
 LAYOUT = "cpu"
 NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compiler"
 _UNIT = 32
-MANY_ROWS = 64
+MANY_ROWS, MANY_ROWS_OF_BYTES = 64, 192
 """From here on torch's dense products may be faster, see `_dense_dtype`."""
 DENSE_OUTPUTS = 512
 """A multiple of 32: their numbers are in memory at a time."""
@@ -167,7 +167,7 @@ def _product(
     rows = y.numel() // out_features
     index = best() if index < 0 else index
     if rows >= MANY_ROWS and not int8:
-        dtype = _dense_dtype(x.dtype, int(plan[0]), native.compiled()[index])
+        dtype = _dense_dtype(rows, x.dtype, int(plan[0]), native.compiled()[index])
         if dtype is not None:
             _dense_product(x, data, plan, bias, dtype, y)
             return y
@@ -186,14 +186,15 @@ def _product(
     return y
 
 
-def _dense_dtype(dtype: torch.dtype, bits: int, instruction_set: str) -> torch.dtype | None:
-    """The type in which torch multiplies many rows faster than our code does; None for none."""
+def _dense_dtype(
+    rows: int, dtype: torch.dtype, bits: int, instruction_set: str
+) -> torch.dtype | None:
+    """The type in which torch multiplies so many rows faster than our code does; None for none."""
     if dtype == torch.bfloat16 and _has_bfloat16():
         return torch.bfloat16
     # Weights of 8 bits cost twice the products without VNNI.
-    if instruction_set == "generic" or (bits == 8 and instruction_set in ("avx512", "avx2")):
-        return torch.float32
-    return None
+    costly = bits == 8 and instruction_set in ("avx512", "avx2") and rows >= MANY_ROWS_OF_BYTES
+    return torch.float32 if costly or instruction_set == "generic" else None
 
 
 @functools.cache

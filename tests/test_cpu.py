@@ -387,7 +387,7 @@ native.LIBRARY = Path(sys.argv[1])
 sys.path.insert(0, "tests")
 import quant_cuda, random
 from test_matmul import packed, activations, assert_as_good_as_naive
-from quant_cuda import cpu
+from quant_cuda import cpu, halves
 from quant_cuda.block import Block, run
 from gptq.config import ORDERS, QuantConfig
 from gptq.solver import solve
@@ -405,9 +405,14 @@ for trial in range(60):
     assert abs(w.double().numpy().T - matrix).max() < 1e-5 * abs(matrix).max()
     for name in native.instruction_sets():
         dtype = random.choice((torch.float32, torch.bfloat16, torch.float16))
-        x = activations(random.randint(1, 80), inputs, dtype=dtype)
+        x = activations(random.choice((*range(1, 80), 200)), inputs, dtype=dtype)
         assert_as_good_as_naive(quant_cuda.matmul(x, prepared, name), x, matrix, name)
         quant_cuda.matmul(x, prepared, name, int8=True, bias=torch.ones(shape[1]))
+    rows, outputs = random.randint(1, 40), random.randint(1, 90)
+    inputs = random.randint(1, 100)
+    its = torch.randn(outputs, inputs).to(random.choice((torch.float16, torch.bfloat16)))
+    for name in native.instruction_sets():
+        halves.matmul(torch.randn(rows, inputs), its, native.compiled().index(name))
 for trial in range(20):
     size, key_heads, shared = 8 * random.randint(1, 6), random.randint(1, 3), random.randint(1, 3)
     hidden, inner, length = 32 * random.randint(1, 5), 32 * random.randint(1, 5), trial * 3

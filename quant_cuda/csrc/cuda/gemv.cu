@@ -60,10 +60,9 @@ __global__ void __launch_bounds__(WARPS * 32, EIGHTS == 4 ? 1 : 2)
   const int blocks = layout::block_count<BITS>(inputs);
   const int stride = WARPS * gridDim.y;
   // Rows that are not there are read as the first, and their results left out.
-  const T* my_x[EIGHTS];
+  int my_x[EIGHTS];
 #pragma unroll
-  for (int n = 0; n < EIGHTS; ++n)
-    my_x[n] = x + static_cast<size_t>(8 * n + g < rows ? 8 * n + g : 0) * inputs + 8 * t;
+  for (int n = 0; n < EIGHTS; ++n) my_x[n] = (8 * n + g < rows ? 8 * n + g : 0) * inputs + 8 * t;
 
   Stage<FINE> stages[AHEAD];
   const int start = blockIdx.y * WARPS + warp;
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(WARPS * 32, EIGHTS == 4 ? 1 : 2)
 #pragma unroll
         for (int run = 0; run < RUNS; ++run) {
           const int k = block * BLOCK + run * layout::RUN;
-          b[n][run] = k + 8 * t < inputs ? *reinterpret_cast<const uint4*>(my_x[n] + k)
+          b[n][run] = k + 8 * t < inputs ? *reinterpret_cast<const uint4*>(x + my_x[n] + k)
                                          : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
