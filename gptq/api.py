@@ -18,7 +18,14 @@ from gptq.eras import FORMATS
 from gptq.errors import UserError
 from gptq.files import check_writable
 from gptq.journal import Journal, open_journal
-from gptq.machine import available_memory, parse_size, peak_memory, pick_device, pick_dtype
+from gptq.machine import (
+    available_memory,
+    calibration_dtype,
+    parse_size,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+)
 from gptq.memory import FIXED, Needs, fits, needs
 from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
 from gptq.qlinear import HalfHead, QuantLinear, TiedHead
@@ -77,7 +84,7 @@ def quantize(
     if source.quantized:
         raise UserError(f"{model}: is quantized already; give the full model")
     where = pick_device(device)
-    kind = pick_dtype(dtype, where, source.config.dtype)
+    kind = calibration_dtype(dtype, where, source.config.dtype)
     reading = perf_counter()
     windows = _windows(source, dataset, config, nsamples, seqlen, seed)
     stages = [("reading the calibration text", perf_counter() - reading)]

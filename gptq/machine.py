@@ -71,6 +71,19 @@ def pick_dtype(name: str | None, device: torch.device, stored: object) -> torch.
     return torch.float32 if device.type == "cpu" else half_dtype(stored)
 
 
+def calibration_dtype(name: str | None, device: torch.device, stored: object) -> torch.dtype:
+    """As `pick_dtype`, for the forward that calibrates: on a CPU a model that is stored in bfloat16
+    stays in it where matrix units multiply that, so that no weight is rounded."""
+    if name is None and device.type == "cpu" and stored == torch.bfloat16 and has_matrix_units():
+        return torch.bfloat16
+    return pick_dtype(name, device, stored)
+
+
+def has_matrix_units() -> bool:
+    """Whether this processor has AMX, as far as torch can tell."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
 def half_dtype(stored: object) -> torch.dtype:
     """The 16-bit type that a model is stored in; float16 where it is stored wider."""
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16

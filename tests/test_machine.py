@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+from gptq import machine
 from gptq.errors import UserError
-from gptq.machine import half_dtype, peak_memory, pick_device, pick_dtype, reset_peak_memory
+from gptq.machine import (
+    calibration_dtype,
+    half_dtype,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    reset_peak_memory,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -63,3 +71,19 @@ def test_peak_memory_of_the_process_is_in_bytes():
     # A process cannot forget its peak; asking for that must not fail either.
     reset_peak_memory(CPU)
     assert peak_memory(CPU) >= peak * 1024 * 0.95
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, None])
+def test_matrix_units_take_a_model_of_their_type(has_units, stored, monkeypatch):
+    monkeypatch.setattr(machine, "has_matrix_units", lambda: has_units)
+    taken = has_units and stored == torch.bfloat16
+    expected = torch.bfloat16 if taken else torch.float32
+    assert calibration_dtype(None, CPU, stored) is expected
+    assert calibration_dtype("float32", CPU, stored) is torch.float32
+    gpu = torch.device("cuda")
+    assert calibration_dtype(None, gpu, stored) is pick_dtype(None, gpu, stored)
+
+
+def test_whether_there_are_matrix_units_can_be_asked():
+    assert machine.has_matrix_units() in (True, False)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import gptq
-from gptq import QuantConfig, QuantLinear
+from gptq import QuantConfig, QuantLinear, machine
 from gptq.adapt import choose_damp
 from gptq.calibration import calibration_windows
 from gptq.errors import UserError
@@ -302,3 +302,19 @@ def test_feedback_brings_the_model_closer_to_the_full_one(llama_dir, text_file, 
         distances.append(float((expected - found).square().mean()))
     assert distances[1] < 0.9 * distances[0]
     assert distances[2] < 0.9 * distances[1]
+
+
+def test_matrix_units_change_little(tmp_path, text_file, monkeypatch):
+    """A bfloat16 model calibrated in its own type, as where the processor has units for it."""
+    folder = make_model(tmp_path / "m", llama_config())
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    losses = []
+    for has_units in (False, True):
+        monkeypatch.setattr(machine, "has_matrix_units", lambda has_units=has_units: has_units)
+        path = tmp_path / f"{has_units}.pt"
+        report = gptq.quantize(
+            folder, text_file, QuantConfig(group_size=32), save=path, **RUN, device="cpu"
+        )
+        losses.append(sum(layer.loss for layer in report.layers))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
