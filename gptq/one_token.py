@@ -79,9 +79,10 @@ class _Stack:
         if _fits(x, cache, len(self), kwargs) and not _globally_watched():
             known = [_known_of(layer) for layer in self.layers]
             blocks = [it.block for it in known if it.block is not None]
-            held = [cache.layers[it.index] for it in known]
-            if len(blocks) == len(known) and _alike(held, *kwargs["position_embeddings"]):
-                return _step(blocks, x, held, *kwargs["position_embeddings"])
+            # Layers that were taken out or repeated leave places in a cache that are not theirs.
+            in_order = [it.index for it in known] == list(range(len(blocks)))
+            if in_order and _alike(cache.layers, *kwargs["position_embeddings"]):
+                return _step(blocks, x, cache.layers, *kwargs["position_embeddings"])
         for layer in self.layers:
             x = layer(x, **kwargs)
         return x

@@ -228,6 +228,16 @@ def test_layers_are_found_as_ever(model):
         assert torch.equal(stack(x, position_embeddings=where), expected)
 
 
+def test_layers_that_were_taken_out_or_repeated(tmp_path, steps):
+    model = loaded(packed_folder(tmp_path, num_hidden_layers=3))
+    layers = model.model.layers
+    for places in ([0, 2], [0, 1, 1]):
+        model.model.layers = torch.nn.ModuleList([layers[place] for place in places])
+        model.config.num_hidden_layers = len(places)
+        logits(model, some_tokens(7))
+    assert not steps
+
+
 def test_threads_take_tokens_of_their_own(model):
     """Where one is done first, another may go transformers' way."""
     tokens = [torch.randint(2, 300, (1, 40)) for _ in range(4)]
