@@ -79,7 +79,7 @@ class _Stack:
         if _fits(x, cache, len(self), kwargs) and not _globally_watched():
             known = [_known_of(layer) for layer in self.layers]
             blocks = [it.block for it in known if it.block is not None]
-            # Layers that were taken out or repeated leave places in a cache that are not theirs.
+            # Layers in another order, or repeated, have other places in a cache than their own.
             in_order = [it.index for it in known] == list(range(len(blocks)))
             if in_order and _alike(cache.layers, *kwargs["position_embeddings"]):
                 return _step(blocks, x, cache.layers, *kwargs["position_embeddings"])
