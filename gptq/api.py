@@ -215,11 +215,11 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
         if name == spec.head and isinstance(head, TiedHead):
             head.int8_activations = int8_activations
             head.embedding.prepare()
+        elif name == spec.head and model.config.tie_word_embeddings:
+            head.weight = embedding.weight
         elif name == spec.head and (halves := _stored_in_halves(opened)) is not None:
             head.weight = nn.Parameter(halves, requires_grad=False)
             head.__class__ = HalfHead
-        elif name == spec.head and model.config.tie_word_embeddings:
-            head.weight = embedding.weight
         else:
             part = skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
             for layer in part.modules():
@@ -233,13 +233,12 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
 
 
 def _stored_in_halves(opened: Opened) -> Tensor | None:
-    """The head's weight as a quantized model's file has it, where that is 16-bit floats and a CPU
-    is to multiply it by float32; else None."""
+    """The weight of a head that is not tied, as a quantized model's file has it, where that is
+    16-bit floats and a CPU is to multiply it by float32; else None."""
     if opened.checkpoint is None or opened.dtype != torch.float32 or opened.device.type != "cpu":
         return None
     head, spec = opened.model.get_output_embeddings(), opened.source.spec
-    name = skeleton.stored_name(opened.model, spec, f"{spec.head}.weight", opened.tensors)
-    if type(head) is not nn.Linear or name not in opened.tensors or not native.compiled():
+    if type(head) is not nn.Linear or not native.compiled():
         return None
     weight = skeleton.stored(opened.model, spec, f"{spec.head}.weight", opened.tensors, head.weight)
     return weight.contiguous() if weight.dtype in (torch.float16, torch.bfloat16) else None

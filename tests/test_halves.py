@@ -56,9 +56,8 @@ def quantized(model_dir, folder, **settings):
     return gptq.load(model_dir, folder / "m.pt", device="cpu", dtype="float32")[0]
 
 
-def test_a_head_of_a_quantized_model(model_dir, tmp_path):
-    """Of LLaMA an own one, of BLOOM the embedding's weight."""
-    model = quantized(model_dir, tmp_path)
+def test_a_head_of_a_quantized_model(llama_dir, tmp_path):
+    model = quantized(llama_dir, tmp_path)
     head = model.get_output_embeddings()
     assert type(head) is HalfHead
     assert head.weight.dtype == torch.float16
@@ -73,8 +72,14 @@ def test_a_head_of_a_quantized_model(model_dir, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_and_traces_go_through_torch(model_dir, tmp_path):
-    head = quantized(model_dir, tmp_path).get_output_embeddings()
+def test_a_tied_head_stays_the_embeddings(bloom_dir, tmp_path):
+    model = quantized(bloom_dir, tmp_path)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_gradients_and_traces_go_through_torch(llama_dir, tmp_path):
+    head = quantized(llama_dir, tmp_path).get_output_embeddings()
     x = torch.randn(2, head.in_features, requires_grad=True)
     head(x).sum().backward()
     torch.testing.assert_close(x.grad[0], head.weight.float().sum(0))
