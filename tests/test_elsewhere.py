@@ -32,17 +32,19 @@ def test_what_it_refuses():
 
 SOLVES = {
     **SETTINGS,
-    "best": {"sweeps": 2},
+    "best": {"sweeps": 2, "refine": 1},
     "act": {"order": "act"},
     "static": {"order": "act", "static_groups": True, "scale_search": "mse"},
     "rounding": {"method": "rtn"},
 }
 
 
-@pytest.mark.parametrize("settings", SOLVES.values(), ids=SOLVES)
-def test_a_model_quantized_there(model_dir, settings):
-    config = QuantConfig(group_size=32, **settings)
-    source = open_model(model_dir)
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("llama", name) for name in SOLVES), ("bloom", "default")]
+)
+def test_a_model_quantized_there(kind, name, request):
+    config = QuantConfig(group_size=32, **SOLVES[name])
+    source = open_model(request.getfixturevalue(f"{kind}_dir"))
     windows = torch.randint(2, 300, (4, 32), generator=torch.Generator().manual_seed(1))
 
     def layers(device):
