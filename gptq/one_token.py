@@ -5,6 +5,7 @@ transformers, so that generate and all else remain what users know; where exactl
 for, with nothing watching, what their blocks compute is computed by quant_cuda.block.
 """
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,9 @@ def install(model: PreTrainedModel) -> None:
 class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
     """transformers' model; it has its name, by which others know it."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers."""
+    # Its signature tells generate what there is to give.
+    @functools.wraps(modeling_llama.LlamaForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         inputs = args[0] if args else kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         # What is traced must not meet what follows.

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -155,6 +156,18 @@ def test_generate(model, steps):
     assert len(steps) == 29 * 2
     model.__class__ = modeling_llama.LlamaForCausalLM
     assert torch.equal(native_ids, model.generate(PROMPT, **arguments))
+
+
+def test_it_takes_what_transformers_takes(model):
+    theirs = inspect.signature(modeling_llama.LlamaForCausalLM.forward)
+    assert inspect.signature(one_token.LlamaForCausalLM.forward) == theirs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        ids = model(PROMPT).logits.argmax(-1)
+        assert model(ids[:, :1]).logits.shape == (1, 1, 320)
+        with pytest.raises(ValueError, match="nonsense"):
+            model.generate(PROMPT, nonsense=1)
 
 
 def test_int8_activations(folder, steps):
