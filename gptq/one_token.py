@@ -70,8 +70,9 @@ class _Stack:
         return len(self.layers)
 
     def __getitem__(self, index: Any) -> Any:
-        found = self.layers[index]
-        return [self] if isinstance(index, slice) and len(found) == len(self) else found
+        if isinstance(index, slice) and range(len(self))[index] == range(len(self)):
+            return [self]
+        return self.layers[index]
 
     def __iter__(self) -> Iterator["_Stack"]:
         return iter([self])
