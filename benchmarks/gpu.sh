@@ -51,7 +51,7 @@ for tool in memcheck racecheck; do
   fi
 done
 
-step 240 $PYTHON -m benchmarks.gpu measure || { echo "FAILED: measure"; status=1; }
+step 300 $PYTHON -m benchmarks.gpu measure || { echo "FAILED: measure"; status=1; }
 # Last, since GPTQModel may compile it first.
 step 120 $PYTHON -m benchmarks.gpu marlin || echo "Marlin was not timed"
 exit $status

@@ -104,7 +104,8 @@ def parser(spec: ModelSpec) -> argparse.ArgumentParser:
     machine.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="such as 6GiB: quantizing, activations go to disk where they would exceed it "
+        help="such as 6GiB: quantizing, activations go to disk (a GPU's to the machine's "
+        "memory if they fit) where they would exceed it "
         "(default: what is free)",
     )
     return command

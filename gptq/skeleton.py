@@ -18,8 +18,8 @@ from gptq.qlinear import STORED_AS_IS, QuantEmbedding, TiedHead
 from gptq.shelf import Shelf
 from gptq.tensors import cause
 
-# Tokens that go through a block at once: enough to keep matrix units busy, little memory. A GPU
-# takes as many times more.
+# Tokens that go through a block at once: enough to keep matrix units busy, little memory;
+# on a GPU GPU_FACTOR times as many.
 BATCH_TOKENS = 4096
 GPU_FACTOR = 2
 

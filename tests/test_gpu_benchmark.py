@@ -1,13 +1,16 @@
 """The parts of benchmarks/gpu.py that need no GPU, and what it says without one."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, bloom_config, llama_config
+from rich.console import Console
 
 from benchmarks import gpu, gpu_models
 from gptq import skeleton
@@ -75,6 +78,27 @@ def test_tables_name_every_column():
     assert cells["triton us"] == ""
     other = gpu.table("decode", [{"model": "llama", "tokens_per_second": 123.456}], known)
     assert [next(iter(c.cells)) for c in other.columns] == ["llama", "123.5"]
+
+
+def test_a_part_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
+    """Its own rows before, and the parts after it."""
+
+    def failing():
+        yield {"model": "llama", "bits": 4}
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A 1"))
+    monkeypatch.setattr(gpu, "limits", lambda: {"copy": 1e12, "matrix": 1e14})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "PARTS", {"decode": failing, "solving": lambda: [{"seconds": 1.5}]})
+    console = Console(record=True)
+    assert not gpu.measure(console, ["decode", "solving"])
+    assert "FAILED: decode" in console.export_text()
+    written = json.loads((tmp_path / "a-1.json").read_text())
+    assert written["decode"] == [{"model": "llama", "bits": 4}]
+    assert written["solving"] == [{"seconds": 1.5}]
+    assert gpu.measure(console, ["solving"])
+    assert json.loads((tmp_path / "a-1.json").read_text())["decode"] == written["decode"]
 
 
 def test_without_a_gpu_it_says_so(capsys):
