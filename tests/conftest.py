@@ -99,6 +99,15 @@ def make_model(folder: Path, config) -> Path:
     return folder
 
 
+def words_file(path: Path) -> Path:
+    """About 9,000 tokens of shuffled words."""
+    generator = torch.Generator().manual_seed(3)
+    words = WORDS.split()
+    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
+    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "Tiny-Llama", llama_config())
@@ -111,13 +120,7 @@ def bloom_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
-    """About 9,000 tokens of shuffled words."""
-    generator = torch.Generator().manual_seed(3)
-    words = WORDS.split()
-    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
-    return path
+    return words_file(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="session")
