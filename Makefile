@@ -22,7 +22,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH ?= torch$(if $(GPU),,==2.13.0)
 
 # Nothing here runs the CUDA kernels without a GPU: one target then shows that they compile. The
-# slow test of tests/test_cuda_compile.py compiles all of them.
+# slow test of tests/quant_cuda/test_cuda_compile.py compiles all of them.
 CUDA_TARGETS ?= $(if $(GPU),,sm_80)
 
 # The test files are shared out over several processes, where pytest-xdist is there.
@@ -39,22 +39,21 @@ test: venv
 # Each in an environment of its own, with tests that need nothing of the checkout.
 test-installed: WANTED := "$(TORCH)"
 test-installed: EXTRAS := data
-test-installed: FILES := cli convert hf
+test-installed: FILES := cli/test_run checkpoints/test_convert inference/test_hf
 test-oldest: WANTED = --constraint $(BARE)/floors.txt
 test-oldest: EXTRAS := data,serve,train,report
-test-oldest: FILES := calibration checkpoint cli convert eras export extras generate hf pipeline \
-	qlinear report skeleton source stages tensor_files tensors
+test-oldest: FILES := blockwise checkpoints cli data files inference pipeline/test_blocks project/test_nn
 test-oldest: CHOSEN := -m "not slow and not peers" -k "not lm_eval and not of_the_page"
 test-installed test-oldest: BARE = .cache/$@
 test-installed test-oldest: venv
 	@rm -rf $(BARE)
 	@$(PYTHON) -m venv $(BARE)
-	@$(RUN) tests/floors.py > $(BARE)/floors.txt
+	@$(RUN) tests/helpers/floors.py > $(BARE)/floors.txt
 	@CUDA_TARGETS="$(CUDA_TARGETS)" $(RUN) -m build --outdir $(BARE)/dist . > $(BARE)/build.log
 	@$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check \
 		$(WANTED) "$$(echo $(BARE)/dist/*.whl)[$(EXTRAS)]" "accelerate>=1.5" "pytest>=8"
 	@cd tests && ../$(BARE)/bin/python -c "import gptq; assert 'site-packages' in gptq.__file__"
-	@cd tests && ../$(BARE)/bin/pytest $(CHOSEN) $(FILES:%=test_%.py)
+	@cd tests && ../$(BARE)/bin/pytest $(CHOSEN) $(foreach file,$(FILES),$(if $(findstring test_,$(file)),$(file).py,$(file)))
 
 lint: venv
 	@$(RUN) -m ruff check .

@@ -2,7 +2,7 @@
 
 import sys
 
-from gptq.cli import main
+from gptq.cli.run import main
 from gptq.models import BLOOM
 
 if __name__ == "__main__":

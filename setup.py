@@ -69,7 +69,7 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name == "quant_cuda._cuda":
+        if ext.name == "quant_cuda.cuda._cuda":
             build_cuda(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "cuda")
             return
         compiler = os.environ.get("CXX", "c++")
@@ -155,13 +155,13 @@ def build(folder: Path, steps: list[Step], last: Step, headers: list[Path]) -> N
 setup(
     ext_modules=[
         Extension(
-            "quant_cuda._native",
+            "quant_cuda.cpu._native",
             sources=[str(SOURCES / name) for name in sources()],
             depends=[str(path) for path in SOURCES.glob("*.h")],
             optional=True,
         ),
         Extension(
-            "quant_cuda._cuda",
+            "quant_cuda.cuda._cuda",
             sources=[str(path) for path in CUDA_SOURCES.glob("*.cu")],
             depends=[str(path) for path in CUDA_SOURCES.glob("*.cuh")],
             optional=True,

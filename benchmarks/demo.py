@@ -19,8 +19,8 @@ from time import perf_counter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.assets import DEFAULT_CACHE, model_path, text_path
-from benchmarks.measures import bits_per_weight, in_fresh_process
+from benchmarks.common.assets import DEFAULT_CACHE, model_path, text_path
+from benchmarks.common.measures import bits_per_weight, in_fresh_process
 from gptq.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +55,8 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     import torch
 
     from gptq.api import load, open_weights, perplexity
-    from gptq.calibration import evaluation_windows
-    from gptq.generate import benchmark, text
+    from gptq.data.windows import evaluation_windows
+    from gptq.inference.generate import benchmark, text
 
     loaded, tokenizer = load(model, checkpoint)
     with heldout.open(encoding="utf-8") as file:

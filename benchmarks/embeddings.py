@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.assets import model_path, text_path
-from gptq import evaluate, skeleton
-from gptq.calibration import evaluation_windows
+from benchmarks.common.assets import model_path, text_path
+from gptq.blockwise import empty_model
+from gptq.blockwise.source import ModelSource, open_model
+from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
 from gptq.config import EMBEDDING_BITS, QuantConfig
-from gptq.embeddings import EMBEDDING_GROUP, pack_rows
+from gptq.data.windows import evaluation_windows
 from gptq.errors import UserError
-from gptq.source import ModelSource, open_model
-from gptq.tensors import LazyTensors
+from gptq.files.opening import LazyTensors
+from gptq.inference import perplexity
 from quant_cuda import PackedWeight
 from quant_cuda.reference import dequantize
 
@@ -45,8 +46,8 @@ def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
 
 
 def log_perplexity(source: ModelSource, tensors: LazyTensors, windows: torch.Tensor) -> float:
-    model = skeleton.build(source.config, source.spec, CPU)
-    return math.log(evaluate.perplexity(model, source.spec, tensors, windows, CPU, torch.float32))
+    model = empty_model.build(source.config, source.spec, CPU)
+    return math.log(perplexity.perplexity(model, source.spec, tensors, windows, CPU, torch.float32))
 
 
 def main(words: Sequence[str] | None = None) -> int:

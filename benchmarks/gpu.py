@@ -35,9 +35,11 @@ from benchmarks.gpu_models import (
     released,
 )
 from gptq.config import QuantConfig
-from gptq.files import whole_file
-from gptq.solver import solve
-from quant_cuda import cuda, gpu, reference, tiles
+from gptq.files.atomic import whole_file
+from gptq.solver.solve import solve
+from quant_cuda import reference
+from quant_cuda.cuda import kernels as cuda
+from quant_cuda.cuda import layout, operator
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = (8192, 8192)
@@ -92,10 +94,10 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
     inputs, outputs = SHAPE
     count = max(4, COLD_BYTES // (inputs * outputs * bits // 8))
     weights = [random_weight(bits, inputs, outputs, "cuda") for _ in range(count)]
-    tiled = [tiles.prepack(weight) for weight in weights]
-    plain = [tiles.plain(weight) for weight in weights[:4]]
+    tiled = [layout.prepack(weight) for weight in weights]
+    plain = [layout.plain(weight) for weight in weights[:4]]
     dense = [torch.randn(outputs, inputs, device="cuda", dtype=torch.float16) for _ in range(4)]
-    stored = sum(t.nbytes for t in gpu.prepare(weights[0]).tensors)
+    stored = sum(t.nbytes for t in operator.prepare(weights[0]).tensors)
     del weights
     for rows in ROWS:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
@@ -108,7 +110,7 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
 
 
 def _ways(
-    x: Tensor, tiled: list[tiles.Prepacked], plain: list[tiles.Plain], dense: list[Tensor]
+    x: Tensor, tiled: list[layout.Prepacked], plain: list[layout.Plain], dense: list[Tensor]
 ) -> dict[str, list[Callable[[], Tensor]]]:
     """Calls for each way of taking the product, as far as it is meant for so many rows."""
     ways = {"cublas_fp16": [partial(nn.functional.linear, x, w) for w in dense]}
@@ -119,10 +121,10 @@ def _ways(
             ways[name] = [partial(cuda.matmul, x, w, kernel=name) for w in weights]
     if len(x) <= 8:
         ways["legacy_style"] = [partial(cuda.matmul, x, w) for w in plain]
-    if "triton" in gpu.engines() and len(x) <= 256:
-        from quant_cuda import triton_kernels
+    if "triton" in operator.engines() and len(x) <= 256:
+        from quant_cuda.cuda import triton
 
-        ways["triton"] = [partial(triton_kernels.matmul, x, w) for w in tiled[:8]]
+        ways["triton"] = [partial(triton.matmul, x, w) for w in tiled[:8]]
     return cast(dict[str, list[Callable[[], Tensor]]], ways)
 
 
@@ -281,11 +283,11 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("error: torch finds no GPU here; run this where there is one", file=sys.stderr)
         return 2
-    if "cuda" not in gpu.engines():
+    if "cuda" not in operator.engines():
         print("error: no CUDA kernels; run benchmarks/gpu.sh, which builds them", file=sys.stderr)
         return 2
-    if arguments[:1] == ["check"] and set(arguments[1:]) <= set(gpu.engines()):
-        check(arguments[1:] or list(gpu.engines()))
+    if arguments[:1] == ["check"] and set(arguments[1:]) <= set(operator.engines()):
+        check(arguments[1:] or list(operator.engines()))
         return 0
     console = Console(width=160)
     if arguments == ["marlin"]:

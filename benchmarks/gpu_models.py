@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import BloomConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from benchmarks.stopwatch import SETTINGS, Stopwatch
-from gptq import skeleton
+from benchmarks.common.stopwatch import SETTINGS, Stopwatch
+from gptq.blockwise import empty_model
+from gptq.blockwise.activations import Shelf
+from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
-from gptq.decode import stepper
-from gptq.journal import open_journal
-from gptq.machine import peak_memory, reset_peak_memory
+from gptq.device import peak_memory, reset_peak_memory
+from gptq.files.opening import LazyTensors
+from gptq.inference.cuda_graph import stepper
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
-from gptq.pipeline import quantize_blocks
-from gptq.qlinear import QuantLinear
-from gptq.shelf import Shelf
-from gptq.source import ModelSource
-from gptq.tensors import LazyTensors
+from gptq.nn import QuantLinear
+from gptq.pipeline.blocks import quantize_blocks
+from gptq.pipeline.journal import open_journal
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, words_for
 
@@ -87,7 +87,7 @@ def random_model(
     spec: ModelSpec, config: PretrainedConfig, bits: int, device: str, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A model of this shape whose layers hold random numbers, or for bits < 16 random integers."""
-    model = skeleton.build(config, spec, torch.device(device))
+    model = empty_model.build(config, spec, torch.device(device))
     names = {f"{spec.block(i)}.{name}" for i in range(_blocks(config)) for name in spec.linears}
     for name, module in list(model.named_modules()):
         if name in names and bits < 16:
@@ -103,7 +103,7 @@ def random_model(
             )
             made = random_weight(bits, module.in_features, module.out_features, device)
             layer.qweight, layer.qzeros, layer.scales = made.qweight, made.qzeros, made.scales
-            skeleton.replace(model, name, layer)
+            empty_model.replace(model, name, layer)
             continue
         for key, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -117,7 +117,7 @@ def random_source(
     spec: ModelSpec, config: PretrainedConfig, device: str, dtype: torch.dtype
 ) -> ModelSource:
     """The same to read from: each tensor is made when it is asked for."""
-    shapes = skeleton.build(config, spec, torch.device("meta")).state_dict()
+    shapes = empty_model.build(config, spec, torch.device("meta")).state_dict()
     reads: dict[str, Callable[[], Tensor]] = {
         name: partial(random_numbers, name, tensor.shape, device, dtype)
         for name, tensor in shapes.items()

@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 import quant_cuda
-from quant_cuda import PackedWeight, PreparedWeight, native
+from quant_cuda import PackedWeight, PreparedWeight
+from quant_cuda.cpu import library
 from quant_cuda.packing import words_for
 from quant_cuda.reference import dequantize
 
@@ -88,7 +89,7 @@ def contenders(weight: PackedWeight) -> list[Contender]:
     ours = turns([dataclasses.replace(prepared, tensors=(it, plan)) for it in copies_of(data)])
     size = data.nbytes
     found = [
-        Contender("reading", size, lambda x: native.read(next(ours).tensors[0]), torch.float32)
+        Contender("reading", size, lambda x: library.read(next(ours).tensors[0]), torch.float32)
     ]
     for name, dtype, int8 in (
         ("ours fp32", torch.float32, False),

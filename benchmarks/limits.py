@@ -21,12 +21,13 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from benchmarks.shapes import SHAPES
-from gptq import QuantConfig, skeleton
-from gptq.adapt import DAMP_FACTORS
+from gptq import QuantConfig
+from gptq.blockwise import empty_model
+from gptq.blockwise.source import open_model
 from gptq.errors import UserError
-from gptq.grid import search_factors
 from gptq.models import SPECS
-from gptq.source import open_model
+from gptq.solver.grid import search_factors
+from gptq.solver.layer import DAMP_FACTORS
 
 PLAIN: dict[str, Any] = {
     "order": "natural",
@@ -60,11 +61,11 @@ class Rates:
 def groups_of(config: PretrainedConfig) -> list[Group]:
     """The groups of one block."""
     spec = SPECS[config.model_type]
-    block = skeleton.build(config, spec, torch.device("cpu")).get_submodule(spec.block(0))
+    block = empty_model.build(config, spec, torch.device("cpu")).get_submodule(spec.block(0))
     written = {branch.output for branch in spec.branches}
     found = []
     for group in spec.groups:
-        layers = [skeleton.linear(block, name) for name in group]
+        layers = [empty_model.linear(block, name) for name in group]
         outputs = sum(layer.out_features for layer in layers)
         found.append(Group(layers[0].in_features, outputs, group[0] in written))
     return found

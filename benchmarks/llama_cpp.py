@@ -32,16 +32,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 import gptq
-from benchmarks.assets import DEFAULT_CACHE
+from benchmarks.common.assets import DEFAULT_CACHE
 from benchmarks.kernels import processor
 from benchmarks.release_table import ROUNDING, repeated
 from benchmarks.shapes import SHAPES, write_model
-from gptq.checkpoint import open_checkpoint
+from gptq.checkpoints.reading import open_checkpoint
+from gptq.checkpoints.writing import write_safetensors
 from gptq.errors import UserError
-from gptq.export import write_safetensors
-from gptq.files import check_writable, whole_folder
+from gptq.files.atomic import check_writable, whole_folder
 from gptq.models import SPECS
-from gptq.qlinear import PackedModule, QuantLinear
+from gptq.nn import PackedModule, QuantLinear
 from quant_cuda import PreparedWeight
 from quant_cuda.weight import AnyWeight
 

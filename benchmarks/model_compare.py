@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import gptq
 from benchmarks import judge, scores
 from gptq.errors import UserError
-from gptq.files import whole_file
-from gptq.generate import BELLE_PROMPT, text
+from gptq.files.atomic import whole_file
+from gptq.inference.generate import BELLE_PROMPT, text
 
 MEASURES = ("log-likelihood", "exact match", "ROUGE-L", "chrF", "judge")
 # What stands before the answer, as in BELLE's training; answers follow after a space.

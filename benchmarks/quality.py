@@ -25,16 +25,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.assets import DEFAULT_CACHE, model_path, text_path
+from benchmarks.common.assets import DEFAULT_CACHE, model_path, text_path
+from benchmarks.common.measures import bits_per_weight
+from benchmarks.common.permuted import permuted_copy
 from benchmarks.limits import PLAIN
-from benchmarks.measures import bits_per_weight
-from benchmarks.permuted import permuted_copy
 from benchmarks.train_tiny import tiny_model
 from gptq import QuantConfig, api
-from gptq.calibration import calibration_windows, evaluation_windows
 from gptq.config import QUALITIES
+from gptq.data.windows import calibration_windows, evaluation_windows
 from gptq.errors import UserError
-from gptq.files import whole_file
+from gptq.files.atomic import whole_file
 
 PEERS = Path(__file__).parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"

@@ -25,10 +25,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.assets import DEFAULT_CACHE
+from benchmarks.common.assets import DEFAULT_CACHE
+from benchmarks.common.stopwatch import SETTINGS, Stopwatch
 from benchmarks.limits import Rates, measured_rates, operations
 from benchmarks.quality import PEERS, Subject, log_perplexities, subject, windows_of
-from benchmarks.stopwatch import SETTINGS, Stopwatch
 from gptq import QuantConfig, api
 from gptq.errors import UserError
 

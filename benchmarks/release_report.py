@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gptq.files import whole_file
+from gptq.files.atomic import whole_file
 
 GIB = 2**30
 # BELLE's README: file size and GPU memory, by shape and bits. Its G are GiB.

@@ -26,22 +26,22 @@ from torch import Tensor
 
 import gptq
 from benchmarks import release_report
-from benchmarks.measures import gpu_bytes, in_fresh_process, weight_count
+from benchmarks.common.measures import gpu_bytes, in_fresh_process, weight_count
 from benchmarks.release_report import Row
 from benchmarks.shapes import SHAPES, write_model
 from gptq.api import open_weights, perplexity, window_length
-from gptq.calibration import evaluation_windows
-from gptq.checkpoint import open_checkpoint
+from gptq.blockwise.source import open_model
+from gptq.checkpoints.reading import open_checkpoint
+from gptq.checkpoints.writing import write_pt
+from gptq.cli.console import size_of
 from gptq.config import QuantConfig
+from gptq.data.windows import evaluation_windows
+from gptq.device import pick_device
 from gptq.errors import UserError
-from gptq.export import write_pt
-from gptq.generate import benchmark
-from gptq.machine import pick_device
+from gptq.files.opening import LazyTensors
+from gptq.files.safetensors_file import write_tensors
+from gptq.inference.generate import benchmark
 from gptq.models import SPECS
-from gptq.report import size_of
-from gptq.source import open_model
-from gptq.tensor_files import write_tensors
-from gptq.tensors import LazyTensors
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (8, 4, 16)

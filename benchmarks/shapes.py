@@ -23,12 +23,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gptq import skeleton
+from gptq.blockwise import empty_model
 from gptq.errors import UserError
-from gptq.files import whole_folder
+from gptq.files.atomic import whole_folder
+from gptq.files.opening import LazyTensors
+from gptq.files.safetensors_file import nbytes, shards, write_tensors
 from gptq.models import SPECS
-from gptq.tensor_files import nbytes, shards, write_tensors
-from gptq.tensors import LazyTensors
 
 SHARD_BYTES = 2_000_000_000
 STD = 0.02
@@ -106,7 +106,7 @@ def write_model(folder: Path, shape: str, blocks: int | None = None) -> Path:
 
 def _random(config: PretrainedConfig) -> LazyTensors:
     """Every tensor of a model of this configuration, made when it is asked for."""
-    model = skeleton.build(config, SPECS[config.model_type], torch.device("cpu"))
+    model = empty_model.build(config, SPECS[config.model_type], torch.device("cpu"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

@@ -31,9 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.assets import DEFAULT_CACHE, TEXTS, text_path
+from benchmarks.common.assets import DEFAULT_CACHE, TEXTS, text_path
 from gptq.errors import UserError
-from gptq.files import whole_folder
+from gptq.files.atomic import whole_folder
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 0.1

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptq.api import load, quantize
     from gptq.config import QuantConfig
-    from gptq.qlinear import QuantLinear
+    from gptq.nn import QuantLinear
 
 __version__ = "0.1.0"
 __all__ = ["QuantConfig", "QuantLinear", "load", "quantize"]
 
 _HOMES = {
     "QuantConfig": "gptq.config",
-    "QuantLinear": "gptq.qlinear",
+    "QuantLinear": "gptq.nn",
     "load": "gptq.api",
     "quantize": "gptq.api",
 }

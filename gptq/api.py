@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gptq import distributed, evaluate, export, one_token, skeleton
-from gptq.calibration import calibration_windows, text_fingerprint
-from gptq.checkpoint import Checkpoint, attach
+from gptq.blockwise import empty_model
+from gptq.blockwise.activations import Shelf
+from gptq.blockwise.source import ModelSource, open_model
+from gptq.checkpoints import writing as export
+from gptq.checkpoints.layouts import FORMATS
+from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.config import QuantConfig
-from gptq.eras import FORMATS
-from gptq.errors import UserError
-from gptq.files import check_writable
-from gptq.journal import Journal, open_journal
-from gptq.machine import (
+from gptq.data.windows import calibration_windows, text_fingerprint
+from gptq.device import (
     available_memory,
     calibration_dtype,
     parse_size,
@@ -26,12 +26,16 @@ from gptq.machine import (
     pick_device,
     pick_dtype,
 )
-from gptq.memory import FIXED, Needs, fits, needs
-from gptq.pipeline import LayerReport, Report, identity, quantize_blocks
-from gptq.qlinear import HalfHead, QuantLinear, TiedHead
-from gptq.shelf import Shelf
-from gptq.source import ModelSource, open_model
-from quant_cuda import native
+from gptq.errors import UserError
+from gptq.files.atomic import check_writable
+from gptq.inference import cpu_decode
+from gptq.inference import perplexity as evaluate
+from gptq.nn import HalfHead, QuantLinear, TiedHead
+from gptq.pipeline import team as distributed
+from gptq.pipeline.blocks import LayerReport, Report, identity, quantize_blocks
+from gptq.pipeline.journal import Journal, open_journal
+from gptq.pipeline.memory import FIXED, Needs, fits, needs
+from quant_cuda.cpu import library
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
@@ -115,7 +119,7 @@ def quantize(
                 tensors = export.with_embeddings(source, tensors, config)
                 said = export.settings(config, meta)
             if save is not None:
-                tied = skeleton.tied(source.config, source.spec, tensors)
+                tied = empty_model.tied(source.config, source.spec, tensors)
                 export.write_pt(Path(save), tensors, said, tied)
             if save_safetensors is not None:
                 export.write_safetensors(Path(save_safetensors), tensors, said)
@@ -196,7 +200,7 @@ def open_weights(
             path = source.folder
     where = pick_device(device)
     kind = pick_dtype(dtype, where, source.config.dtype)
-    bare = skeleton.build(source.config, source.spec, where)
+    bare = empty_model.build(source.config, source.spec, where)
     attached = None
     if path is not None:
         attached = attach(bare, source.spec, path, bits, group_size)
@@ -210,7 +214,7 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
     from disk is let go: never more than the file's bytes and one part are held.
     """
     model, spec = opened.model, opened.source.spec
-    for name in skeleton.parts(model, spec):
+    for name in empty_model.parts(model, spec):
         head, embedding = (model.get_submodule(path) for path in (spec.head, spec.embed[0]))
         if name == spec.head and isinstance(head, TiedHead):
             head.int8_activations = int8_activations
@@ -221,12 +225,12 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
             head.weight = nn.Parameter(halves, requires_grad=False)
             head.__class__ = HalfHead
         else:
-            part = skeleton.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
+            part = empty_model.fill(model, spec, name, opened.tensors, opened.device, opened.dtype)
             for layer in part.modules():
                 if isinstance(layer, QuantLinear):
                     layer.int8_activations = int8_activations
                     layer.prepare()
-    one_token.install(model)
+    cpu_decode.install(model)
     if (opened.source.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
     return model
@@ -238,9 +242,11 @@ def _stored_in_halves(opened: Opened) -> Tensor | None:
     if opened.checkpoint is None or opened.dtype != torch.float32 or opened.device.type != "cpu":
         return None
     head, spec = opened.model.get_output_embeddings(), opened.source.spec
-    if type(head) is not nn.Linear or not native.compiled():
+    if type(head) is not nn.Linear or not library.compiled():
         return None
-    weight = skeleton.stored(opened.model, spec, f"{spec.head}.weight", opened.tensors, head.weight)
+    weight = empty_model.stored(
+        opened.model, spec, f"{spec.head}.weight", opened.tensors, head.weight
+    )
     return weight.contiguous() if weight.dtype in (torch.float16, torch.bfloat16) else None
 
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gptq import skeleton
-from gptq.checkpoint import Checkpoint, attach
-from gptq.eras import FORMATS, PackedLayer
+from gptq.blockwise import empty_model
+from gptq.blockwise.source import ModelSource, open_model
+from gptq.checkpoints.compatibility import facts, lines
+from gptq.checkpoints.layouts import FORMATS, PackedLayer
+from gptq.checkpoints.reading import Checkpoint, attach
+from gptq.checkpoints.writing import QUANTIZER, SHARD_BYTES, fill_folder, header, write_pt
+from gptq.device import half_dtype
 from gptq.errors import UserError
-from gptq.export import QUANTIZER, SHARD_BYTES, fill_folder, header, write_pt
-from gptq.files import check_writable, whole_file, whole_folder
-from gptq.machine import half_dtype
-from gptq.qlinear import PackedModule, QuantEmbedding
-from gptq.readers import facts, lines
-from gptq.source import ModelSource, open_model
-from gptq.tensor_files import write_tensors
-from gptq.tensors import LazyTensors, Read, open_tensors
+from gptq.files.atomic import check_writable, whole_file, whole_folder
+from gptq.files.opening import LazyTensors, Read, open_tensors
+from gptq.files.safetensors_file import write_tensors
+from gptq.nn import PackedModule, QuantEmbedding
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
 from quant_cuda.reference import rows
@@ -118,7 +118,7 @@ def _open(
             f"{path}: add --model, the folder or hub name of the model it was made from"
         )
     source = open_model(path if model is None else model, weights=False)
-    bare = skeleton.build(source.config, source.spec, torch.device("cpu"))
+    bare = empty_model.build(source.config, source.spec, torch.device("cpu"))
     return _Opened(source, bare, attach(bare, source.spec, path, bits, group_size))
 
 
@@ -240,7 +240,7 @@ def _lazy(opened: _Opened, plan: _Plan) -> LazyTensors:
 
 
 def _tied(opened: _Opened, tensors: LazyTensors) -> dict[str, str]:
-    return skeleton.tied(opened.model.config, opened.source.spec, tensors)
+    return empty_model.tied(opened.model.config, opened.source.spec, tensors)
 
 
 def _untied(opened: _Opened, tensors: LazyTensors) -> LazyTensors:
@@ -249,7 +249,7 @@ def _untied(opened: _Opened, tensors: LazyTensors) -> LazyTensors:
 
 def _cast(opened: _Opened, name: str, expected: tuple[int, ...]) -> Tensor:
     tensors = opened.checkpoint.tensors
-    found = skeleton.stored_name(opened.model, opened.source.spec, name, tensors)
+    found = empty_model.stored_name(opened.model, opened.source.spec, name, tensors)
     if found not in tensors:
         raise UserError(f"{opened.checkpoint.path}: {found} is absent; the file is incomplete")
     tensor = tensors[found]
@@ -325,7 +325,7 @@ def _verify(opened: _Opened, packed: tuple[PackedLayer, ...], target: Path) -> N
     if not packed:
         return
     source = opened.source
-    bare = skeleton.build(source.config, source.spec, torch.device("cpu"))
+    bare = empty_model.build(source.config, source.spec, torch.device("cpu"))
     written = _Opened(source, bare, attach(bare, source.spec, target))
     for layer in packed:
         half = opened.checkpoint.tensors.dtype(f"{layer.name}.scales") == torch.float16

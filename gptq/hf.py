@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from gptq import one_token
-from gptq.checkpoint import Checkpoint, folder_settings, place
+from gptq.blockwise.empty_model import replace
+from gptq.blockwise.source import to_todays_names
+from gptq.checkpoints.reading import Checkpoint, folder_settings, place
 from gptq.errors import UserError
+from gptq.files.opening import open_tensors
+from gptq.inference import cpu_decode
 from gptq.models import SPECS
-from gptq.qlinear import QuantEmbedding, QuantLinear, TiedHead
-from gptq.skeleton import replace
-from gptq.source import to_todays_names
-from gptq.tensors import open_tensors
+from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
 from quant_cuda.reference import dequantize
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PackedQuantizer(HfQuantizer):
         # Saved again, the model says what its zero points are rather than what its file said.
         config: Any = self.quantization_config
         config.format = "gptq" if self.checkpoint.zero_offset else "gptq_v2"
-        one_token.install(model)
+        cpu_decode.install(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
         # A configuration gives the name that from_pretrained was given.

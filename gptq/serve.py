@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptq.checkpoints.writing import has_chat_template
 from gptq.errors import UserError
-from gptq.export import has_chat_template
 
 EXIT_BAD_INPUT = 2
 NEEDED = "serving needs more packages: pip install 'belle-gptq[serve]'"

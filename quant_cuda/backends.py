@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quant_cuda import cpu, gpu, native, reference
+from quant_cuda import reference
+from quant_cuda.cpu import library
+from quant_cuda.cpu import product as cpu
+from quant_cuda.cuda import operator as gpu
 from quant_cuda.weight import AnyWeight, Facts, PackedWeight, PreparedWeight
 
 
@@ -52,8 +55,8 @@ def table() -> dict[str, Backend]:
     ]
     rows += [
         Backend(name, cpu.LAYOUT, cpu.refuses, functools.partial(cpu.matmul, instruction_set=index))
-        for index, name in enumerate(native.compiled())
-        if name in native.instruction_sets()
+        for index, name in enumerate(library.compiled())
+        if name in library.instruction_sets()
     ]
     rows.append(Backend("torch", None, lambda product: None, reference.matmul))
     return {row.name: row for row in rows}
@@ -81,7 +84,7 @@ def choose(product: Facts, name: str | None = None) -> Backend:
             break
         reasons[reason] = None
     if row.layout is None:
-        if product.device == "cpu" and not native.compiled():
+        if product.device == "cpu" and not library.compiled():
             reasons[cpu.NOT_BUILT] = None
         if product.device == "cuda" and not gpu.engines():
             reasons = {gpu.NOT_THERE: None}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import quant_cuda
-from quant_cuda import cuda, gpu, tiles
+from quant_cuda.cuda import kernels, layout, operator
 from quant_cuda.packing import unpack
 from quant_cuda.weight import PackedWeight
 
@@ -91,9 +91,9 @@ def _multiply(
         product = _float_zeros(bits, vec, mat, scales, zeros)
     else:
         weight = _weight(bits, vec, mat, scales, zeros, groups)
-        if vec.is_cuda and "cuda" in gpu.engines() and vec.dtype != torch.float64:
+        if vec.is_cuda and "cuda" in operator.engines() and vec.dtype != torch.float64:
             # The words as they are: reordering them costs more than a product.
-            product = cuda.matmul(vec, tiles.plain(weight))
+            product = kernels.matmul(vec, layout.plain(weight))
         else:
             product = quant_cuda.matmul(vec, weight)
     mul.add_(product.to(mul.dtype))

@@ -4,9 +4,9 @@ import fcntl
 import os
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
+from helpers import emulated
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BloomConfig,

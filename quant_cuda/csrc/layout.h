@@ -1,7 +1,7 @@
 // Where the integers of a packed weight lie, for every compiler that reads it.
 //
 // Two layouts. The stream of docs/format.md, which quant_cuda/packing.py defines, and the tiles
-// that the GPU kernels read, which quant_cuda/cuda.py makes of it.
+// that the GPU kernels read, which quant_cuda/cuda/kernels.py makes of it.
 #pragma once
 
 #include <cstddef>

@@ -4,6 +4,7 @@
 particular processor and one thread, so that machines of one vendor agree bit for bit.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -79,7 +80,7 @@ def digests(model: Path, text: Path, folder: Path) -> dict[str, str]:
     stopped = folder / "stopped" / "model.pt"
     config = gptq.QuantConfig(group_size=32)
     for resume in (False, True):
-        try:
+        with contextlib.suppress(Stopped):
             gptq.quantize(
                 model,
                 text,
@@ -89,8 +90,6 @@ def digests(model: Path, text: Path, folder: Path) -> dict[str, str]:
                 progress=None if resume else _stop_in_second_block,
                 **windows,
             )
-        except Stopped:
-            pass
     found |= {f"resumed: {file}": digest for file, digest in _files(stopped.parent)}
     _convert(stopped, model, folder / "converted")
     found |= {f"converted: {file}": digest for file, digest in _files(folder / "converted")}
@@ -126,9 +125,9 @@ def main(folder: Path) -> None:
 
     # Files name the version that wrote them.
     gptq.__version__ = "0"
-    from quant_cuda import native
+    from quant_cuda.cpu import library
 
-    native.instruction_sets = lambda: ("generic",)
+    library.instruction_sets = lambda: ("generic",)
     from conftest import bloom_config, llama_config, make_model, words_file
 
     text = words_file(folder / "words.txt")

@@ -1,4 +1,4 @@
-// What one token's way through a transformer block reads and writes; quant_cuda/block.py has its twin.
+// What one token's way through a transformer block reads and writes; quant_cuda/cpu/decoder_block.py has its twin.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Refinement of a solved layer for a CPU: the rounds of gptq/refine.py in one call, in float32.
+// Refinement of a solved layer for a CPU: the rounds of gptq/solver/refine.py in one call, in float32.
 //
 // Each solver_*.cpp includes this file once with its own instruction set and NAMED.
 

@@ -1,4 +1,4 @@
-// What the solver's parts read and write; quant_cuda/native.py has the same records for ctypes.
+// What the solver's parts read and write; quant_cuda/cpu/library.py has the same records for ctypes.
 #pragma once
 
 #include <cstdint>

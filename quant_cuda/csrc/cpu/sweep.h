@@ -1,7 +1,7 @@
 // The GPTQ column sweep for a CPU: grid search and error propagation of a whole layer in one call.
 //
-// Tiles of LANES outputs are shared out over threads. The arithmetic is that of gptq/sweep.py and
-// gptq/grid.py in float32; only sums run in another order.
+// Tiles of LANES outputs are shared out over threads. The arithmetic is that of gptq/solver/sweep.py and
+// gptq/solver/grid.py in float32; only sums run in another order.
 //
 // Each solver_*.cpp includes this file once with its own instruction set and NAMED.
 

@@ -5,7 +5,7 @@
 // is `bits` rows of 32 words, one word for each output, so that a vector of words holds the same
 // inputs of many outputs and any four inputs of a word come out as its four bytes.
 //
-// The plan is a record of int32 that says all this; quant_cuda/cpu.py builds it:
+// The plan is a record of int32 that says all this; quant_cuda/cpu/product.py builds it:
 //   PLAN_* numbers, start[runs + 1] in units, group[runs], order[32 * units] (the input that stands
 //   at each place; `inputs` where there is none).
 // The data is, for each tile, its heads and then its words, both from a multiple of 64 bytes on:

@@ -52,7 +52,7 @@ __device__ inline bfloat_t from_float<bfloat_t>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Types of activations as quant_cuda/cuda.py numbers them.
+// Types of activations as quant_cuda/cuda/kernels.py numbers them.
 enum DataType { HALF = 0, BFLOAT = 1, FLOAT = 2 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

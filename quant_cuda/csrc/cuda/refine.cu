@@ -1,4 +1,4 @@
-// One group's turn of gptq/refine.py: each of its integers becomes the best with all others as they
+// One group's turn of gptq/solver/refine.py: each of its integers becomes the best with all others as they
 // are, and then its scale. What that does to the gradient is a matrix product with H, which the
 // caller takes for all columns at once.
 //

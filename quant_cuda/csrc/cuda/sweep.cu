@@ -1,4 +1,4 @@
-// The column sweep of gptq/sweep.py for one block of at most 128 columns: the search for each
+// The column sweep of gptq/solver/sweep.py for one block of at most 128 columns: the search for each
 // group's grid, rounding, and the spread of each column's error over the rest of the block. What
 // the block's errors do to all later columns is a matrix product, which the caller takes.
 //

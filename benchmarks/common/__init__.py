@@ -1,0 +1,1 @@
+"""What several benchmarks share: models and texts, measures, a stopwatch."""

@@ -1,0 +1,303 @@
+"""Packed layers as each tool stored them, told from the tensors and brought to one form.
+
+In the normal form a layer has `qweight`, `qzeros` and `scales`, and where it needs them `g_idx` and
+`bias`, all as docs/format.md defines them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptq.errors import UserError
+from gptq.files.opening import LazyTensors, Read
+from quant_cuda.packing import BITS, pack_zeros, unpack, words_for
+from quant_cuda.weight import group_count
+
+# Sizes that quantizers offer, tried in this order where a file does not say which it used.
+GROUP_SIZES = (128, 64, 32, 16, 256, 512, 1024)
+FORMATS = ("gptq", "gptq_v2")
+# Tensors by which other layouts are known, and what to call them.
+_OTHER_LAYOUTS = {
+    ".B": "in the marlin layout",
+    ".q_weight": "in the EXL2 layout",
+    ".weight_packed": "in the compressed-tensors layout",
+    ".weight.quant_state.bitsandbytes__nf4": "quantized by bitsandbytes",
+}
+_CONVERT = "give the checkpoint in GPTQ's own format, as the tool that made it can write it"
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One packed layer, as its tensors' shapes describe it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bits: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A checkpoint in the normal form."""
+
+    tensors: LazyTensors
+    layers: tuple[PackedLayer, ...]
+    zero_offset: int
+    """1 where `qzeros` hold the zero point less 1 ("gptq"), 0 where as it is ("gptq_v2")."""
+    lost_zeros: int
+    """Zero points that the tool which wrote the file destroyed; they read as 0."""
+    as_stored: bool
+    """Whether the file's own tensors are in the normal form already."""
+
+
+def normal_form(
+    path: Path,
+    tensors: LazyTensors,
+    settings: Mapping[str, object],
+    sizes: Mapping[str, tuple[int, int]],
+) -> Packed:
+    """Recognise what wrote the tensors and read them as today's.
+
+    path: named in messages only. settings: what the file says of itself, maybe nothing.
+    sizes: (in_features, out_features) of the linear layers that may be packed, by name.
+    Reads every zero point and scale once. Raises UserError for layouts that are not GPTQ's, shapes
+    and types that cannot be, and numbers that show the file to be damaged.
+    """
+    check_layout(path, tensors, settings)
+    names = [name for name in sizes if f"{name}.qweight" in tensors]
+    layers = tuple(_layer(path, name, sizes[name], tensors) for name in names)
+    floating = {layer.name for layer in layers if f"{layer.name}.qzeros" not in tensors}
+    changes = _modern_reads(path, layers, tensors)
+    tensors = tensors.changed(changes)
+    ranges = {}
+    for layer in layers:
+        _check_scales(path, layer, tensors)
+        fields = _fields(layer, tensors)
+        ranges[layer] = (int(fields.min()), int(fields.max())) if fields.numel() else (0, 0)
+    offset = 0 if floating else _zero_offset(ranges, settings)
+    under = [layer for layer, (_, most) in ranges.items() if most == 2**layer.bits - 1]
+    if floating and len(floating) < len(layers):
+        raise UserError(f"{path}: has both 'zeros' and 'qzeros', of two tools; {_CONVERT}")
+    if offset == 0 or not under:
+        return Packed(tensors, layers, offset, 0, not changes)
+    reads = {
+        f"{layer.name}.qzeros": partial(_without_underflow, layer, tensors) for layer in layers
+    }
+    lost = sum(_lost_zeros(layer, tensors) for layer in under)
+    return Packed(tensors.changed(reads), layers, 0, lost, as_stored=False)
+
+
+def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object]) -> None:
+    """Raise UserError where a checkpoint is known not to be in a layout of GPTQ's."""
+    method = settings.get("quant_method", "gptq")
+    layout = settings.get("checkpoint_format", settings.get("format"))
+    if method == "auto-round" and "gptq" in str(settings.get("packing_format")):
+        layout = "gptq"
+    elif method != "gptq":
+        raise UserError(f"{path}: says it is quantized by {method!r}, not by GPTQ; {_CONVERT}")
+    if layout not in (None, *FORMATS):
+        raise UserError(f"{path}: says its format is {layout!r}; {_CONVERT}")
+    dtype = settings.get("pack_dtype", "int32")
+    if dtype != "int32":
+        raise UserError(f"{path}: says its words are {dtype!r}, not int32; {_CONVERT}")
+    for name in names:
+        for ending, what in _OTHER_LAYOUTS.items():
+            if name.endswith(ending):
+                raise UserError(f"{path}: is {what} ({name}); {_CONVERT}")
+
+
+def group_size(
+    path: Path,
+    layers: Iterable[PackedLayer],
+    given: int | None,
+    tensors: Mapping[str, Tensor],
+) -> int:
+    """The inputs that share a scale, from every layer's number of groups.
+
+    given: as the file or the caller says; checked.
+    Raises UserError where no size explains all layers.
+    """
+    layers = list(layers)
+
+    def fits(size: int) -> bool:
+        return all(group_count(layer.inputs, size) == layer.groups for layer in layers)
+
+    if given is not None:
+        if given != -1 and given < 1:
+            raise UserError(f"{path}: says group_size is {given}, which cannot be")
+        if not fits(given):
+            odd = next(s for s in layers if group_count(s.inputs, given) != s.groups)
+            raise UserError(
+                f"{path}: {odd.name} has {odd.groups} groups of {odd.inputs} inputs, not what "
+                f"groups of {given} give; leave --groupsize out or correct it"
+            )
+        return given
+    if fits(-1):
+        return -1
+    # Each group but the last is full, so that group 0 shows the size, whatever the order.
+    counted = {
+        int((tensors[f"{layer.name}.g_idx"] == 0).sum())
+        for layer in layers
+        if layer.groups > 1 and f"{layer.name}.g_idx" in tensors
+    }
+    sizes = [size for size in (*sorted(counted), *GROUP_SIZES) if size > 0 and fits(size)]
+    if not sizes:
+        raise UserError(f"{path}: does not say its group size; give --groupsize")
+    return sizes[0]
+
+
+# One layer -----------------------------------------------------------------------------------
+
+
+def _layer(path: Path, name: str, size: tuple[int, int], tensors: LazyTensors) -> PackedLayer:
+    inputs, outputs = size
+    zeros = "qzeros" if f"{name}.qzeros" in tensors else "zeros"
+    for key in ("scales", zeros):
+        if f"{name}.{key}" not in tensors:
+            key = "qzeros" if key == "zeros" else key
+            raise UserError(f"{path}: {name}.{key} is absent; copy or download the file again")
+    for key, floating in (
+        ("qweight", False),
+        (zeros, zeros == "zeros"),
+        ("scales", True),
+        ("g_idx", False),
+        ("bias", True),
+    ):
+        tensor = f"{name}.{key}"
+        if tensor in tensors and not _fitting_type(tensors.dtype(tensor), floating, key):
+            raise UserError(f"{path}: {tensor} is of type {tensors.dtype(tensor)}; {_CONVERT}")
+    qweight, scales = tensors.shape(f"{name}.qweight"), tensors.shape(f"{name}.scales")
+    if len(qweight) != 2 or len(scales) != 2:
+        raise UserError(f"{path}: {name}.qweight or {name}.scales is not a matrix; make it again")
+    bits = next((bits for bits in BITS if qweight[0] == words_for(inputs, bits)), None)
+    if bits is None or qweight[1] != outputs:
+        raise UserError(f"{path}: {name}.qweight {_misfit(qweight, inputs, outputs)}")
+    column = zeros == "zeros" and scales == (outputs, 1)
+    layer = PackedLayer(name, inputs, outputs, bits, 1 if column else scales[0])
+    expected = {
+        "scales": scales if column else (layer.groups, outputs),
+        zeros: scales if zeros == "zeros" else (layer.groups, words_for(outputs, bits)),
+        "g_idx": (inputs,),
+        "bias": (outputs,),
+    }
+    for key, shape in expected.items():
+        tensor = f"{name}.{key}"
+        if tensor in tensors and tensors.shape(tensor) != shape:
+            raise UserError(
+                f"{path}: {tensor} has shape {tensors.shape(tensor)} where {shape} goes with the "
+                "rest; the file is damaged or made by a tool that cut off what it could not pack"
+            )
+    return layer
+
+
+def _fitting_type(dtype: torch.dtype, floating: bool, key: str) -> bool:
+    if floating:
+        return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return dtype == torch.int32 or (key == "g_idx" and dtype == torch.int64)
+
+
+def _misfit(shape: tuple[int, ...], inputs: int, outputs: int) -> str:
+    for bits in BITS:
+        if shape[0] == inputs // 256 * 8 * bits:
+            return (
+                f"lacks the last {inputs % 256} of {inputs} inputs, which the tool that wrote it "
+                "dropped; quantize the model again"
+            )
+    return (
+        f"has shape {shape}, which does not fit {inputs} inputs and {outputs} outputs at 2, 3, 4 "
+        "or 8 bits; it is another model's"
+    )
+
+
+def _modern_reads(
+    path: Path, layers: tuple[PackedLayer, ...], tensors: LazyTensors
+) -> dict[str, Read | None]:
+    """What has to be read in another way than it is stored."""
+    changes: dict[str, Read | None] = {}
+    for layer in layers:
+        g_idx = f"{layer.name}.g_idx"
+        if f"{layer.name}.qzeros" not in tensors:
+            changes[f"{layer.name}.qzeros"] = partial(_packed_zeros, path, layer, tensors)
+            changes[f"{layer.name}.zeros"] = None
+            if tensors.shape(f"{layer.name}.scales")[0] != layer.groups:
+                changes[f"{layer.name}.scales"] = partial(_turned, tensors, f"{layer.name}.scales")
+        if g_idx in tensors and layer.groups > 1 and not bool(tensors[g_idx].any()):
+            # Some tools write zeros where groups are runs of neighbours.
+            changes[g_idx] = None
+        elif g_idx in tensors and tensors.dtype(g_idx) != torch.int32:
+            changes[g_idx] = partial(_narrowed, tensors, g_idx)
+    return changes
+
+
+def _turned(tensors: LazyTensors, name: str) -> Tensor:
+    return tensors[name].T.contiguous()
+
+
+def _narrowed(tensors: LazyTensors, name: str) -> Tensor:
+    return tensors[name].clamp(-1, 2**31 - 1).to(torch.int32)
+
+
+def _packed_zeros(path: Path, layer: PackedLayer, tensors: LazyTensors) -> Tensor:
+    """`qzeros` as "gptq_v2" has them, from floating zero * scale."""
+    scaled = tensors[f"{layer.name}.zeros"].double()
+    zeros = scaled / tensors[f"{layer.name}.scales"].double()
+    whole = zeros.round()
+    # float32 products of whole numbers and a scale come back whole to seven digits.
+    in_range = bool(((whole >= 0) & (whole < 2**layer.bits)).all())
+    if not in_range or bool(((zeros - whole).abs() > 0.01).any()):
+        raise UserError(f"{path}: {layer.name}.zeros are not zero points times scales; {_CONVERT}")
+    turned = whole.T if tensors.shape(f"{layer.name}.scales")[0] != layer.groups else whole
+    return pack_zeros(turned.to(torch.int64), layer.bits, zero_offset=0)
+
+
+# Zero points ---------------------------------------------------------------------------------
+
+
+def _check_scales(path: Path, layer: PackedLayer, tensors: LazyTensors) -> None:
+    if not bool(torch.isfinite(tensors[f"{layer.name}.scales"]).all()):
+        raise UserError(
+            f"{path}: {layer.name}.scales hold NaN or infinity; the file is damaged, copy or "
+            "download it again"
+        )
+
+
+def _fields(layer: PackedLayer, tensors: LazyTensors) -> Tensor:
+    """The stored zero points, uint8 (out, groups)."""
+    words = tensors[f"{layer.name}.qzeros"]
+    return unpack(words.T.contiguous(), layer.bits, layer.outputs)
+
+
+def _zero_offset(
+    ranges: Mapping[PackedLayer, tuple[int, int]], settings: Mapping[str, object]
+) -> int:
+    """What the fields, whose least and greatest are given, lack to be zero points."""
+    label, sym = settings.get("checkpoint_format", settings.get("format")), settings.get("sym")
+    # A symmetric zero point is known, so that its fields tell which way they are stored, whatever
+    # the label says: tools have mixed the two up.
+    if sym is True or (sym is None and label is None):
+        for offset in (0, 1):
+            middles = {layer: 2 ** (layer.bits - 1) - offset for layer in ranges}
+            if all(ranges[layer] == (middle, middle) for layer, middle in middles.items()):
+                return offset
+    return 0 if label == "gptq_v2" else 1
+
+
+def _lost_zeros(layer: PackedLayer, tensors: LazyTensors) -> int:
+    """Fields of all ones above another one in their word.
+
+    A zero point of 0 was stored as -1, whose sign bits ran over all higher fields of the word.
+    """
+    ones = _fields(layer, tensors) == 2**layer.bits - 1
+    per_word = torch.arange(1, len(ones)) * layer.bits % 32 >= layer.bits
+    return int((ones[1:] & ones[:-1])[per_word].sum())
+
+
+def _without_underflow(layer: PackedLayer, tensors: LazyTensors) -> Tensor:
+    """`qzeros` as "gptq_v2" has them, where fields of all ones stand for zero points of 0."""
+    zeros = (_fields(layer, tensors).to(torch.int64) + 1) % 2**layer.bits
+    return pack_zeros(zeros.T, layer.bits, zero_offset=0)

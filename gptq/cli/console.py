@@ -1,0 +1,102 @@
+"""The bar of a running job, and the tables of a finished one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from gptq.pipeline.blocks import Report
+
+MIB = 2**20
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """A bar with the time left, on standard error while that is a terminal.
+
+    Gives a function of (steps done, steps in all, what was done last). The bar is gone at the end,
+    so that an error stands alone.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    hidden = not console.is_interactive
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(done: int, total: int, what: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {what}".strip())
+
+        yield show
+
+
+def layer_table(report: Report) -> Table:
+    """A line for every layer, in the order they were solved; fits a terminal of 80 columns."""
+    table = Table(
+        title="layers",
+        title_justify="left",
+        box=box.SIMPLE,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+    )
+    table.add_column("block", justify="right")
+    table.add_column("layer", overflow="fold")
+    for heading in ("loss", "rounding", "rows\nrounded", "damp", "seconds"):
+        table.add_column(heading, justify="right", overflow="fold", vertical="bottom")
+    for layer in report.layers:
+        table.add_row(
+            str(layer.block),
+            layer.name,
+            f"{layer.loss:.3e}",
+            f"{layer.rtn_loss:.3e}",
+            f"{layer.kept_rtn}/{layer.rows}",
+            f"{layer.damp:g}",
+            f"{layer.seconds:.2f}",
+        )
+    return table
+
+
+def totals_table(report: Report) -> Table:
+    """What the run came to."""
+    count = len(report.layers)
+    damps = Counter(layer.damp for layer in report.layers)
+    table = Table(title="totals", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("layers", str(count))
+    table.add_row("mean loss", f"{sum(x.loss for x in report.layers) / count:.3e} of the output")
+    table.add_row("mean loss of rounding", f"{sum(x.rtn_loss for x in report.layers) / count:.3e}")
+    kept, rows = sum(x.kept_rtn for x in report.layers), sum(x.rows for x in report.layers)
+    table.add_row("rows that keep rounding", f"{kept} of {rows}")
+    table.add_row("damp", ", ".join(f"{damp:g} ({n} layers)" for damp, n in sorted(damps.items())))
+    table.add_row("time", f"{report.seconds:.1f} s")
+    table.add_row("peak memory", f"{report.peak_memory / MIB:.0f} MiB")
+    for path in report.written:
+        table.add_row("written", f"{escape(str(path))} ({size_of(path) / MIB:.1f} MiB)")
+    return table
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.iterdir() if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files)

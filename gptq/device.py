@@ -1,0 +1,104 @@
+"""What the machine offers: where to compute, in which type, and how much memory was used."""
+
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+from gptq import torchrun
+from gptq.errors import UserError
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 6GiB, 500MB or 2.5G. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    unit = None if found is None else {**_UNITS, **_BINARY_UNITS}.get(found[2])
+    if found is None or unit is None or float(found[1]) == 0:
+        raise UserError(f"--max-memory {text} is not a size: give one such as 6GiB or 500MB")
+    return int(float(found[1]) * unit)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had without driving anything out: of a GPU's memory or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(found[1]) * 1024 if found else 2**62
+    # What a container may have is not in meminfo.
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without one, a GPU if there is one: each of the processes of one
+    run takes its own. Raises UserError."""
+    if name is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = "cuda" if torchrun.size() == 1 else f"cuda:{torchrun.local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device, stored: object) -> torch.dtype:
+    """The type of activations: float32 on a CPU, on a GPU the model's own 16-bit type."""
+    if name is not None:
+        if name not in _DTYPES:
+            raise UserError(f"--dtype {name} is not known; choose one of {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+    return torch.float32 if device.type == "cpu" else half_dtype(stored)
+
+
+def calibration_dtype(name: str | None, device: torch.device, stored: object) -> torch.dtype:
+    """As `pick_dtype`, for the forward that calibrates: on a CPU a model that is stored in bfloat16
+    stays in it where matrix units multiply that, so that no weight is rounded."""
+    if name is None and device.type == "cpu" and stored == torch.bfloat16 and has_matrix_units():
+        return torch.bfloat16
+    return pick_dtype(name, device, stored)
+
+
+def has_matrix_units() -> bool:
+    """Whether this processor has AMX, as far as torch can tell."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def half_dtype(stored: object) -> torch.dtype:
+    """The 16-bit type that a model is stored in; float16 where it is stored wider."""
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget earlier peaks, where the device's allocator can; a process's peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the allocator's peak, on a CPU the process's peak resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # getrusage would count the process that started this one, where that was larger.
+    found = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,0 +1,256 @@
+"""Linear layers and embeddings whose weight is packed integers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import quant_cuda
+from quant_cuda import PackedWeight, PreparedWeight
+from quant_cuda.cpu import half_matmul
+from quant_cuda.packing import pack, pack_zeros, words_for
+from quant_cuda.weight import AnyWeight, group_count
+
+if TYPE_CHECKING:
+    from gptq.solver.solve import Solution
+
+# Tensors of a packed module that keep their own type whatever the model's.
+STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
+# Those that are let go while the layer is prepared.
+PREPARED = ("qweight", "qzeros", "scales")
+
+
+class PackedModule(nn.Module):
+    """Holds a packed weight. Its state_dict is the checkpoint's own layout.
+
+    Buffers, as docs/format.md defines them: `qweight` int32 (in*bits/32, out), `qzeros` int32
+    (groups, out*bits/32), `scales` float16 (groups, out), and where the layer has them `g_idx`
+    int32 (in,) and `bias` (out,).
+
+    `prepare` puts the integers in the order that the device's kernels read
+    and lets the buffers go. What asks for them (an attribute, state_dict, a move to another device)
+    gets them back bit for bit.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        *,
+        groups: int | None = None,
+        bias: bool = False,
+        g_idx: bool = True,
+        zero_offset: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.zero_offset = bits, group_size, zero_offset
+        if groups is None:
+            groups = group_count(in_features, group_size)
+        rows, zero_words = words_for(in_features, bits), words_for(out_features, bits)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer("qweight", zeros(rows, out_features))
+        self.register_buffer("qzeros", zeros(groups, zero_words))
+        self.register_buffer("scales", zeros(groups, out_features, dtype=torch.float16))
+        self.register_buffer("g_idx", zeros(in_features) if g_idx else None)
+        self.register_buffer("bias", zeros(out_features, dtype=torch.float16) if bias else None)
+        self._prepared: PreparedWeight | None = None
+
+    def packed(self) -> PackedWeight:
+        """The weight in the checkpoint's layout."""
+        if self._prepared is not None:
+            return quant_cuda.restore(self._prepared)
+        return PackedWeight(
+            self.qweight,
+            self.qzeros,
+            self.scales,
+            self._unnatural_g_idx(),
+            self.bits,
+            self.group_size,
+            self.in_features,
+            self.zero_offset,
+        )
+
+    def prepare(self) -> AnyWeight:
+        """The weight as the kernels read it, ready for many products."""
+        if self._prepared is None:
+            prepared = quant_cuda.prepare(self.packed())
+            if not isinstance(prepared, PreparedWeight):
+                return prepared
+            self._prepared = prepared
+            for name in PREPARED:
+                self._buffers[name] = None
+        return self._prepared
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+    def _unnatural_g_idx(self) -> Tensor | None:
+        """g_idx where groups are not runs of neighbours; None lets kernels take the short way."""
+        if self.g_idx is None:
+            return None
+        size = self.in_features if self.group_size == -1 else self.group_size
+        inputs = torch.arange(self.in_features, device=self.g_idx.device, dtype=self.g_idx.dtype)
+        return None if torch.equal(self.g_idx, inputs // size) else self.g_idx
+
+    # What follows makes the buffers whole again before something looks at them.
+
+    def _restore(self) -> None:
+        if self._prepared is not None:
+            packed, self._prepared = quant_cuda.restore(self._prepared), None
+            for name in PREPARED:
+                self._buffers[name] = getattr(packed, name)
+
+    def __getattr__(self, name: str):
+        if name in PREPARED and self.__dict__.get("_prepared") is not None:
+            self._restore()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in PREPARED and self.__dict__.get("_prepared") is not None:
+            self._restore()
+        super().__setattr__(name, value)
+
+    def _apply(self, *args, **kwargs):
+        self._restore()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._prepared is not None:
+            packed = quant_cuda.restore(self._prepared)
+            # In the order that the buffers were registered in.
+            rest = {name: destination.pop(prefix + name, None) for name in ("g_idx", "bias")}
+            for name in PREPARED:
+                destination[prefix + name] = getattr(packed, name)
+            for name, tensor in rest.items():
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+
+class QuantLinear(PackedModule):
+    """Takes the place of nn.Linear. The first forward prepares its weight."""
+
+    int8_activations = False
+    """Round activations to 8 bits a group where the product is taken; see quant_cuda.matmul."""
+    backend: str | None = None
+    """One of quant_cuda.available(); None takes the best."""
+
+    @classmethod
+    def from_solution(
+        cls, solution: Solution, bits: int, group_size: int, bias: Tensor | None
+    ) -> QuantLinear:
+        """Pack the integers the solver chose, as they are. v1 zero convention."""
+        out_features, in_features = solution.q.shape
+        layer = cls(in_features, out_features, bits, group_size, bias=bias is not None)
+        layer.qweight = pack(solution.q.T, bits)
+        layer.qzeros = pack_zeros(solution.zeros, bits, layer.zero_offset)
+        layer.scales = solution.scales.contiguous()
+        layer.g_idx = solution.g_idx.clone()
+        layer.bias = None if bias is None else bias.detach()
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in x's dtype."""
+        weight = self._prepared or self.prepare()
+        return quant_cuda.matmul(
+            x, weight, self.backend, bias=self._buffers["bias"], int8=self.int8_activations
+        )
+
+
+class QuantEmbedding(PackedModule):
+    """Takes the place of nn.Embedding: the weight of a linear layer from `embedding_dim` inputs to
+    an output for each token, of which single rows are unpacked.
+
+    It is prepared only where a TiedHead multiplies by it too.
+    """
+
+    like: Tensor
+    """Empty; of the type that embeddings are to have."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group_size: int,
+        *,
+        groups: int | None = None,
+        zero_offset: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            embedding_dim,
+            num_embeddings,
+            bits,
+            group_size,
+            groups=groups,
+            g_idx=False,
+            zero_offset=zero_offset,
+            device=device,
+        )
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (...) to their rows (..., embedding_dim)."""
+        rows = quant_cuda.rows(self._prepared or self.packed(), tokens)
+        return rows.to(self.like.dtype)
+
+
+class HalfHead(nn.Linear):
+    """An output head whose weight is float16 or bfloat16 where activations are float32: a CPU reads
+    half as much for each token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out), in its dtype."""
+        weight = self.weight
+        differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        traced = torch.compiler.is_compiling()
+        if traced or differentiable or self.bias is not None or not half_matmul.fits(input, weight):
+            return nn.functional.linear(input, weight.to(input.dtype), self.bias)
+        return half_matmul.matmul(input, weight)
+
+
+class TiedHead(nn.Module):
+    """An output head that multiplies by the embedding's weight; it holds nothing itself."""
+
+    embedding: QuantEmbedding
+    int8_activations = False
+    backend: str | None = None
+    """Both as a QuantLinear's."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        # Kept out of the modules, so that its tensors are in one place alone.
+        object.__setattr__(self, "embedding", embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., embedding_dim) to (..., num_embeddings), in x's dtype."""
+        weight = self.embedding.prepare()
+        return quant_cuda.matmul(x, weight, self.backend, int8=self.int8_activations)
+
+    def _apply(self, *args, **kwargs):
+        self.embedding._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)

@@ -1,0 +1,168 @@
+"""The finished blocks of a run, kept beside its output until that is whole."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from gptq.errors import UserError
+from gptq.files.atomic import PARTIAL, remove_partial, sync_folder, unwritable, whole_file
+from gptq.files.opening import LazyTensors, open_tensors
+from gptq.files.safetensors_file import as_lazy, write_tensors
+
+_PARTS = "block-*.safetensors"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Each finished block is a file of its own, which appears when it is durable."""
+
+    folder: Path
+
+    @property
+    def scratch(self) -> Path:
+        """Room for what no later run needs; removed when the run ends, or when the next begins."""
+        return self.folder / "scratch"
+
+    def part(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
+
+    def has(self, block: int) -> bool:
+        return self.part(block).exists()
+
+    def write(
+        self, block: int, tensors: Mapping[str, Tensor], layers: list[dict], weights: str
+    ) -> None:
+        """Make a block durable: its packed tensors, what the report says of its layers, and a
+        fingerprint of the weights it was made of."""
+        record = json.dumps({"weights": weights, "layers": layers})
+        with whole_file(self.part(block)) as temporary:
+            write_tensors(temporary, as_lazy(tensors), list(tensors), {"record": record})
+
+    def read(self, block: int, weights: str) -> tuple[dict[str, Tensor], list[dict]]:
+        """A block's tensors and its layers' reports. Raises UserError for one of other weights."""
+        part = self.part(block)
+        opened = open_tensors([part])
+        record: dict[str, Any] = json.loads(opened.metadata["record"])
+        if record["weights"] != weights:
+            raise UserError(
+                f"{self.folder}: block {block} was made from another model's weights; delete the "
+                "folder to start afresh"
+            )
+        return dict(opened), record["layers"]
+
+    def tensors(self) -> LazyTensors:
+        """The packed tensors of all blocks, read when asked for."""
+        return open_tensors(sorted(self.folder.glob(_PARTS)))
+
+    def remove(self) -> None:
+        """Drop the journal, once the output is whole. Killed meanwhile, it leaves a shorter one."""
+        with contextlib.suppress(OSError):
+            for part in sorted(self.folder.glob(_PARTS), reverse=True):
+                part.unlink()
+            shutil.rmtree(self.folder)
+
+
+def journal_folder(output: Path) -> Path:
+    """Where the journal of the run that writes `output` is."""
+    return output.with_name(output.name + ".journal")
+
+
+def finished_blocks(output: Path) -> int:
+    """How many blocks of a run that writes `output` are kept."""
+    return len(list(journal_folder(output).glob(_PARTS)))
+
+
+@contextlib.contextmanager
+def open_journal(
+    outputs: Sequence[Path], identity: Mapping[str, object], resume: bool
+) -> Iterator[Journal]:
+    """The journal of the run that writes `outputs`, beside the first; all are locked against a
+    second run.
+
+    identity: whatever decides the result; a journal with another identity is refused.
+    Raises UserError when a journal is there without `resume`, is of another run, or is in use.
+    """
+    with contextlib.ExitStack() as held:
+        folder, *_ = [held.enter_context(_locked(output)) for output in outputs]
+        for output in outputs:
+            remove_partial(output)
+        journal = Journal(folder)
+        shutil.rmtree(journal.scratch, ignore_errors=True)
+        _take_up(folder, json.dumps(identity, indent=1, sort_keys=True), resume)
+        try:
+            yield journal
+        finally:
+            shutil.rmtree(journal.scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[Path]:
+    """The journal's folder of an output, for this process alone. It goes with the last block."""
+    folder = journal_folder(output)
+    with _lock(output, folder):
+        try:
+            yield folder
+        finally:
+            if not any(folder.glob(_PARTS)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(output: Path, folder: Path) -> TextIO:
+    """Open and lock the folder's lock file, which is free again when it is closed."""
+    path = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                f"{output}: another run is writing it; wait for it or choose another output"
+            ) from error
+        # Another run may have ended, and removed the file, since it was opened.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
+
+
+def _take_up(folder: Path, identity: str, resume: bool) -> None:
+    """Continue what is in the folder, or begin. Raises UserError as `open_journal`."""
+    for left in folder.glob(f".*{PARTIAL}"):
+        left.unlink(missing_ok=True)
+    file = folder / "run.json"
+    done = len(list(folder.glob(_PARTS)))
+    if not done:
+        with whole_file(file) as temporary:
+            temporary.write_text(identity)
+        sync_folder(folder.parent)
+        return
+    if not resume:
+        raise UserError(
+            f"{folder}: holds {done} finished blocks of an earlier run; add --resume to continue "
+            "it, or delete the folder to start afresh"
+        )
+    try:
+        before, now = dict(json.loads(file.read_text())), json.loads(identity)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read; delete the folder {folder} to start afresh"
+        ) from error
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        raise UserError(
+            f"{folder}: is of a run that differs in {', '.join(changed)}; give the same arguments "
+            "to continue it, or delete the folder to start afresh"
+        )

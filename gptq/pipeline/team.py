@@ -1,0 +1,183 @@
+"""One quantization shared out among processes: calibration windows, and rows of each solve.
+
+Every process runs its own batches of windows; second moments are summed over all of them, so that
+each then knows the same. Rows of a layer are solved apart and brought together again.
+"""
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptq import torchrun
+from gptq.errors import UserError
+from gptq.solver.hessian import Moments
+from gptq.solver.solve import Solution
+
+# Longer than any process computes between two exchanges: one that is silent this long is lost.
+TIMEOUT = timedelta(minutes=30)
+# Where a Solution's tensors have their rows; the rest is the same for all.
+_ROWS = {"q": 0, "scales": 1, "zeros": 1, "loss": 0, "rtn_loss": 0, "energy": 0, "kept_rtn": 0}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a run. Alone, every method hands back what it is given."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where tensors must be to be exchanged."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's own of items that are shared out."""
+        return list(items[self.rank :: self.size])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            with _exchange():
+                dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def from_leader(self, make: Callable[[], Any]) -> Any:
+        """What the first process makes, known to all: what JSON can hold.
+
+        A UserError there is one everywhere.
+        """
+        if self.size == 1:
+            return make()
+        told: dict[str, Any] = {}
+        if self.leads:
+            try:
+                told = {"value": make()}
+            except UserError as error:
+                self._spread({"error": str(error)})
+                raise
+        told = self._spread(told)
+        if "error" in told:
+            raise UserError(told["error"])
+        return told["value"]
+
+    def mean(self, seen: Moments | None, tokens: int) -> Moments | None:
+        """Moments over the tokens of all processes; `seen`: over the `tokens` of this one."""
+        if self.size == 1:
+            return seen
+        mine = {} if seen is None else {key: it for key, it in vars(seen).items() if it is not None}
+        # A process without windows learns here what there is to add nothing to.
+        shapes = self.from_leader(lambda: {key: list(it.shape) for key, it in mine.items()})
+        if not shapes:
+            return None
+        with _exchange():
+            total = torch.tensor([float(tokens)], dtype=torch.float64, device=self.device)
+            dist.all_reduce(total)
+            for key, shape in shapes.items():
+                held = mine.get(key)
+                part = torch.zeros(shape, device=self.device) if held is None else held
+                dist.all_reduce(part.mul_(tokens))
+                mine[key] = part.div_(float(total))
+        return Moments(**mine)
+
+    def by_rows(self, solve: Callable[[slice], Solution], rows: int) -> Solution:
+        """A layer's solution, of which every process solves a run of its output rows."""
+        if self.size == 1 or rows < self.size:
+            return solve(slice(0, rows))
+        cuts = [rows * rank // self.size for rank in range(self.size + 1)]
+        mine = solve(slice(cuts[self.rank], cuts[self.rank + 1]))
+        joined: dict[str, Any] = {}
+        for name, axis in _ROWS.items():
+            joined[name] = self._join(getattr(mine, name), axis, cuts)
+        return replace(mine, **joined)
+
+    def _join(self, mine: Tensor, axis: int, cuts: Sequence[int]) -> Tensor:
+        parts = []
+        for rank in range(self.size):
+            shape = list(mine.shape)
+            shape[axis] = cuts[rank + 1] - cuts[rank]
+            part = mine.contiguous() if rank == self.rank else mine.new_empty(shape)
+            if part.numel():
+                with _exchange():
+                    dist.broadcast(
+                        part.view(torch.uint8) if part.dtype == torch.bool else part, rank
+                    )
+            parts.append(part)
+        return torch.cat(parts, axis)
+
+    def _spread(self, told: dict[str, Any]) -> dict[str, Any]:
+        """The first process's dict, by way of JSON: nothing that arrives is unpickled."""
+        data = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+        with _exchange():
+            length = torch.tensor([len(data)], device=self.device)
+            dist.broadcast(length, 0)
+            data = data if self.leads else torch.empty(int(length), dtype=torch.uint8)
+            data = data.to(self.device)
+            dist.broadcast(data, 0)
+        return json.loads(bytes(data.tolist()))
+
+
+ALONE = Team()
+
+
+@contextlib.contextmanager
+def team(device: torch.device) -> Iterator[Team]:
+    """The processes that torchrun started, or this one alone.
+
+    A process that ends or falls silent, or that torchrun ends since another did, makes each of the
+    others raise UserError.
+    """
+    if torchrun.size() == 1:
+        yield ALONE
+        return
+    started = not dist.is_initialized()
+    with _ended_by_signal():
+        if started:
+            with _exchange():
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=TIMEOUT)
+        yield Team(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an error: a process that is gone cannot answer.
+    if started:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    # What a backend raises for a peer that is gone is a RuntimeError of one kind or another.
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"another process of this run was lost ({first}); start it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """torchrun sends SIGTERM to the rest when one process has ended: say so, and leave in order."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise UserError(
+            "another process of this run was lost, or the run was ended; start it again"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""Products and the solver's inner loops in compiled code for CPUs (csrc/cpu)."""

@@ -1,0 +1,1 @@
+"""Products and the solver's inner loops on NVIDIA GPUs (csrc/cuda, and Triton)."""

@@ -1,0 +1,144 @@
+"""The parts of benchmarks/gpu.py that need no GPU, and what it says without one."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, bloom_config, llama_config
+from rich.console import Console
+
+from benchmarks import gpu, gpu_models
+from gptq.blockwise import empty_model
+from gptq.inference.cuda_graph import stepper
+from gptq.models.bloom import BLOOM
+from gptq.models.llama import LLAMA
+from gptq.nn import QuantLinear
+
+NO_GPU = "error: torch finds no GPU here; run this where there is one"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("spec", "config"), [(LLAMA, llama_config()), (BLOOM, bloom_config())])
+def test_a_random_model_runs(spec, config, bits):
+    model = gpu_models.random_model(spec, config, bits, "cpu", torch.float32)
+    quantized = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    layers = config.num_hidden_layers * sum(len(group) for group in spec.groups)
+    assert len(quantized) == (layers if bits < 16 else 0)
+    assert not [name for name, p in model.named_parameters() if p.is_meta]
+    step = stepper(model, 4)
+    assert all(torch.isfinite(step(torch.full((1, 1), 7))).all() for _ in range(4))
+
+
+def test_the_shapes_are_those_of_seven_billion():
+    sizes = []
+    for spec, config in gpu_models.SEVEN_BILLION:
+        with torch.device("meta"):
+            model = empty_model.build(config, spec, torch.device("meta"))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert sizes == [6_885_494_784, 7_069_016_064]
+
+
+@pytest.mark.parametrize(("spec", "config"), [(LLAMA, llama_config()), (BLOOM, bloom_config())])
+def test_a_whole_random_model_is_quantized(spec, config):
+    windows = torch.randint(config.vocab_size, (2, 16))
+    row = gpu_models.quantize_model(spec, config, windows, torch.device("cpu"), torch.float32)
+    assert row["layers"] == config.num_hidden_layers * len(spec.linears)
+    assert row["tokens"] == 32
+    stages = ("forward", "moments", "sweep", "refinement", "pack", "all else")
+    assert 0 < sum(row[stage] for stage in stages) < row["seconds"]
+
+
+def test_every_released_model_has_its_row():
+    """Memory in use as measured, in GiB, beside the published; none where it did not fit."""
+    decoded = [
+        {"model": model, "bits": bits, "memory": bits << 30, "used": (bits + 1) << 30}
+        for model, widths in gpu_models.WIDTHS.items()
+        for bits in widths
+    ]
+    decoded[3] = {"model": "bloom", "bits": 32, "memory": None, "used": None}
+    rows = {row["model"]: row for row in gpu_models.released(decoded)}
+    assert len(rows) == 8
+    assert rows["bloom7b-2m"]["in use, GiB"] is None
+    assert rows["llama7b-2m-4bit-128g.pt"]["in use, GiB"] == 5
+    assert rows["llama7b-2m-4bit-128g.pt"]["published, G"] == 5.6
+
+
+def test_tables_name_every_column():
+    known = {"copy": 3e12, "matrix": 7e14}
+    row = {"bits": 4, "rows": 1, "gemv": 2e-5, "dense": 4e-5, "bytes": 3e7, "flop": 1e8}
+    made = gpu.table("kernels", [row], known)
+    cells = {str(c.header): next(iter(c.cells)) for c in made.columns}
+    assert cells["gemv us"] == "20.0"
+    assert cells["copy rate"] == "50%"
+    assert cells["triton us"] == ""
+    other = gpu.table("decode", [{"model": "llama", "tokens_per_second": 123.456}], known)
+    assert [next(iter(c.cells)) for c in other.columns] == ["llama", "123.5"]
+
+
+def test_a_part_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
+    """Its own rows before, and the parts after it."""
+
+    def failing():
+        yield {"model": "llama", "bits": 4}
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A 1"))
+    monkeypatch.setattr(gpu, "limits", lambda: {"copy": 1e12, "matrix": 1e14})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "PARTS", {"decode": failing, "solving": lambda: [{"seconds": 1.5}]})
+    console = Console(record=True)
+    assert not gpu.measure(console, ["decode", "solving"])
+    assert "FAILED: decode" in console.export_text()
+    written = json.loads((tmp_path / "a-1.json").read_text())
+    assert written["decode"] == [{"model": "llama", "bits": 4}]
+    assert written["solving"] == [{"seconds": 1.5}]
+    assert gpu.measure(console, ["solving"])
+    assert json.loads((tmp_path / "a-1.json").read_text())["decode"] == written["decode"]
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is an NVIDIA GPU here")
+    for part in ("check", "measure", "marlin"):
+        assert gpu.main([part]) == 2
+        assert capsys.readouterr().err == f"{NO_GPU}\n"
+    done = subprocess.run(
+        ["benchmarks/gpu.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, f"{NO_GPU}\n", "")
+
+
+def test_the_script_selects_the_tests_on_a_device():
+    """Its expression and files, from its own text: tests on a GPU are taken, emulated ones not."""
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
+    line = " ".join(text.partition("pytest -q ")[2].partition("||")[0].split("\\\n"))
+    names = pytest_names(shlex.split(line))
+    assert any("test_cuda_wgmma.py::" in name for name in names)
+    for part in ("[gpu-4]", "test_on_a_gpu", "test_streams_and_graphs_on_a_gpu", "-cuda]"):
+        assert any(part in name for name in names), part
+    assert not [name for name in names if "emulated" in name or "-cpu]" in name]
+
+
+def pytest_names(arguments: list[str]) -> list[str]:
+    """The tests that pytest would run."""
+    names: list[str] = []
+
+    class Listen:
+        def pytest_collection_finish(self, session):
+            names.extend(item.nodeid for item in session.items)
+
+    code = pytest.main(
+        ["--collect-only", "-o", "addopts=", "-p", "no:terminal", *arguments], [Listen()]
+    )
+    assert code == 0
+    return names

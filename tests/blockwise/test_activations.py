@@ -1,0 +1,37 @@
+"""Activations come back from wherever they were put."""
+
+import pytest
+import torch
+
+from gptq.blockwise.activations import Shelf
+
+
+def batches(device):
+    generator = torch.Generator().manual_seed(2)
+    for size in (3, 3, 1):
+        x = torch.randn(size, 5, 8, generator=generator)
+        yield x.to(device, torch.bfloat16), x[:, 1:, :3].to(device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["memory", "host", "files"])
+def test_what_was_put_is_what_is_taken(tmp_path, device, kind):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    shelf = Shelf(tmp_path / "some" if kind == "files" else None, host=kind == "host")
+    for number in range(2):
+        for index, batch in enumerate(batches(device)):
+            shelf.put(index, tuple(tensor + number for tensor in batch))
+    assert shelf.sizes() == [3, 3, 1]
+    other = shelf.beside("others")
+    other.put(0, shelf.get(1))
+    for index, batch in enumerate(batches(device)):
+        for tensor, expected in zip(shelf.get(index), batch, strict=True):
+            assert tensor.device == expected.device
+            assert torch.equal(tensor, expected + 1)
+    assert torch.equal(other.get(0)[0], shelf.get(1)[0])
+    assert (
+        all(held.is_cpu for batch in shelf._held for held in batch)
+        or kind == "memory"
+        or (kind == "files")
+    )

@@ -1,0 +1,146 @@
+"""Files appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq.checkpoints.writing import write_pt, write_safetensors
+from gptq.errors import UserError
+from gptq.files.atomic import check_writable, remove_partial, whole_file, whole_folder
+from gptq.files.safetensors_file import as_lazy
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "out.pt"
+    with whole_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["out.pt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_an_older_file_survives_a_failure(tmp_path, error):
+    path = tmp_path / "out.pt"
+    path.write_text("old")
+
+    def write():
+        with whole_file(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.pt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(os, call, full_disk)
+    with (
+        pytest.raises(UserError, match=r"out.pt: cannot be written \(No space left on device\)"),
+        whole_file(tmp_path / "out.pt") as temporary,
+    ):
+        temporary.write_text("data")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_replaces_an_older_one(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "stale").touch()
+    with whole_folder(folder) as temporary:
+        (temporary / "fresh").touch()
+    assert os.listdir(folder) == ["fresh"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failed_folder_leaves_the_older_one(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def write():
+        with whole_folder(folder) as temporary:
+            (temporary / "fresh").touch()
+            full_disk()
+
+    with pytest.raises(UserError, match="No space left"):
+        write()
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "x.pt")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "x.pt")
+    (tmp_path / "x.pt").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        check_writable(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(Path("/proc/nowhere/x.pt"))
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """The system refuses, in the middle of a write, to let a file grow any further."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("write", [write_pt, write_safetensors])
+def test_a_write_that_the_system_ends(tmp_path, write):
+    tensors = {"a": torch.zeros(100_000), "b": torch.ones(100_000)}
+    with (
+        largest_file(100_000),
+        pytest.raises(UserError, match=r"cannot be written \(File too large\); free space"),
+    ):
+        write(tmp_path / "out", as_lazy(tensors), {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_inside_a_write_keep_their_kind(tmp_path):
+    with pytest.raises(RuntimeError, match="mistake"), whole_file(tmp_path / "out"):
+        raise RuntimeError("mistake")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / "belle-7b-v1.5"
+    folder.mkdir()
+    check_writable(folder, folder=True)
+    (folder / "precious").touch()
+    with pytest.raises(UserError, match="exists and is no quantized checkpoint; give a new"):
+        check_writable(folder, folder=True)
+    (folder / "quantize_config.json").touch()
+    check_writable(folder, folder=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="give a new folder"):
+        check_writable(tmp_path / "file", folder=True)
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        check_writable(folder)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".m.pt.77.partial", "m.pt.partial", ".m.pt.rc", ".other.77.partial", "m.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".m.pt.abc.partial").mkdir()
+    (tmp_path / ".m.pt.abc.partial" / "model.safetensors").touch()
+    remove_partial(tmp_path / "m.pt")
+    left = {"m.pt.partial", ".m.pt.rc", ".other.77.partial", "m.pt"}
+    assert set(os.listdir(tmp_path)) == left

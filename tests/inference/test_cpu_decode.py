@@ -1,0 +1,326 @@
+"""Single tokens through LLaMA blocks in one native call, against transformers' own forward."""
+
+import copy
+import inspect
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import llama_config, make_model
+from transformers import DynamicCache
+from transformers.models.llama import modeling_llama
+
+import gptq
+from gptq import QuantConfig
+from gptq.inference import cpu_decode
+from quant_cuda.cpu import decoder_block, library
+
+pytestmark = pytest.mark.skipif(not library.compiled(), reason="the CPU code was not built")
+# transformers 5.24 has renamed it, and warns of the old name.
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(modeling_llama.LlamaForCausalLM.forward).parameters
+    else "past_key_values"
+)
+PROMPT = torch.tensor([[5, 80, 41, 200, 7]])
+TOLERANCE = {"rtol": 2e-3, "atol": 2e-3}  # activations are rounded to 16 bits on either way
+
+
+def packed_folder(base, bits=4, **changes):
+    source = make_model(base / "model", llama_config(**changes))
+    config = QuantConfig(bits=bits, group_size=32, method="rtn")
+    gptq.quantize(source, None, config, save_dir=base / "packed", device="cpu")
+    return base / "packed"
+
+
+def loaded(folder, **settings):
+    model, _ = gptq.load(folder, device="cpu", dtype="float32", **settings)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return packed_folder(tmp_path_factory.mktemp("packed"), attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture
+def model(folder):
+    return loaded(folder)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that gets an entry for every block that takes a token in native code."""
+    seen = []
+    whole = decoder_block.run
+
+    def run(blocks, *args):
+        seen.extend(blocks)
+        return whole(blocks, *args)
+
+    monkeypatch.setattr(decoder_block, "run", run)
+    return seen
+
+
+@torch.no_grad()
+def logits(model, tokens, cache=None, **arguments):
+    """Of every token, given one at a time after the first five; and the cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    start = cache.get_seq_length()
+    cuts = [5, *([1] * (tokens.shape[1] - 5))] if start == 0 else [1] * tokens.shape[1]
+    found = [
+        model(input_ids=part, **{CACHE: cache}, use_cache=True, **arguments).logits
+        for part in tokens.split(cuts, 1)
+    ]
+    return torch.cat(found, 1), cache
+
+
+@torch.no_grad()
+def whole(model, tokens):
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def some_tokens(count):
+    return torch.randint(2, 300, (1, count), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_against_a_forward_of_all_tokens(bits, tmp_path, steps):
+    model = loaded(packed_folder(tmp_path, bits))
+    tokens = some_tokens(80)  # more than a cache has room for at first
+    found, cache = logits(model, tokens)
+    assert len(steps) == 75 * 2
+    assert cache.get_seq_length() == 80
+    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 8, "num_key_value_heads": 8},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 40},
+        {"hidden_size": 72, "head_dim": 24, "intermediate_size": 104, "attention_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ],
+)
+def test_shapes(changes, tmp_path, steps):
+    model = loaded(packed_folder(tmp_path, **changes))
+    tokens = some_tokens(12)
+    found, _ = logits(model, tokens)
+    assert len(steps) == 14
+    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", library.compiled())
+def test_every_instruction_set(name, model, monkeypatch):
+    if name not in library.instruction_sets():
+        pytest.skip(f"this processor has no {name}")
+    exact = whole(model, some_tokens(20))
+    run = decoder_block.run
+    index = library.compiled().index(name)
+    monkeypatch.setattr(decoder_block, "run", lambda *args: run(*args, backend=index))
+    found, _ = logits(model, some_tokens(20))
+    torch.testing.assert_close(found, exact, **TOLERANCE)
+
+
+def test_many_threads(model):
+    tokens, before = some_tokens(40), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(logits(model, tokens)[0][:, 5:])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[0], results[1], **TOLERANCE)
+
+
+def test_large_scores_and_gates(folder, steps):
+    model = loaded(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.mul_(300)
+            layer.post_attention_layernorm.weight.mul_(300)
+    tokens = some_tokens(12)
+    found, _ = logits(model, tokens)
+    assert steps
+    exact = whole(model, tokens)
+    assert bool(torch.isfinite(found).all())
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+
+
+def test_generate(model, steps):
+    arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    native_ids = model.generate(PROMPT, **arguments)
+    assert len(steps) == 29 * 2
+    model.__class__ = modeling_llama.LlamaForCausalLM
+    assert torch.equal(native_ids, model.generate(PROMPT, **arguments))
+
+
+def test_it_takes_what_transformers_takes(model):
+    theirs = inspect.signature(modeling_llama.LlamaForCausalLM.forward)
+    assert inspect.signature(cpu_decode.LlamaForCausalLM.forward) == theirs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        ids = model(PROMPT).logits.argmax(-1)
+        assert model(ids[:, :1]).logits.shape == (1, 1, 320)
+        with pytest.raises(ValueError, match="nonsense"):
+            model.generate(PROMPT, nonsense=1)
+
+
+def test_int8_activations(folder, steps):
+    rounded = loaded(folder, int8_activations=True)
+    found, _ = logits(rounded, some_tokens(20))
+    assert len(steps) == 30
+    torch.testing.assert_close(found, whole(rounded, some_tokens(20)), rtol=0.1, atol=0.1)
+
+
+def test_a_cache_that_goes_back_or_in_two_ways(model):
+    tokens = some_tokens(24)
+    _, cache = logits(model, tokens)
+    cache.crop(-10)
+    other = copy.deepcopy(cache)
+    shallow = copy.copy(cache)
+    shallow.layers = [copy.copy(layer) for layer in cache.layers]
+    ways = {}
+    for name, its in (("first", cache), ("deep", other), ("shallow", shallow)):
+        end = torch.full((1, 3), {"first": 9, "deep": 77, "shallow": 150}[name])
+        ways[name] = (end, its, logits(model, end, its)[0])
+    for end, its, found in ways.values():
+        exact = whole(model, torch.cat([tokens[:, :14], end], 1))[:, 14:]
+        torch.testing.assert_close(found, exact, **TOLERANCE)
+        again, _ = logits(model, torch.tensor([[3]]), its)
+        exact = whole(model, torch.cat([tokens[:, :14], end, torch.tensor([[3]])], 1))[:, -1:]
+        torch.testing.assert_close(again, exact, **TOLERANCE)
+
+
+def test_what_it_leaves_to_transformers(model, steps):
+    tokens = some_tokens(8)
+    two = tokens.repeat(2, 1)
+    torch.testing.assert_close(logits(model, two)[0], whole(model, two), **TOLERANCE)
+    mask = torch.ones(1, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens[:, :5], attention_mask=mask[:, :5], **{CACHE: cache})
+        model(input_ids=tokens[:, 5:6], attention_mask=mask, **{CACHE: cache})
+    model.generate(PROMPT, max_new_tokens=3, num_beams=2, do_sample=False)
+    model.generate(PROMPT, max_new_tokens=3, cache_implementation="static", disable_compile=True)
+    assert not steps
+    _, cache = logits(model, tokens)
+    before = len(steps)
+    model(input_ids=tokens[:, :1], **{CACHE: cache})  # where gradients may be asked for
+    assert len(steps) == before
+
+
+def test_what_is_traced_is_transformers_own(model, steps):
+    traced = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        traced(input_ids=PROMPT, **{CACHE: cache})
+        found = traced(input_ids=PROMPT[:, :1], **{CACHE: cache}).logits
+    assert not steps
+    exact = whole(model, torch.cat([PROMPT, PROMPT[:, :1]], 1))[:, -1:]
+    torch.testing.assert_close(found, exact, **TOLERANCE)
+
+
+def test_layers_are_found_as_ever(model):
+    """Alone, and some of them, whoever else is at work."""
+    layers = model.model.layers
+    assert len(layers[:2]) == 2
+    x = torch.randn(1, 1, 64)
+    where = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
+    stack = cpu_decode._Stack(layers)
+    assert stack[:1][0] is layers[0]
+    assert stack[-1] is layers[-1]
+    assert list(stack) == stack[:2] == [stack]
+    with torch.no_grad():
+        expected = layers[1](layers[0](x, position_embeddings=where), position_embeddings=where)
+        assert torch.equal(stack(x, position_embeddings=where), expected)
+
+
+def test_layers_in_another_order_or_repeated(tmp_path, steps):
+    model = loaded(packed_folder(tmp_path, num_hidden_layers=3))
+    layers = model.model.layers
+    for places in ([1, 0, 2], [0, 1, 1]):
+        model.model.layers = torch.nn.ModuleList([layers[place] for place in places])
+        logits(model, some_tokens(7))
+    assert not steps
+
+
+def test_threads_take_tokens_of_their_own(model):
+    """Where one is done first, another may go transformers' way."""
+    tokens = [torch.randint(2, 300, (1, 40)) for _ in range(4)]
+    expected = [logits(model, its)[0] for its in tokens]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda its: logits(model, its)[0], tokens))
+    for its, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(its, exact, **TOLERANCE)
+
+
+def test_dropout_is_left_to_transformers(model, steps):
+    _, cache = logits(model, PROMPT)
+    model.train()
+    with torch.no_grad():
+        model(input_ids=PROMPT[:, :1], **{CACHE: cache})
+    assert not steps
+
+
+def test_a_hook_sees_its_layer(model, steps):
+    layer = model.model.layers[0]
+    seen = []
+    handle = layer.mlp.up_proj.register_forward_hook(lambda *args: seen.append(args))
+    logits(model, some_tokens(7))
+    assert len(seen) == 3
+    assert not steps
+    handle.remove()
+    logits(model, some_tokens(7))
+    assert len(seen) == 3
+    assert len(steps) == 4
+
+
+def test_changed_layers_are_noticed(model, steps):
+    tokens = some_tokens(9)
+    logits(model, tokens)
+    before = len(steps)
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.scales = layer.scales * 2
+    found, _ = logits(model, tokens)
+    assert len(steps) == 2 * before
+    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+    layer.backend = "torch"
+    found, _ = logits(model, tokens)
+    assert len(steps) == 2 * before
+    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64)
+    logits(model, tokens)
+    assert len(steps) == 2 * before
+
+
+def test_hidden_states_are_recorded(model):
+    _, cache = logits(model, PROMPT)
+    with torch.no_grad():
+        one = model(input_ids=PROMPT[:, :1], **{CACHE: cache}, output_hidden_states=True)
+        tokens = torch.cat([PROMPT, PROMPT[:, :1]], 1)
+        exact = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    assert len(one.hidden_states) == len(exact.hidden_states) == 3
+    for its, expected in zip(one.hidden_states, exact.hidden_states, strict=True):
+        torch.testing.assert_close(its, expected[:, -1:], **TOLERANCE)
+
+
+def test_models_are_copied_and_pickled(model, steps):
+    tokens = some_tokens(9)
+    found, _ = logits(model, tokens)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = len(steps)
+        assert torch.equal(logits(twin, tokens)[0], found)
+        assert len(steps) == before + 8
+
+
+def test_without_compiled_code_nothing_is_changed(folder, monkeypatch):
+    monkeypatch.setattr(library, "compiled", lambda: ())
+    model = loaded(folder)
+    assert not isinstance(model, cpu_decode.LlamaForCausalLM)

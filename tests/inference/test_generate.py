@@ -1,0 +1,240 @@
+"""Text, chat and latency, against transformers' own generate and plain forwards."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, TextStreamer
+
+import gptq
+from gptq import QuantConfig, QuantLinear
+from gptq.errors import UserError
+from gptq.inference.generate import Latency, benchmark, chat, chat_prompt, text
+
+NEW = 12
+# Has a beginning of its own, as the templates of published models do.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["llama", "bloom"])
+def loaded(request, tmp_path_factory):
+    """A 4-bit model of each architecture and its tokenizer."""
+    folder = request.getfixturevalue(f"{request.param}_dir")
+    path = tmp_path_factory.mktemp("generate") / "m.pt"
+    gptq.quantize(
+        folder,
+        request.getfixturevalue("text_file"),
+        QuantConfig(bits=4, group_size=32, order="act"),
+        save=path,
+        nsamples=4,
+        seqlen=32,
+    )
+    model, tokenizer = gptq.load(folder, path)
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+    return model, tokenizer
+
+
+@torch.no_grad()
+def greedy(model, ids, count):
+    """The most likely token after the last, again and again, without a cache."""
+    ids = list(ids)
+    for _ in range(count):
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] == model.config.eos_token_id:
+            break
+    return ids
+
+
+def test_text_is_greedy(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer("the cat sat on")["input_ids"]
+    expected = tokenizer.decode(greedy(model, ids, NEW)[len(ids) :], skip_special_tokens=True)
+    assert text(model, tokenizer, "the cat sat on", NEW) == expected
+    encoded = tokenizer("the cat sat on", return_tensors="pt", return_token_type_ids=False)
+    generated = model.generate(**encoded, max_new_tokens=NEW, do_sample=False, pad_token_id=1)
+    assert expected == tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_text_ends_at_the_end_of_text(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer("the cat sat on")["input_ids"]
+    third = greedy(model, ids, 3)[-1]
+    eos = model.generation_config.eos_token_id
+    try:
+        model.generation_config.eos_token_id = third
+        found = text(model, tokenizer, "the cat sat on", NEW)
+    finally:
+        model.generation_config.eos_token_id = eos
+    new = greedy(model, ids, 3)[len(ids) :]
+    assert found == tokenizer.decode(new[: new.index(third) + 1], skip_special_tokens=True)
+
+
+def test_settings_of_the_model_do_not_make_it_sample(loaded):
+    """Published models come with temperatures of their own."""
+    model, tokenizer = loaded
+    expected = text(model, tokenizer, "the dog", NEW)
+    model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9)
+    try:
+        assert all(text(model, tokenizer, "the dog", NEW) == expected for _ in range(3))
+    finally:
+        model.generation_config.update(do_sample=False, temperature=1.0, top_p=1.0)
+
+
+def test_an_empty_prompt(loaded):
+    with pytest.raises(UserError, match="the prompt is empty"):
+        text(*loaded, "", NEW)
+
+
+class Fixed(torch.nn.Module):
+    """Stands for a model that always writes the same tokens."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *new):
+        super().__init__()
+        self.new, self.seen = new, []
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **_):
+        self.seen.append(input_ids[0].tolist())
+        return torch.cat([input_ids, torch.tensor([self.new[:max_new_tokens]])], dim=1)
+
+
+@pytest.fixture
+def spaced():
+    """Marks words' beginnings as LLaMA's SentencePiece does, and begins each text with <s>."""
+    words = ["<s>", "</s>", "<unk>", "▁Human:", "▁Assistant:", "▁hi", "▁a", "▁b", "▁c", "\n\n"]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_the_space_before_the_first_new_word_is_kept(spaced):
+    model = Fixed(7, 8, 1)
+    assert spaced.decode([7, 8]) == "b c"
+    assert text(model, spaced, "hi a", 3) == " b c"
+    assert model.seen == [[0, 5, 6]]
+
+
+def test_belle_prompt(loaded):
+    tokenizer = loaded[1]
+    assert tokenizer.chat_template is None
+    messages = [{"role": "user", "content": "你好"}]
+    assert chat_prompt(tokenizer, messages) == "Human: 你好\n\nAssistant:"
+    messages += [
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "{x} and\nmore"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Bye"},
+    ]
+    assert chat_prompt(tokenizer, messages) == (
+        "Human: 你好\n\nAssistant: Hello.\n\n"
+        "Human: {x} and\nmore\n\nAssistant: Yes.\n\n"
+        "Human: Bye\n\nAssistant:"
+    )
+
+
+def test_a_chat_remembers(spaced):
+    model = Fixed(7, 8)
+    assert list(chat(model, spaced, ["hi", "a"], 2)) == ["b c", "b c"]
+    first = spaced("Human: hi\n\nAssistant:")["input_ids"]
+    second = spaced("Human: hi\n\nAssistant: b c\n\nHuman: a\n\nAssistant:")["input_ids"]
+    assert model.seen == [first, second]
+    assert [seen.count(0) for seen in model.seen] == [1, 1]
+
+
+def test_a_template_is_used_and_begins_the_text_once(spaced):
+    spaced.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "hi"}]
+    assert chat_prompt(spaced, messages) == "<s><user>hi</s><assistant>"
+    model = Fixed(7, 8)
+    assert list(chat(model, spaced, ["hi", "a"], 2)) == ["b c", "b c"]
+    assert [seen.count(0) for seen in model.seen] == [1, 1]
+    assert [seen[0] for seen in model.seen] == [0, 0]
+    # Each user's and each assistant's turn is closed once.
+    assert [seen.count(1) for seen in model.seen] == [1, 3]
+
+
+def test_answers_are_streamed(loaded, capsys):
+    model, tokenizer = loaded
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answers = list(chat(model, tokenizer, ["the cat", "the dog"], NEW, streamer))
+    assert len(answers) == 2
+    assert "".join(capsys.readouterr().out.split()) == "".join("".join(answers).split())
+
+
+def test_lines_are_answered_one_at_a_time(spaced):
+    asked = []
+
+    def lines():
+        for line in ("hi", "a"):
+            asked.append(line)
+            yield line
+
+    answers = chat(Fixed(7), spaced, lines(), 1)
+    assert next(answers) == "b"
+    assert asked == ["hi"]
+
+
+# One token after another ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cached_steps_equal_one_forward(loaded):
+    model = loaded[0]
+    tokens = torch.randint(2, 300, (1, 20), generator=torch.Generator().manual_seed(1))
+    whole = model(tokens, use_cache=False).logits
+    cache, steps = None, []
+    for position in range(20):
+        output = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_benchmark(loaded):
+    model = loaded[0]
+    tokens = torch.randint(2, 300, (20,), generator=torch.Generator().manual_seed(1))
+    calls = []
+    result = benchmark(model, tokens, check=True, progress=lambda *step: calls.append(step))
+    logits = model(tokens[None], use_cache=False).logits[0, :-1].double()
+    chosen = logits.log_softmax(-1).gather(1, tokens[1:, None])
+    assert result.perplexity == pytest.approx(float((-chosen.mean()).exp()), rel=1e-4)
+    assert result.tokens == 20
+    assert len(result.seconds) == 19
+    assert all(second > 0 for second in result.seconds)
+    assert calls == [(done, 20) for done in range(1, 21)]
+    assert result.peak_memory > 2**26
+    assert benchmark(model, tokens).perplexity is None
+
+
+def test_latency_is_the_median():
+    result = Latency(5, (0.5, 0.1, 0.2, 9.0), 0, None)
+    assert result.median == pytest.approx(0.35)
+    assert result.tokens_per_second == pytest.approx(1 / 0.35)
+
+
+def test_one_token_is_timed(loaded):
+    result = benchmark(loaded[0], torch.tensor([5]))
+    assert (result.tokens, len(result.seconds)) == (1, 1)
+
+
+def test_generation_settings_come_from_the_folder(llama_dir, tmp_path):
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    settings = {"eos_token_id": [1, 9], "temperature": 0.9, "top_p": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = gptq.load(folder)
+    assert model.generation_config.eos_token_id == [1, 9]

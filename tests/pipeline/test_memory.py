@@ -1,0 +1,184 @@
+"""Peak memory, by the system's own account, of processes that quantize."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama_config, make_model
+
+import gptq
+import gptq.api
+from gptq import QuantConfig
+from gptq.blockwise import empty_model
+from gptq.blockwise.source import open_model
+from gptq.device import available_memory, parse_size, peak_memory
+from gptq.errors import UserError
+from gptq.pipeline.memory import FIXED, GIB, fits, needs
+
+# Errors are fed back, which takes the most activations; the rest is as quick as it can be.
+QUICK = {
+    "bits": 8,
+    "group_size": 128,
+    "adaptive_damp": False,
+    "scale_search": "minmax",
+    "refine": 0,
+}
+CONFIG = QuantConfig(**QUICK)
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 256}
+WEIGHTS = 2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024
+"""In a block, which has half as many heads for keys and values."""
+
+
+GROWTH = """
+import json, re, sys
+from pathlib import Path
+import torch
+import gptq
+from gptq import QuantConfig, skeleton
+
+torch.set_num_threads(1)
+skeleton.BATCH_TOKENS = 192
+warm_up, call = json.loads(sys.argv[1])
+
+def status(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def quantize(folder, text, config, **options):
+    gptq.quantize(folder, text, QuantConfig(**config), **options)
+
+quantize(**warm_up)  # code that is run for the first time counts when it is mapped
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = status("VmRSS")
+quantize(**call)
+print("grew", status("VmHWM") - before)
+"""
+
+
+def growth(tiny: Path, folder: Path, text: Path, **options: object) -> int:
+    """By how many bytes a process that quantizes the model in `folder` grows at most.
+
+    It is a fresh one: room that earlier tests have freed would be taken first, and be counted. What
+    it frees goes back to the system at once.
+    tiny: a small model, to quantize beforehand.
+    """
+    both = {"text": text, "config": QUICK, "device": "cpu"}
+    warm_up = {"folder": tiny, "save": f"{folder}-warm-up.pt", "nsamples": 2, "seqlen": 64}
+    calls = [both | warm_up, both | {"folder": folder, **options}]
+    made = subprocess.run(
+        [sys.executable, "-c", GROWTH, json.dumps(calls, default=str)],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert made.returncode == 0, made.stderr
+    return int(made.stdout.split()[-1])
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path, llama_dir, text_file):
+    grown = []
+    for blocks in (2, 8):
+        folder = make_model(tmp_path / str(blocks), llama_config(num_hidden_layers=blocks, **WIDE))
+        outputs = {
+            "save": tmp_path / f"{blocks}.pt",
+            "save_safetensors": tmp_path / f"{blocks}.safetensors",
+            "save_dir": tmp_path / f"{blocks}.quantized",
+        }
+        grown.append(growth(llama_dir, folder, text_file, nsamples=2, seqlen=64, **outputs))
+    # Six more blocks of 8 bits; held at 16 or 32 they would be twice or four times as much.
+    assert grown[1] - grown[0] < 6 * WEIGHTS / 2, grown
+
+
+RUN = {"nsamples": 32, "seqlen": 96}
+
+
+def limits(folder: Path) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
+    """Limits under which activations of RUN stay in memory, and go to disk."""
+    needed = needs(open_model(folder), CONFIG, 32 * 96, torch.float32)
+    assert needed.activations == 2 * 32 * 96 * (512 + 1024) * 4
+    return ("memory", None), ("disk", str(needed.most + needed.activations - 1))
+
+
+def test_activations_go_to_disk_where_they_would_not_fit(tmp_path, text_file, monkeypatch):
+    folder = make_model(tmp_path / "m", llama_config(**WIDE))
+    monkeypatch.setattr(empty_model, "BATCH_TOKENS", 192)
+    seen, shelf = [], gptq.api.Shelf
+
+    def watched(place):
+        seen.append(place)
+        return shelf(place)
+
+    monkeypatch.setattr(gptq.api, "Shelf", watched)
+    for name, limit in limits(folder):
+        path = tmp_path / f"{name}.pt"
+        gptq.quantize(folder, text_file, CONFIG, save=path, max_memory=limit, device="cpu", **RUN)
+        assert len(seen) == (1 if name == "disk" else 0)
+    assert (tmp_path / "disk.pt").read_bytes() == (tmp_path / "memory.pt").read_bytes()
+    assert not (tmp_path / "disk.pt.journal").exists()
+
+
+def test_activations_on_disk_take_no_memory(tmp_path, llama_dir, text_file):
+    folder = make_model(tmp_path / "m", llama_config(**WIDE))
+    grown = [
+        growth(llama_dir, folder, text_file, save=tmp_path / f"{name}.pt", max_memory=limit, **RUN)
+        for name, limit in limits(folder)
+    ]
+    assert grown[1] < grown[0] - 0.4 * 2 * 32 * 96 * (512 + 1024) * 4, grown
+
+
+def test_needs_are_told_from_shapes(llama_dir, bloom_dir):
+    # 64 wide, 96 inside, 4 heads of queries and 2 of keys and values, two norms.
+    block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
+    down, up = 64 * 96, 2 * 64 * 96
+    found = needs(open_model(llama_dir), QuantConfig(), 100, torch.float32)
+    assert found.least == 4 * (block + 2 * down + 2 * 96**2)
+    assert found.most == 4 * (block + max(10 * down + 4 * 96**2, 9 * up + 5 * 64**2)) + FIXED
+    assert found.activations == 2 * 100 * (64 + 96) * 4
+    plain = QuantConfig(error_feedback=0)
+    assert needs(open_model(bloom_dir), plain, 100, torch.bfloat16).activations == 100 * 320 * 2
+
+
+def test_limits(llama_dir):
+    needed = needs(open_model(llama_dir), QuantConfig(), 100, torch.float32)
+    exact = needed.most + needed.activations
+    assert fits(needed, exact, None)
+    assert not fits(needed, exact - 1, "some")
+    with pytest.raises(UserError, match=r"--max-memory 9k is too little: one layer .* GiB"):
+        fits(needed, 9000, "9k")
+    assert not fits(needed, 9000, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GiB", 6 * GIB),
+        ("6gib", 6 * GIB),
+        ("6Gi", 6 * GIB),
+        ("2.5G", 2_500_000_000),
+        ("500MB", 500_000_000),
+        ("500 mb", 500_000_000),
+        ("1TiB", 2**40),
+        ("123456", 123456),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "-1GiB", "6GiBs", "6 6", "1e9", "0.0G", "i", "6i"])
+def test_what_is_no_size_is_one_line(text, llama_dir, tmp_path, text_file):
+    with pytest.raises(UserError, match=r"--max-memory .* is not a size: give one such as 6GiB"):
+        gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", max_memory=text)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_the_system_says():
+    cpu = torch.device("cpu")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory(cpu) <= total
+    assert 0 < peak_memory(cpu) <= total

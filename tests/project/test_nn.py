@@ -1,0 +1,133 @@
+"""QuantLinear: the checkpoint's layout in, the same layout out, one forward."""
+
+import copy
+
+import pytest
+import torch
+
+import quant_cuda
+from gptq.config import QuantConfig
+from gptq.nn import QuantLinear
+from gptq.solver.solve import solve
+
+BITS = (2, 3, 4, 8)
+
+
+def solved(bits, order="natural", n_in=96, n_out=64, group_size=64):
+    generator = torch.Generator().manual_seed(bits)
+    W = torch.randn(n_out, n_in, generator=generator)
+    x = torch.randn(300, n_in, generator=generator) * torch.linspace(0.2, 2, n_in)
+    config = QuantConfig(bits=bits, group_size=group_size, order=order, scale_search="minmax")
+    return solve(W, x.T @ x / 300, config)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("order", ["natural", "act", "gar"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_the_solution_times_x(bits, order, bias):
+    solution = solved(bits, order)
+    offset = torch.randn(64) if bias else None
+    layer = QuantLinear.from_solution(solution, bits, 64, offset)
+    x = torch.randn(2, 5, 96)
+    expected = torch.nn.functional.linear(x, solution.dequantize(), offset)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_groups_of_neighbours_need_no_g_idx_in_the_kernel():
+    assert QuantLinear.from_solution(solved(4, "gar"), 4, 64, None).packed().g_idx is None
+    assert QuantLinear.from_solution(solved(4, "act"), 4, 64, None).packed().g_idx is not None
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_state_dict_is_the_files_layout(bits):
+    layer = QuantLinear.from_solution(solved(bits), bits, 64, torch.ones(64))
+    state = layer.state_dict()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
+        "qweight": (torch.int32, (3 * bits, 64)),
+        "qzeros": (torch.int32, (2, 2 * bits)),
+        "scales": (torch.float16, (2, 64)),
+        "g_idx": (torch.int32, (96,)),
+        "bias": (torch.float32, (64,)),
+    }
+    layer(torch.randn(1, 96))  # whatever a forward prepares, the layout stays
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_loading_into_a_layer_that_has_run():
+    first, second = (
+        QuantLinear.from_solution(solved(4, order), 4, 64, None) for order in ("natural", "act")
+    )
+    x = torch.randn(3, 96)
+    first(x)
+    first.load_state_dict(second.state_dict())
+    torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
+
+
+def test_copies_and_moves():
+    layer = QuantLinear.from_solution(solved(4, "act"), 4, 64, None)
+    x = torch.randn(3, 96)
+    expected = layer(x)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer.to("cpu")(x), expected, rtol=0, atol=0)
+    assert layer.half().qweight.dtype == torch.int32
+
+
+def test_gradients_reach_the_input():
+    layer = QuantLinear.from_solution(solved(4), 4, 64, None)
+    x = torch.randn(3, 96, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, solved(4).dequantize().sum(0).expand(3, 96))
+
+
+def bytes_of(state):
+    return {name: (t.dtype, tuple(t.shape), t.numpy().tobytes()) for name, t in state.items()}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("order", ["natural", "act"])
+def test_prepared_layers_give_back_every_byte(bits, order, tmp_path):
+    layer = QuantLinear.from_solution(solved(bits, order), bits, 64, torch.randn(64))
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        expected = layer(x)
+        assert not any(name in dict(layer.named_buffers()) for name in ("qweight", "scales"))
+        assert list(layer.state_dict()) == list(state)
+        assert bytes_of(layer.state_dict()) == bytes_of(state)
+        torch.save(layer.state_dict(), tmp_path / "layer.pt")
+        assert bytes_of(torch.load(tmp_path / "layer.pt", weights_only=True)) == bytes_of(state)
+        copied = copy.deepcopy(layer)
+        assert bytes_of(copied.state_dict()) == bytes_of(state)
+        assert torch.equal(copied(x), expected)
+        assert torch.equal(layer.qweight, state["qweight"])  # asked for, it is there again
+        assert torch.equal(layer(x), expected)
+        moved = layer.to("meta")
+        assert moved.qweight.device.type == moved.scales.device.type == "meta"
+        assert moved.qweight.shape == state["qweight"].shape
+
+
+def test_a_new_weight_takes_the_place_of_a_prepared_one():
+    first, second = (
+        QuantLinear.from_solution(solved(4, order), 4, 64, None) for order in ("natural", "act")
+    )
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        first(x)
+        for name in ("qweight", "qzeros", "scales", "g_idx"):
+            setattr(first, name, getattr(second, name))
+        assert torch.equal(first(x), second(x))
+
+
+def test_a_named_backend_and_int8_activations():
+    layer = QuantLinear.from_solution(solved(4), 4, 64, None)
+    x = torch.randn(3, 96)
+    exact = layer(x)
+    for name in quant_cuda.available():
+        layer.backend = name
+        torch.testing.assert_close(layer(x), exact, rtol=1e-3, atol=1e-3)
+    layer.backend, layer.int8_activations = None, True
+    rounded = layer(x)
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()

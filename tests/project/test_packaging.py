@@ -1,0 +1,244 @@
+"""What is installed: its metadata, its packages, and that it stands on its own."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from helpers.floors import floors
+from packaging.requirements import Requirement
+
+import gptq
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = {
+    *("gptq", "quant_cuda", "quant_cuda.cpu", "quant_cuda.cuda"),
+    *(f"gptq.{name}" for name in ("blockwise", "checkpoints", "cli", "data", "files")),
+    *(f"gptq.{name}" for name in ("inference", "models", "pipeline", "solver")),
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Everything that building reads.
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
+PARTS = ("gptq", "quant_cuda", *FILES)
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    return {normal(parsed.name): parsed for parsed in map(Requirement, lines)}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported(package: str) -> Iterator[tuple[Path, str]]:
+    """(file, top-level name) of every import from outside, wherever in the file it stands."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name.partition(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                yield path, str(node.module).partition(".")[0]
+
+
+def install(folder: Path, **environment: str) -> Path:
+    """What pip makes of a source distribution that is built here; nothing is fetched."""
+    source, target, blocked = (folder / name for name in ("source", "installed", "blocked"))
+    source.mkdir()
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / part, source / part, ignore=ignored)
+        else:
+            shutil.copyfile(ROOT / part, source / part)
+    # Building must do without torch.
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('torch was imported')")
+    # The CUDA kernels take minutes to compile; tests/test_cuda_compile.py compiles them when asked.
+    ours = {"CUDA_HOME": "none", "PYTHONPATH": str(blocked)}
+    environment = {**os.environ, **ours, **environment}
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("belle_gptq-*.tar.gz")
+    shutil.unpack_archive(archive, folder)
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "--target", str(target), "."],
+        cwd=folder / archive.name.removesuffix(".tar.gz"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def run(installed: Path, code: str, elsewhere: Path) -> str:
+    """What `code` prints, run with the installed packages and far from the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    return install(tmp_path_factory.mktemp("package"))
+
+
+def test_every_module_is_installed(installed):
+    modules = {path.relative_to(installed) for path in installed.rglob("*.py")}
+    expected = {
+        path.relative_to(ROOT)
+        for package in ("gptq", "quant_cuda")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert modules == expected
+    assert {".".join(path.parent.parts) for path in modules} == PACKAGES
+    folders = {path.parent.name for path in installed.rglob("*") if path.is_file()}
+    assert not folders & {"csrc", "tests"}
+    assert not {path.suffix for path in installed.rglob("*")} & {".h", ".cpp", ".cu", ".cuh"}
+
+
+def test_metadata(installed):
+    (info,) = installed.glob("*.dist-info")
+    assert info.name == f"belle_gptq-{gptq.__version__}.dist-info"
+    metadata = (info / "METADATA").read_text(encoding="utf-8")
+    assert "\nName: belle-gptq\n" in metadata
+    assert f"\nVersion: {gptq.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert {path.name for path in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
+
+
+def test_it_runs_from_anywhere(installed, tmp_path):
+    code = "import gptq.cli.run, quant_cuda; print(gptq.quantize.__name__, gptq.__file__)"
+    assert run(installed, code, tmp_path) == f"quantize {installed / 'gptq' / '__init__.py'}\n"
+
+
+def test_compiled_code_is_there_where_there_is_a_compiler(installed, tmp_path):
+    code = "from quant_cuda import native; print(bool(native.instruction_sets()))"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    assert run(installed, code, tmp_path) == f"{compiler is not None}\n"
+    bare = install(tmp_path, CXX="no-such-compiler")
+    assert run(bare, code, tmp_path) == "False\n"
+
+
+# What is imported only where it is used, and the extra that brings it.
+EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "train", "typer": "serve"}
+
+
+def test_what_is_imported_is_required():
+    # Triton comes with torch where there is a GPU; only the module of that name's kernels needs it.
+    known = {"triton", *requirements(PROJECT["dependencies"])}
+    homes = packages_distributions()
+    for package in ("gptq", "quant_cuda"):
+        for path, name in imported(package):
+            if name in sys.stdlib_module_names or name in ("gptq", "quant_cuda") or name in EXTRAS:
+                continue
+            found = {normal(home) for home in homes.get(name, [name])}
+            assert found & known, f"{path.name} imports {name}, which is not required"
+
+
+def test_what_extras_bring_is_not_imported_with_the_package():
+    found = {name for package in ("gptq", "quant_cuda") for _, name in imported(package)}
+    assert set(EXTRAS) <= found
+    optional = PROJECT["optional-dependencies"]
+    for name, extra in EXTRAS.items():
+        # transformers itself brings typer, for its own command line.
+        assert name == "typer" or name in requirements(optional[extra]), name
+    code = "import sys, gptq.api, gptq.hf, gptq.convert, gptq.serve; "
+    code += "import gptq.cli.run, gptq.cli.console; "
+    code += f"print([name for name in {sorted(set(EXTRAS) - {'typer'})} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        (
+            "datasets",
+            "from gptq.data.windows import _load, NAMED_SETS; _load(NAMED_SETS['c4'][0], 'c4')",
+            "data",
+        ),
+        (
+            "pyarrow",
+            "from gptq.data.windows import _parquet_records as r; next(r('x.parquet', range))",
+            "data",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(module, call, extra):
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+from gptq.errors import UserError
+try:
+    {call}
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert f"pip install 'belle-gptq[{extra}]'" in done.stdout, done.stderr
+
+
+def test_what_is_required_is_here():
+    for name, requirement in requirements(PROJECT["dependencies"]).items():
+        assert requirement.specifier.contains(version(name), prereleases=True), requirement
+
+
+def test_everything_has_an_oldest_version():
+    """`make test-oldest` installs just these."""
+    oldest = floors(PROJECT)
+    assert {"torch==2.6", "transformers==5.17", "peft==0.18"} <= set(oldest)
+    wanted = requirements(PROJECT["dependencies"])
+    assert {normal(line.partition("==")[0]) for line in oldest} > set(wanted)
+
+
+@pytest.mark.parametrize("found", ["2.11.0", "2.11.0+cu128", "2.13.0", "2.13.0+cpu"])
+def test_torch_is_taken_as_it_is_found(found):
+    torch = requirements(PROJECT["dependencies"])["torch"]
+    assert torch.specifier.contains(found)
+    # Reading weights only could still run code before this one (CVE-2025-32434).
+    assert not torch.specifier.contains("2.5.1")
+
+
+def test_the_changelog_has_this_version():
+    assert f"\n## {gptq.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_targets_that_contributing_names_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"`make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert set(named) == {"venv", "test", "test-installed", "test-oldest", "lint", "demo"}
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

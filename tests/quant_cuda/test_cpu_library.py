@@ -1,0 +1,123 @@
+"""The compiled sweep against the torch one, which the oracle of test_solver.py holds."""
+
+import itertools
+import platform
+import runpy
+
+import pytest
+import setuptools
+import torch
+from conftest import ROOT
+
+from gptq.config import QuantConfig
+from gptq.solver import solve
+from gptq.solver.grid import to_stored
+from quant_cuda.cpu import library
+
+BUILT = library.instruction_sets()
+
+SHAPES = ((37, 72), (32, 300), (130, 576))
+SETTINGS = [
+    *(
+        {"order": o, "static_groups": s}
+        for o, s in itertools.product(("gar", "natural", "act"), (False, True))
+    ),
+    {"group_size": 16},
+    {"group_size": 40, "sym": True},
+    {"group_size": 150, "scale_search": "minmax"},
+    {"group_size": -1, "order": "act"},
+]
+
+
+def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(outputs)
+    x = torch.randn(2 * inputs, inputs, generator=generator)
+    x = x @ (torch.eye(inputs) + torch.randn(inputs, inputs, generator=generator) / inputs**0.5)
+    W = torch.randn(outputs, inputs, generator=generator) * torch.linspace(0.1, 3, inputs)
+    W[0] = 0  # a row without weights
+    W[1, 3] = 1000  # an outlier
+    x[:, 5] = 0  # an input that never fires
+    return W, x.T @ x / len(x)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 processor")
+def test_what_asks_for_less_is_linked_first(monkeypatch):
+    """The linker keeps the first of an inline function that several objects hold."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    names = runpy.run_path(str(ROOT / "setup.py"))["sources"]().values()
+    asked = [{flag for flag in flags if flag.startswith("-m")} for flags in names]
+    assert len(asked) > 5
+    assert all(before <= after for before, after in itertools.pairwise(asked))
+
+
+def test_the_compiled_code_was_built():
+    """The project's own set-up builds it wherever there is a C++ compiler; see setup.py."""
+    assert BUILT, "run `python setup.py build_ext --inplace`"
+    assert BUILT[-1] == "generic"
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_it_equals_the_torch_sweep(instruction_set, bits, settings, monkeypatch):
+    config = QuantConfig(bits=bits, **settings)
+    for outputs, inputs in SHAPES:
+        W, H = layer(outputs, inputs)
+        sweep = library.sweep
+        monkeypatch.setattr(
+            library, "sweep", lambda *a, sweep=sweep: sweep(*a, instruction_set=instruction_set)
+        )
+        compiled = solve.solve(W, H, config)
+        monkeypatch.setattr(library, "sweep", sweep)
+        with monkeypatch.context() as without:
+            without.setattr(library, "instruction_sets", lambda: ())
+            plain = solve.solve(W, H, config)
+        # Sums run in another order: where two roundings are a float apart, either may be taken,
+        # and what follows in that row differs; the loss hardly does.
+        rows_alike = (compiled.q == plain.q).all(1).float().mean()
+        assert rows_alike > 0.9
+        assert (compiled.zeros == plain.zeros).float().mean() > 0.97
+        assert float(compiled.loss.sum()) == pytest.approx(float(plain.loss.sum()), rel=0.01)
+        assert torch.equal(compiled.g_idx, plain.g_idx)
+
+
+def test_threads_share_the_work_and_not_the_result(monkeypatch):
+    """The sweep alone: what it is given comes of LAPACK, whose sums may depend on threads."""
+    W, H = layer(130, 300)
+    calls = []
+    sweep = library.sweep
+    monkeypatch.setattr(library, "sweep", lambda *a: calls.append(a) or sweep(*a))
+    solve.solve(W, H, QuantConfig(group_size=64))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(sweep(*calls[0]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_scales_are_rounded_as_float16_is(instruction_set):
+    """Normal and subnormal, ties included, and both ends: one weight a group spans 2 bits' grid."""
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(0, 0x7C00, (4000,), generator=generator, dtype=torch.int16)
+    halves = bits.view(torch.float16).float()
+    ties = (halves[:2000] + (bits[:2000] + 1).view(torch.float16).float()) / 2
+    odd = halves[2000:] * (1 + torch.rand(2000, generator=generator) / 1000)
+    high = torch.cat([ties.clamp(max=65504), odd, torch.tensor([1e-9, 2.0**-25, 65503.9, 65530])])
+    w = torch.stack([-high, 2 * high])  # the range is thrice as much, on three steps
+    eye = torch.eye(2)
+    labels = torch.zeros(2, dtype=torch.int32)
+    arguments = (w, eye, eye, labels, [(0, 2)], [(0, 2)], None, (), 2, False)
+    _, scales, _ = library.sweep(*arguments, instruction_set)
+    assert torch.equal(scales[0], to_stored(3 * high / 3))
+
+
+def test_an_instruction_set_that_is_not_there():
+    w = torch.zeros(4, 2)
+    eye = torch.eye(4)
+    with pytest.raises(ValueError, match="'none' does not run here"):
+        library.sweep(w, eye, eye, torch.zeros(4), [(0, 4)], [(0, 4)], None, (), 4, False, "none")

@@ -1,0 +1,82 @@
+"""Damping chosen on held-out inputs, and the correction for earlier layers' errors."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gptq.config import QuantConfig
+from gptq.solver.layer import DAMP_FACTORS, choose_damp, feed_back
+from gptq.solver.solve import column_order, solve
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_feed_back_is_regularised_least_squares(share):
+    """With a share of 1, min |W x_full + d - V x|^2 + damp |V - W|^2 over V, by stacked lstsq."""
+    rng = np.random.default_rng(4)
+    full = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12))
+    x = full + 0.3 * rng.standard_normal(full.shape)
+    x[:, 7] = 0  # never fires in the quantized model
+    W = rng.standard_normal((5, 12))
+    d = 0.2 * rng.standard_normal((200, 5))  # what the residual stream lacks already
+    H = x.T @ x / 200
+    missing = ((full - x) @ W.T + d).T @ x / 200
+    damp = 0.02 * np.delete(np.diag(H), 7).mean()
+    stacked = np.vstack([x / np.sqrt(200), np.sqrt(damp) * np.eye(12)])
+    target = np.vstack([(full @ W.T + d) / np.sqrt(200), np.sqrt(damp) * W.T])
+    best = np.linalg.lstsq(stacked, target, rcond=None)[0].T
+    expected = (1 - share) * W + share * best
+    found = feed_back(*map(torch.from_numpy, (W, H, missing)), share, 0.02).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_damping_grows_where_tokens_are_few():
+    """A part of few tokens says little of the rest; of many, all there is to say."""
+    rng = np.random.default_rng(12)
+    mix = np.eye(48) + rng.standard_normal((48, 48)) / 7
+    W = torch.from_numpy(rng.standard_normal((300, 48)))
+    config = QuantConfig(bits=3, group_size=16, order="natural", scale_search="minmax")
+
+    def moment(tokens):
+        x = rng.standard_normal((tokens, 48)) @ mix
+        return torch.from_numpy(x.T @ x / tokens)
+
+    held = moment(20000)
+    few, many = moment(60), moment(20000)
+    damp = choose_damp(few + held, held, config)
+    assert damp > 0.05
+    assert choose_damp(many + held, held, config) == config.percdamp
+
+    def error(percdamp):
+        solved = solve(W, few, replace(config, percdamp=percdamp)).dequantize(torch.float64)
+        return float((((W - solved) @ held) * (W - solved)).sum())
+
+    assert error(damp) < 0.95 * error(config.percdamp)
+
+
+@pytest.mark.parametrize("order", ["gar", "act", "natural"])
+def test_damping_against_the_formula_written_out(order):
+    """sum over j of (U held U^T)_jj / U_jj^2, U^T U the inverse of what is fitted, damped."""
+    config, chosen = QuantConfig(group_size=8, order=order), set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        size = rng.gamma(0.7, 1.0, 40)
+        x = rng.standard_normal((60, 40)) @ (np.eye(40) + rng.standard_normal((40, 40)) / 5) * size
+        x[:, 5] = 0
+        fitted, held = (part.T @ part / 60 for part in (x[:45], x[45:]))
+        mean = np.delete(np.diag(fitted), 5).mean()
+        diagonal = np.where(np.arange(40) == 5, mean, np.diag(fitted))
+        places = column_order(torch.from_numpy(diagonal), config)[0].numpy()
+        fitted, held = fitted[np.ix_(places, places)], held[np.ix_(places, places)]
+        np.fill_diagonal(fitted, diagonal[places])
+
+        def loss(percdamp, fitted=fitted, held=held, mean=mean):
+            U = np.linalg.cholesky(np.linalg.inv(fitted + percdamp * mean * np.eye(40))).T
+            return (np.diag(U @ held @ U.T) / np.diag(U) ** 2).sum()
+
+        expected = min((factor * config.percdamp for factor in DAMP_FACTORS), key=loss)
+        moments = (torch.from_numpy(it) for it in (x.T @ x / 60, x[45:].T @ x[45:] / 60))
+        assert choose_damp(*moments, config) == expected
+        chosen.add(expected)
+    assert len(chosen) > 1
