@@ -9,13 +9,14 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.common.assets import model_path, text_path
-from gptq.blockwise import empty_model
+from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
 from gptq.config import EMBEDDING_BITS, QuantConfig
@@ -46,8 +47,8 @@ def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
 
 
 def log_perplexity(source: ModelSource, tensors: LazyTensors, windows: torch.Tensor) -> float:
-    model = empty_model.build(source.config, source.spec, CPU)
-    return math.log(perplexity.perplexity(model, source.spec, tensors, windows, CPU, torch.float32))
+    model = replace(BlockwiseModel.from_source(source, CPU, torch.float32), tensors=tensors)
+    return math.log(perplexity.perplexity(model, windows))
 
 
 def main(words: Sequence[str] | None = None) -> int:

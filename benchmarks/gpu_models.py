@@ -16,7 +16,8 @@ from transformers import BloomConfig, LlamaConfig, PretrainedConfig, PreTrainedM
 
 from benchmarks.common.stopwatch import SETTINGS, Stopwatch
 from gptq.blockwise import empty_model
-from gptq.blockwise.activations import Shelf
+from gptq.blockwise.activation_cache import ActivationCache
+from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
 from gptq.device import peak_memory, reset_peak_memory
@@ -211,8 +212,9 @@ def quantize_model(
         open_journal([Path(folder) / "model.pt"], {"model": "random"}, False) as journal,
         watch.watching(),
     ):
-        shelf = Shelf(host=host)
-        layers = list(quantize_blocks(source, windows, settings, journal, device, dtype, shelf))
+        cache = ActivationCache(host=host)
+        model = BlockwiseModel.from_source(source, device, dtype)
+        layers = list(quantize_blocks(model, windows, settings, journal, cache))
     seconds = _clock(device) - started
     return {
         "model": spec.model_type,

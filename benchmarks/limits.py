@@ -64,7 +64,7 @@ def groups_of(config: PretrainedConfig) -> list[Group]:
     block = empty_model.build(config, spec, torch.device("cpu")).get_submodule(spec.block(0))
     written = {branch.output for branch in spec.branches}
     found = []
-    for group in spec.groups:
+    for group in (group.layers for group in spec.groups):
         layers = [empty_model.linear(block, name) for name in group]
         outputs = sum(layer.out_features for layer in layers)
         found.append(Group(layers[0].in_features, outputs, group[0] in written))

@@ -32,7 +32,7 @@ def bits_per_weight(opened: Opened) -> float:
     bits = weights = 0
     for index in range(opened.source.config.num_hidden_layers):
         for name in (f"{spec.block(index)}.{inner}" for inner in spec.linears):
-            layer = linear(opened.model, name)
+            layer = linear(opened.model.module, name)
             if isinstance(layer, QuantLinear):
                 weights += layer.in_features * layer.out_features
                 for part in PACKED:

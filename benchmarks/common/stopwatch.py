@@ -26,7 +26,7 @@ STAGES = {
     "gptq.solver.solve._refined": "refinement",
     "gptq.solver.solve._finish": "losses",
     "gptq.pipeline.blocks.solve": "rest of the solve",
-    "gptq.blockwise.empty_model.fill": "read weights",
+    "gptq.blockwise.model.BlockwiseModel.load": "read weights",
     "gptq.pipeline.blocks._check_weights": "read weights",
     "gptq.pipeline.blocks._put": "pack",
     "gptq.pipeline.journal.Journal.write": "journal",

@@ -1,87 +1,158 @@
-"""Activations between two uses of them: where they are computed, in the machine's memory where a
-GPU's is short, or in files."""
+"""Activations on their way through a model, block by block."""
 
-from collections.abc import Iterator
-from pathlib import Path
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptq.files.atomic import unwritable
-from gptq.files.opening import read_span
+from gptq.blockwise.activation_cache import ActivationCache, Batch
+from gptq.blockwise.empty_model import replace
+from gptq.blockwise.model import Block, BlockwiseModel, free
+from gptq.errors import UserError
+from gptq.nn import QuantEmbedding
 
-Batch = tuple[Tensor, ...]
+# Tokens that go through a block at once: enough to keep matrix units busy, little memory;
+# on a GPU GPU_FACTOR times as many.
+BATCH_TOKENS = 4096
+GPU_FACTOR = 2
+
+Arguments = Mapping[str, Any]
+"""What a block is given besides hidden states: masks, rotary or ALiBi terms."""
 
 
-class Shelf:
-    """Batches, each some tensors that are put away and taken together.
+@dataclass
+class Activations:
+    """Hidden states between two blocks: all that is carried from block to block."""
 
-    folder: where each batch gets a file; None keeps them in memory. Files are read and written,
-        not mapped, since mapped pages count as the process's own. They are not synced: no run
-        outlives its own activations.
-    host: whether a GPU's are kept in the machine's memory, locked there so that they travel at full
-        speed and in the order of the GPU's other work.
+    hidden: ActivationCache
+    """Batches of hidden states, each one (batch, seq, hidden)."""
+    arguments: dict[int, Sequence[Arguments]]
+    """The arguments of every block, by batch size. They differ from block to block in a model whose
+    layers have different masks, for instance sliding windows in some of them."""
+
+    def batches(self, block: Block) -> Iterator[tuple[int, Batch, Arguments]]:
+        """(index, batch, the block's arguments) of every batch."""
+        for index, size in enumerate(self.hidden.sizes()):
+            yield index, self.hidden.get(index), self.arguments[size][block.index]
+
+    def through(self, block: Block) -> None:
+        """Run the block's own forward on every batch."""
+        for index, (hidden,), arguments in self.batches(block):
+            self.hidden.put(index, (run_block(block.module, hidden, arguments),))
+
+    def copy(self, name: str) -> "Activations":
+        """The same activations, to go another way; `name` is their folder's, if in files."""
+        hidden = self.hidden.empty_like(name)
+        for index, batch in enumerate(self.hidden):
+            hidden.put(index, batch)
+        return Activations(hidden, self.arguments)
+
+
+def batches(windows: Tensor, device: torch.device) -> list[Tensor]:
+    """Windows int64 (n, seqlen) in parts that go through a block at once on that device."""
+    tokens = BATCH_TOKENS * (GPU_FACTOR if device.type == "cuda" else 1)
+    return list(windows.split(max(1, tokens // windows.shape[1])))
+
+
+def embed(
+    model: BlockwiseModel, windows: Sequence[Tensor], cache: ActivationCache | None = None
+) -> Activations:
+    """Load the embeddings, run them on batches of windows, and free them.
+
+    windows: int64 (batch, seq) each, as from `batches`. cache: for the activations, by default in
+        memory.
+    Of the embedding only the rows of tokens that occur are kept.
     """
-
-    def __init__(self, folder: Path | None = None, host: bool = False) -> None:
-        self.folder = folder
-        self.host = host
-        self._held: list[Batch] = []
-        """The tensors, or where they are in files tensors of the same kind without memory."""
-        self._devices: list[torch.device] = []
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.get(index) for index in range(len(self)))
-
-    def sizes(self) -> list[int]:
-        """Windows in each batch."""
-        return [len(batch[0]) for batch in self._held]
-
-    def put(self, index: int, batch: Batch) -> None:
-        """Put a batch in place `index`, or behind the last. Raises UserError for a full disk."""
-        held = batch
-        if self.folder is not None:
-            _write(self.folder / str(index), batch)
-            held = tuple(torch.empty_like(tensor, device="meta") for tensor in batch)
-        elif self.host:
-            held = tuple(_on_host(tensor) for tensor in batch)
-        if index == len(self):
-            self._held.append(held)
-            self._devices.append(batch[0].device)
-        self._held[index] = held
-
-    def get(self, index: int) -> Batch:
-        held = self._held[index]
-        if self.folder is None:
-            device = self._devices[index]
-            return tuple(tensor.to(device, non_blocking=True) for tensor in held)
-        start, batch = 0, []
-        for like in held:
-            tensor = read_span(self.folder / str(index), start, like.dtype, like.shape)
-            batch.append(tensor.to(self._devices[index]))
-            start += like.nbytes
-        return tuple(batch)
-
-    def beside(self, name: str) -> "Shelf":
-        """An empty shelf of the same kind."""
-        return Shelf(None if self.folder is None else self.folder.with_name(name), self.host)
+    activations = Activations(ActivationCache() if cache is None else cache, {})
+    if not windows:
+        return activations
+    first, *others = model.spec.embed
+    used = torch.cat([tokens.unique() for tokens in windows]).unique()
+    whole = model.module.get_submodule(first)
+    replace(model.module, first, nn.Embedding.from_pretrained(_embedding_rows(model, used)))
+    for name in others:
+        model.load(name)
+    for index, tokens in enumerate(windows):
+        rows = torch.searchsorted(used, tokens).to(model.device)
+        hidden, arguments = block_inputs(model, rows)
+        activations.hidden.put(index, (hidden,))
+        activations.arguments[len(hidden)] = arguments
+    replace(model.module, first, whole)
+    for name in others:
+        free(model.module.get_submodule(name))
+    return activations
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy that the device makes when its turn comes; read it on that device alone."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor, non_blocking=True)
+def _embedding_rows(model: BlockwiseModel, used: Tensor) -> Tensor:
+    """The embeddings of tokens `used`, int64 (n,), as (n, hidden) on the model's device."""
+    first = model.spec.embed[0]
+    embedding = model.module.get_submodule(first)
+    if not isinstance(embedding, QuantEmbedding):
+        whole = cast(nn.Embedding, embedding).weight
+        return model.stored(f"{first}.weight", whole)[used].to(model.device, model.dtype)
+    model.load(first)
+    rows = embedding(used.to(model.device))
+    free(embedding)
+    return rows
 
 
-def _write(path: Path, batch: Batch) -> None:
+@torch.no_grad()
+def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """One block's forward: hidden states (batch, seq, hidden) to the same."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _LastBlockReached(Exception):
+    """Ends a forward when every block's arguments are known."""
+
+
+@torch.no_grad()
+def block_inputs(model: BlockwiseModel, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
+    """What Hugging Face's own forward hands to the blocks, whose embeddings must be loaded.
+
+    tokens: int64 (batch, seq). Returns the first block's hidden states (batch, seq, hidden) and
+    every block's other arguments. No block is run: each only records what it is given.
+    """
+    blocks = list(cast(nn.ModuleList, model.module.get_submodule(model.spec.blocks)))
+    hidden: list[Tensor] = []
+    arguments: list[Arguments] = []
+
+    def record(block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parameters = list(inspect.signature(type(block).forward).parameters)[2:]
+        hidden.append(states)
+        arguments.append(dict(zip(parameters, args, strict=False)) | kwargs)
+        if len(arguments) == len(blocks):
+            raise _LastBlockReached
+        return states
+
+    with _forward_replaced(blocks, record):
+        try:
+            model.module.get_submodule(model.spec.base)(input_ids=tokens, use_cache=False)
+        except _LastBlockReached:
+            return hidden[0], arguments
+    raise UserError(
+        f"{model.source.name}: its forward runs {len(arguments)} of {len(blocks)} blocks; "
+        f"the description of '{model.spec.model_type}' models does not fit it"
+    )
+
+
+@contextmanager
+def _forward_replaced(blocks: Sequence[nn.Module], forward: Any) -> Iterator[None]:
+    """While open, calling a block calls `forward(block, ...)`.
+
+    An attribute of the instance comes before the method of its class, so that no module is
+    exchanged and whatever the model reads from its blocks is still there.
+    """
+    for block in blocks:
+        block.forward = partial(forward, block)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for tensor in batch:
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(data.numpy())  # type: ignore[arg-type]
-    except OSError as error:
-        raise unwritable(path, error) from error
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,81 +1,111 @@
 """A block's forward in steps, one before each group of linear layers.
 
-Each group can be solved on what it receives and changed before the forward goes on, so that a
-block is run once however many groups it has.
+Each group can be solved on the input that it receives and changed before the forward goes on.
+A block is then run once, however many groups it has.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gptq.blockwise import empty_model
-from gptq.blockwise.activations import Batch
-from gptq.models import Branch, ModelSpec
+from gptq.blockwise.activation_cache import Batch
+from gptq.blockwise.activations import Activations, Arguments, run_block
+from gptq.blockwise.empty_model import replace
+from gptq.blockwise.model import Block
+from gptq.errors import UserError
+from gptq.models import Branch
 from gptq.solver.hessian import Inputs
+
+# How far the steps may be from the block's own forward, as a share of a token's hidden state:
+# far above rounding, far below the effect of a part that is left out.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 @torch.no_grad()
-def step(
-    block: nn.Module, spec: ModelSpec, number: int, batch: Batch, arguments: Mapping[str, Any]
-) -> Batch:
-    """Take a batch on to where the group of linear layers `number` reads it.
+def step(block: Block, number: int, batch: Batch, arguments: Arguments) -> Batch:
+    """Take a batch on to the input of group `number`.
 
-    batch: what this returned for the group before, or the hidden states (batch, seq, hidden)
-        alone, for number 0 and where that group's output is in them. arguments: the block's
-        others: masks, rotary or ALiBi terms.
-    Returns what the group receives and the hidden states beside it; after the last group, for
-    number len(spec.groups), the block's output alone.
+    batch: what this returned for the group before; for the first group, and after
+        `advance_past` a group that writes to the hidden states, these alone, (batch, seq, hidden).
+    Returns the group's input and the hidden states beside it. For the number after the last
+    group it returns the block's output alone.
     """
-    if number % 2:
+    groups = block.spec.groups
+    group = groups[number] if number < len(groups) else None
+    if group is not None and group.writes_residual:
         x, hidden = batch
-        return _before_output(block, spec.branches[number // 2], x, arguments), hidden
+        return _output_layer_input(block, group.branch, x, arguments), hidden
     hidden = batch[-1]
     if len(batch) == 2:
-        hidden = hidden + _output(block, spec, number - 1)(batch[0])
-    if number == len(spec.groups):
+        hidden = hidden + block.linear(groups[number - 1].branch.output)(batch[0])
+    if group is None:
         return (hidden,)
-    x = block.get_submodule(spec.branches[number // 2].norm)(hidden)
-    after_norm = getattr(block, "apply_residual_connection_post_layernorm", False)
+    x = block.module.get_submodule(group.branch.norm)(hidden)
+    # BLOOM can be configured to add a branch to the normed hidden states.
+    after_norm = getattr(block.module, "apply_residual_connection_post_layernorm", False)
     return x, (x if after_norm else hidden)
 
 
-def advance(
-    stream: empty_model.Stream, block: nn.Module, spec: ModelSpec, number: int
-) -> Iterator[Inputs]:
-    """Take a stream to where group `number` reads it; yields what it receives, a batch at a time.
+def advance(activations: Activations, block: Block, number: int) -> Iterator[Inputs]:
+    """Take activations to the input of group `number`; yields it, a batch at a time.
 
-    After the last group nothing is yielded for there is none to receive it: use `finish`.
+    No group receives what comes after the last one: use `finish`.
     """
-    for index, arguments in enumerate(stream.each_arguments()):
-        x, hidden = step(block, spec, number, stream.hidden.get(index), arguments)
-        stream.hidden.put(index, (x, hidden))
-        yield Inputs(x, hidden if number % 2 else None)
+    writes_residual = block.spec.groups[number].writes_residual
+    for index, batch, arguments in activations.batches(block):
+        x, hidden = step(block, number, batch, arguments)
+        activations.hidden.put(index, (x, hidden))
+        yield Inputs(x, hidden if writes_residual else None)
 
 
-def advance_past(
-    stream: empty_model.Stream, block: nn.Module, spec: ModelSpec, number: int
-) -> Iterator[Inputs]:
-    """As `advance`, for a block that nothing changes: past a layer that writes to the hidden
-    states, so that what it gives is known too. Take such a stream on with this alone."""
-    if number % 2 == 0:
-        yield from advance(stream, block, spec, number)
+def advance_past(activations: Activations, block: Block, number: int) -> Iterator[Inputs]:
+    """As `advance`, for a block that nothing changes.
+
+    A group that writes to the hidden states is passed, so that its output is known too. Take such
+    activations on with this function alone.
+    """
+    group = block.spec.groups[number]
+    if not group.writes_residual:
+        yield from advance(activations, block, number)
         return
-    layer = cast(nn.Linear, _output(block, spec, number))
-    for index, arguments in enumerate(stream.each_arguments()):
-        x, hidden = step(block, spec, number, stream.hidden.get(index), arguments)
+    layer = block.linear(group.branch.output)
+    for index, batch, arguments in activations.batches(block):
+        x, hidden = step(block, number, batch, arguments)
         product, output = _outputs(layer, x, hidden)
-        stream.hidden.put(index, (output,))
+        activations.hidden.put(index, (output,))
         yield Inputs(x, hidden, product)
 
 
-def finish(stream: empty_model.Stream, block: nn.Module, spec: ModelSpec) -> None:
-    """Take a stream from the last group to the block's end."""
-    for index, arguments in enumerate(stream.each_arguments()):
-        batch = step(block, spec, len(spec.groups), stream.hidden.get(index), arguments)
-        stream.hidden.put(index, batch)
+def finish(activations: Activations, block: Block) -> None:
+    """Take activations from the last group to the block's end."""
+    number = len(block.spec.groups)
+    for index, batch, arguments in activations.batches(block):
+        activations.hidden.put(index, step(block, number, batch, arguments))
+
+
+def check_steps(block: Block, activations: Activations) -> None:
+    """Raise UserError unless the steps give what the block's own forward gives.
+
+    activations: before the block; the first batch is run both ways. A block with a norm, a scale
+    or a branch that its spec does not name would otherwise be quantized on a wrong input.
+    """
+    for _, (hidden,), arguments in activations.batches(block):
+        expected = run_block(block.module, hidden, arguments)
+        batch: Batch = (hidden,)
+        for number in range(len(block.spec.groups) + 1):
+            batch = step(block, number, batch, arguments)
+        difference = (batch[0] - expected).float().norm(dim=-1)
+        error = float((difference / expected.float().norm(dim=-1).clamp(min=1e-30)).mean())
+        # Values that are not finite have an error of their own, which names the layer.
+        if error > TOLERANCE.get(hidden.dtype, 0.05):
+            raise UserError(
+                f"{block.name}: the description of '{block.spec.model_type}' models does not fit "
+                f"this block (its own forward differs by {error:.0%}); quantizing it would give a "
+                "wrong model"
+            )
+        return
 
 
 @torch.no_grad()
@@ -85,27 +115,21 @@ def _outputs(layer: nn.Linear, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tenso
     return product, hidden + (product if layer.bias is None else product + layer.bias)
 
 
-def _output(block: nn.Module, spec: ModelSpec, number: int) -> nn.Module:
-    """The layer of group `number`, an odd one, which writes to the hidden states."""
-    return block.get_submodule(spec.branches[number // 2].output)
-
-
-def _before_output(
-    block: nn.Module, branch: Branch, x: Tensor, arguments: Mapping[str, Any]
-) -> Tensor:
-    """What the branch's output layer receives: the module's result with that layer left out."""
+def _output_layer_input(block: Block, branch: Branch, x: Tensor, arguments: Arguments) -> Tensor:
+    """The input of the branch's output layer: the module's result with that layer left out."""
     args = (x, x.new_zeros(())) if branch.adds_residual else (x,)
-    with _left_out(block, branch.output):
-        module = block.get_submodule(branch.module)
+    with _left_out(block.module, branch.output):
+        module = block.module.get_submodule(branch.module)
         result = module(*args, **(arguments if branch.takes_arguments else {}))
     return result[0] if isinstance(result, tuple) else result
 
 
 @contextmanager
 def _left_out(block: nn.Module, name: str) -> Iterator[None]:
+    """While open, the layer `name` returns its input."""
     layer = block.get_submodule(name)
-    empty_model.replace(block, name, nn.Identity())
+    replace(block, name, nn.Identity())
     try:
         yield
     finally:
-        empty_model.replace(block, name, layer)
+        replace(block, name, layer)

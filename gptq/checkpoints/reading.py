@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq.blockwise.empty_model import replace
-from gptq.blockwise.source import open_weight_files, to_todays_names
+from gptq.blockwise.source import to_todays_names
+from gptq.blockwise.weight_files import open_packed_weights
 from gptq.checkpoints.layouts import Packed, PackedLayer, group_size, normal_form
 from gptq.errors import UserError
 from gptq.files.opening import LazyTensors, check_sums, open_tensors
@@ -198,7 +199,7 @@ def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
         said = opened.metadata.get(SETTINGS_KEY)
         # A folder's configuration tells of its files, for what they do not say themselves.
         return opened, folder_settings(path.parent) if said is None else _parse(path, said)
-    return open_weight_files(path), folder_settings(path)
+    return open_packed_weights(path), folder_settings(path)
 
 
 def folder_settings(folder: Path) -> dict[str, object]:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from gptq.pipeline.blocks import Report
+from gptq.pipeline.report import Report
 
 MIB = 2**20
 

@@ -14,7 +14,7 @@ from gptq.files.atomic import whole_file
 from gptq.files.opening import LazyTensors
 from gptq.files.safetensors_file import nbytes
 from gptq.models import ModelSpec
-from gptq.pipeline.blocks import LayerReport, Report
+from gptq.pipeline.report import LayerReport, Report
 
 PAGE = "index.html"
 

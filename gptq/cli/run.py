@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from gptq.api import Opened
     from gptq.blockwise.source import ModelSource
-    from gptq.pipeline.blocks import LayerReport, Report
+    from gptq.pipeline.report import LayerReport, Report
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

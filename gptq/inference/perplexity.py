@@ -1,15 +1,14 @@
 """Perplexity, block by block, so that the model may be larger than memory."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from gptq.blockwise import empty_model
+from gptq.blockwise.activations import batches, embed
+from gptq.blockwise.model import BlockwiseModel, free
 from gptq.errors import UserError
-from gptq.models import ModelSpec
 
 # Tokens whose logits are in memory at once.
 LOGIT_TOKENS = 1024
@@ -17,44 +16,35 @@ LOGIT_TOKENS = 1024
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel,
-    spec: ModelSpec,
-    tensors: Mapping[str, Tensor],
+    model: BlockwiseModel,
     windows: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """exp of the mean cross entropy in nats of each token given those before it in its window.
 
-    model: without weights, from `skeleton.build`, with packed layers in place where `tensors`
-        has them; its blocks are filled and freed in turn.
+    model: full or with packed layers in place; its parts are loaded and freed in turn.
     windows: int64 (n, seqlen).
     progress: called with (blocks done, blocks in all).
-    Raises UserError where the result is not a number.
+    Raises UserError if the result is not a number.
     """
-    batches = empty_model.batches(windows, device)
-    stream = empty_model.embed(model, spec, tensors, batches, device, dtype)
-    count = empty_model.block_count(model, spec)
-    for index in range(count):
-        block = empty_model.fill(model, spec, spec.block(index), tensors, device, dtype)
-        stream.through(block)
-        empty_model.drop(block)
+    tokens = batches(windows, model.device)
+    activations = embed(model, tokens)
+    for index in range(model.block_count):
+        block = model.load_block(index)
+        activations.through(block)
+        free(block.module)
         if progress is not None:
-            progress(index + 1, count)
-    norm, head = (
-        empty_model.fill(model, spec, name, tensors, device, dtype)
-        for name in (spec.norm, spec.head)
-    )
+            progress(index + 1, model.block_count)
+    norm, head = (model.load(name) for name in (model.spec.norm, model.spec.head))
     losses = []
-    for tokens, (hidden,) in zip(batches, stream.hidden, strict=True):
-        losses += [_window_loss(norm, head, *pair) for pair in zip(tokens, hidden, strict=True)]
+    for batch, (hidden,) in zip(tokens, activations.hidden, strict=True):
+        losses += [_window_loss(norm, head, *pair) for pair in zip(batch, hidden, strict=True)]
     for part in (norm, head):
-        empty_model.drop(part)
+        free(part)
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean):
         raise UserError(
-            f"perplexity is {mean}: activations overflow in {dtype}; try --dtype float32"
+            f"perplexity is {mean}: activations overflow in {model.dtype}; try --dtype float32"
         )
     return math.exp(mean)
 

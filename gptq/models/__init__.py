@@ -2,8 +2,8 @@
 
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
-from gptq.models.spec import Branch, ModelSpec
+from gptq.models.spec import Branch, Group, ModelSpec
 
 SPECS: dict[str, ModelSpec] = {spec.model_type: spec for spec in (LLAMA, BLOOM)}
 
-__all__ = ["BLOOM", "LLAMA", "SPECS", "Branch", "ModelSpec"]
+__all__ = ["BLOOM", "LLAMA", "SPECS", "Branch", "Group", "ModelSpec"]

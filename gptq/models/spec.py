@@ -23,10 +23,22 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """Paths are dotted module names as in Hugging Face's causal-LM class of this type.
+class Group:
+    """Linear layers of one block that read the same input; they are solved together."""
 
-    A third architecture is one more instance of this record.
+    layers: tuple[str, ...]
+    """Names inside the block, in the order they run."""
+    branch: Branch
+    """The half of the block that they belong to."""
+    writes_residual: bool
+    """Whether the output is added to the hidden states: that of a branch's output layer is."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture, described by the names of its parts in Hugging Face's causal-LM class.
+
+    A new architecture is one more instance of this record and a row of `models.SPECS`.
     """
 
     model_type: str
@@ -53,17 +65,21 @@ class ModelSpec:
     """Endings of tensor names that old files carry and today's modules compute for themselves."""
 
     @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Linear layers of one block, in the order they run; those of one group share their
-        input."""
+    def groups(self) -> tuple[Group, ...]:
+        """The linear layers of one block by the input that they share, in the order they run."""
         return tuple(
-            group for branch in self.branches for group in (branch.inputs, (branch.output,))
+            group
+            for branch in self.branches
+            for group in (
+                Group(branch.inputs, branch, writes_residual=False),
+                Group((branch.output,), branch, writes_residual=True),
+            )
         )
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Names, inside a block, of every linear layer that is quantized."""
-        return tuple(name for group in self.groups for name in group)
+        return tuple(name for group in self.groups for name in group.layers)
 
     def block(self, index: int) -> str:
         """Dotted name of block `index`."""

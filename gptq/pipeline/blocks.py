@@ -1,27 +1,24 @@
-"""Quantize a model block by block: capture, accumulate, solve, pack, propagate."""
+"""Quantize a model block by block: run it, gather statistics, solve, pack, go on."""
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from gptq.blockwise import empty_model
-from gptq.blockwise.activations import Shelf
-from gptq.blockwise.source import ModelSource
-from gptq.blockwise.steps import advance, advance_past, finish
+from gptq.blockwise.activation_cache import ActivationCache
+from gptq.blockwise.activations import Activations, batches, embed
+from gptq.blockwise.empty_model import linear
+from gptq.blockwise.model import Block, BlockwiseModel, free
+from gptq.blockwise.steps import advance, advance_past, check_steps, finish
 from gptq.config import QuantConfig, check_packable
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
-from gptq.models import ModelSpec
 from gptq.nn import QuantLinear
+from gptq.pipeline.identity import digest
 from gptq.pipeline.journal import Journal
+from gptq.pipeline.report import LayerReport
 from gptq.pipeline.team import ALONE, Team
 from gptq.solver.hessian import Moments, moments
 from gptq.solver.layer import choose_damp, feed_back
@@ -32,107 +29,81 @@ from quant_cuda.reference import dequantize
 HELD_OUT = 0.25
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one linear layer."""
-
-    block: int
-    name: str
-    loss: float
-    """Output error on the calibration inputs, as a share of the output's energy."""
-    rtn_loss: float
-    """The same for plain rounding on the same grid."""
-    kept_rtn: int
-    """Rows that keep plain rounding."""
-    rows: int
-    damp: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a quantization did."""
-
-    config: QuantConfig
-    layers: tuple[LayerReport, ...]
-    written: tuple[Path, ...]
-    """Files and folders, in the order they were asked for."""
-    seconds: float
-    """Wall time of the run."""
-    peak_memory: int
-    """Bytes; on a CPU resident memory of the process, on a GPU its allocator's."""
-    stages: tuple[tuple[str, float], ...] = ()
-    """Seconds of what came before and after the layers, by name."""
-
-
 def quantize_blocks(
-    source: ModelSource,
+    model: BlockwiseModel,
     windows: Tensor | None,
     config: QuantConfig,
     journal: Journal,
-    device: torch.device,
-    dtype: torch.dtype,
-    shelf: Shelf | None = None,
+    cache: ActivationCache | None = None,
     team: Team = ALONE,
 ) -> Iterator[LayerReport]:
     """Solve every linear layer of every block and write each finished block to the journal.
 
     windows: int64 (nsamples, seqlen), the calibration tokens; method "rtn" can do without, and
         its losses are then those of the weights.
-    shelf: where activations are put between two uses, by default in memory.
+    cache: for activations between two uses, by default in memory.
     team: the processes that share the run; each calls this, and only the first writes.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
-    Raises UserError for a layer whose weights or inputs are not finite or cannot be packed.
+    Raises UserError for a layer whose weights or inputs are not finite or cannot be packed, and
+    for a block that the model's spec does not describe.
     """
-    spec = source.spec
-    model = empty_model.build(source.config, spec, device)
-    check_layers(model, spec, config.bits)
-    empty_model.check_complete(model, spec, source.tensors)
-    batches = [] if windows is None else team.share(empty_model.batches(windows, device))
-    stream = empty_model.embed(model, spec, source.tensors, batches, device, dtype, shelf)
+    check_layers(model, config.bits)
+    model.check_complete()
+    shared = [] if windows is None else team.share(batches(windows, model.device))
+    activations = embed(model, shared, cache)
     # The full-precision model's activations, beside those of the model quantized so far.
-    full = stream.copy("full") if config.feeds_back else None
-    run = _Run(spec, config, team, stream, full)
-    for index in range(empty_model.block_count(model, spec)):
-        block = empty_model.fill(model, spec, spec.block(index), source.tensors, device, dtype)
-        if isinstance(source.tensors, LazyTensors):
-            source.tensors.expect(f"{spec.block(index + 1)}.")
-        weights = digest(block)
+    full = activations.copy("full") if config.feeds_back else None
+    run = _Run(config, team, activations, full)
+    for index in range(model.block_count):
+        block = model.load_block(index)
+        weights = digest(block.module)
+        if run.is_new_kind(block):
+            check_steps(block, activations)
         if journal.has(index):
             tensors, record = journal.read(index, weights)
             yield from (LayerReport(**layer) for layer in record)
-            _replay(block, index, run, tensors)
+            _replay(block, run, tensors)
         else:
-            _check_weights(block, spec.block(index))
+            _check_weights(block)
             reports: list[LayerReport] = []
             packed: dict[str, Tensor] = {}
-            for report in _solve_block(block, index, run, packed):
+            for report in _solve_block(block, run, packed):
                 reports.append(report)
                 yield report
             if team.leads:
                 journal.write(index, packed, [asdict(report) for report in reports], weights)
-        empty_model.drop(block)
+        free(block.module)
 
 
 @dataclass(frozen=True)
 class _Run:
     """What goes from block to block."""
 
-    spec: ModelSpec
     config: QuantConfig
     team: Team
-    stream: empty_model.Stream
+    activations: Activations
     """Of the model quantized so far."""
-    full: empty_model.Stream | None
-    """Of the full-precision model, where errors are fed back."""
+    full: Activations | None
+    """Of the full-precision model, if errors are fed back."""
+    _kinds: set[tuple] = field(default_factory=set)
+
+    def is_new_kind(self, block: Block) -> bool:
+        """Whether no block of this class has been given these arguments before."""
+        for _, _, arguments in self.activations.batches(block):
+            kind = (type(block.module), *((name, id(it)) for name, it in arguments.items()))
+            if kind in self._kinds:
+                return False
+            self._kinds.add(kind)
+            return True
+        return False
 
 
-def check_layers(model: PreTrainedModel, spec: ModelSpec, bits: int) -> None:
+def check_layers(model: BlockwiseModel, bits: int) -> None:
     """Raise UserError unless every layer that is to be quantized can be packed."""
-    for linear in spec.linears:
-        layer = empty_model.linear(model, f"{spec.block(0)}.{linear}")
-        check_packable(linear, layer.in_features, layer.out_features, bits)
+    for name in model.spec.linears:
+        layer = linear(model.module, f"{model.spec.block(0)}.{name}")
+        check_packable(name, layer.in_features, layer.out_features, bits)
 
 
 def put_quantized(
@@ -148,124 +119,85 @@ def put_quantized(
     weight.copy_(dequantize(packed.packed(), weight.dtype).T)
 
 
-def fingerprint(source: ModelSource) -> str:
-    """A short hash that tells models apart: configuration, embeddings, the first and last block.
-
-    The journal holds a hash of each of the other blocks, see `digest`.
-    """
-    found = hashlib.sha256(source.config.to_json_string().encode())
-    last = source.config.num_hidden_layers - 1
-    parts = (*source.spec.embed, *(source.spec.block(index) for index in {0, last}))
-    prefixes = tuple(f"{part}." for part in parts)
-    for name in sorted(source.tensors):
-        if name.startswith(prefixes):
-            found.update(name.encode())
-            found.update(source.tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
-
-
-def digest(block: nn.Module) -> str:
-    """A short hash of a block's weights: of the sums of their bits, row by row."""
-    found = hashlib.sha256()
-    for name, weight in block.named_parameters():
-        words = weight.detach().view(torch.int32 if weight.itemsize == 4 else torch.int16)
-        found.update(name.encode())
-        found.update(words.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict[str, object]:
-    """Everything that decides the result of a run, as the journal remembers it."""
-    known = {**config.to_dict(), "model": fingerprint(source), **others}
-    return json.loads(json.dumps(known, default=str))
-
-
-def _replay(block: nn.Module, index: int, run: _Run, tensors: Mapping[str, Tensor]) -> None:
-    """Take both streams through a block that was solved before.
+def _replay(block: Block, run: _Run, tensors: Mapping[str, Tensor]) -> None:
+    """Take the activations through a block that was solved before.
 
     By the same steps as when it was solved: the block's own forward adds a bias inside the product,
     which rounds otherwise, and a resumed run has to give the same bits.
     """
-    numbers = range(len(run.spec.groups))
+    numbers = range(len(block.spec.groups))
     if run.full is not None:
         for number in numbers:
-            for _ in advance_past(run.full, block, run.spec, number):
+            for _ in advance_past(run.full, block, number):
                 pass
-    for name in run.spec.linears:
-        layer = empty_model.linear(block, name)
-        put_quantized(layer, tensors, f"{run.spec.block(index)}.{name}", run.config)
+    for name in block.spec.linears:
+        put_quantized(block.linear(name), tensors, f"{block.name}.{name}", run.config)
     if not run.config.true_sequential:
-        run.stream.through(block)
+        run.activations.through(block)
         return
     for number in numbers:
-        for _ in advance(run.stream, block, run.spec, number):
+        for _ in advance(run.activations, block, number):
             pass
-    finish(run.stream, block, run.spec)
+    finish(run.activations, block)
 
 
-def _solve_block(
-    block: nn.Module, index: int, run: _Run, packed: dict[str, Tensor]
-) -> Iterator[LayerReport]:
-    """Quantize a block's linear layers and take both streams through it.
+def _solve_block(block: Block, run: _Run, packed: dict[str, Tensor]) -> Iterator[LayerReport]:
+    """Quantize a block's linear layers and take the activations through it.
 
     packed: filled with the layers' packed tensors, by their names in the model.
     """
-    spec, config, stream, full = run.spec, run.config, run.stream, run.full
-    # The full model's block shares its weights; a layer that is solved gets a new one in `block`.
-    twin = copy.deepcopy(block, {id(weight): weight for weight in block.parameters()})
-    ahead = stream if config.true_sequential else stream.copy("ahead")
+    config, activations = run.config, run.activations
+    # The full-precision block shares the weights; a layer that is solved gets a new one in `block`.
+    shared = {id(weight): weight for weight in block.module.parameters()}
+    full_block = replace(block, module=copy.deepcopy(block.module, shared))
+    ahead = activations if config.true_sequential else activations.copy("ahead")
     held_out = HELD_OUT if config.adapts_damp else 0.0
 
-    def of_group(number: int) -> Moments | None:
-        beside = None if full is None else advance_past(full, twin, spec, number)
-        here = advance(ahead, block, spec, number)
-        seen = moments(here, beside, held_out, config.residual_feedback)
-        return run.team.mean(seen, sum(stream.hidden.sizes()))
+    def statistics(number: int) -> Moments | None:
+        full = None if run.full is None else advance_past(run.full, full_block, number)
+        inputs = advance(ahead, block, number)
+        seen = moments(inputs, full, held_out, config.residual_feedback)
+        return run.team.mean(seen, sum(activations.hidden.sizes()))
 
-    # Where layers are not solved in turn, all inputs are those of the unquantized block.
-    every = range(len(spec.groups))
-    known = None if config.true_sequential else iter([of_group(number) for number in every])
-    for number in every:
+    # If layers are not solved in turn, all inputs are those of the unquantized block.
+    numbers = range(len(block.spec.groups))
+    known = None if config.true_sequential else iter([statistics(number) for number in numbers])
+    for number in numbers:
         started = time.perf_counter()
-        seen = of_group(number) if known is None else next(known)
+        seen = statistics(number) if known is None else next(known)
         if known is None and number:
-            _forget((block, twin), spec.groups[number - 1])
-        for report in _quantize_group(block, index, number, seen, run, packed):
+            _free_group((block, full_block), number - 1)
+        for report in _solve_group(block, number, seen, run, packed):
             yield replace(report, seconds=time.perf_counter() - started)
             started = time.perf_counter()
     if config.true_sequential:
-        finish(stream, block, spec)
+        finish(activations, block)
     else:
-        stream.through(block)
+        activations.through(block)
 
 
-def _forget(blocks: Iterable[nn.Module], group: Iterable[str]) -> None:
-    """Free the weights of layers that both streams have passed."""
+def _free_group(blocks: Iterable[Block], number: int) -> None:
+    """Free the weights of layers that all activations have passed."""
     for block in blocks:
-        for name in group:
-            empty_model.drop(block.get_submodule(name))
+        for name in block.spec.groups[number].layers:
+            free(block.linear(name))
 
 
-def _quantize_group(
-    block: nn.Module,
-    index: int,
-    number: int,
-    seen: Moments | None,
-    run: _Run,
-    packed: dict[str, Tensor],
+def _solve_group(
+    block: Block, number: int, seen: Moments | None, run: _Run, packed: dict[str, Tensor]
 ) -> Iterator[LayerReport]:
     """Solve layers that share their input, rows stacked: one factorization for all of them."""
-    group, prefix = run.spec.groups[number], run.spec.block(index)
-    layers = [empty_model.linear(block, name) for name in group]
+    names = block.spec.groups[number].layers
+    layers = [block.linear(name) for name in names]
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
-    solution = _solve(f"{prefix}.{group[0]}", weight, seen, run.config, run.team)
+    solution = _solve(f"{block.name}.{names[0]}", weight, seen, run.config, run.team)
     first = 0
-    for name, layer in zip(group, layers, strict=True):
+    for name, layer in zip(names, layers, strict=True):
         rows = solution.rows(first, first + layer.out_features)
         first += layer.out_features
         state = _put(layer, rows, run.config)
-        packed |= {f"{prefix}.{name}.{key}": tensor for key, tensor in state.items()}
-        yield _report(index, name, rows)
+        packed |= {f"{block.name}.{name}.{key}": tensor for key, tensor in state.items()}
+        yield _report(block.index, name, rows)
 
 
 def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> dict[str, Tensor]:
@@ -323,9 +255,9 @@ def _report(block: int, name: str, solution: Solution) -> LayerReport:
     )
 
 
-def _check_weights(block: nn.Module, prefix: str) -> None:
-    for name, parameter in block.named_parameters():
+def _check_weights(block: Block) -> None:
+    for name, parameter in block.module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(
-                f"{prefix}.{name}: holds NaN or infinity; the model is damaged, fetch it again"
+                f"{block.name}.{name}: holds NaN or infinity; the model is damaged, fetch it again"
             )

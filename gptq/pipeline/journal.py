@@ -16,6 +16,7 @@ from gptq.errors import UserError
 from gptq.files.atomic import PARTIAL, remove_partial, sync_folder, unwritable, whole_file
 from gptq.files.opening import LazyTensors, open_tensors
 from gptq.files.safetensors_file import as_lazy, write_tensors
+from gptq.pipeline.team import Team
 
 _PARTS = "block-*.safetensors"
 
@@ -101,6 +102,20 @@ def open_journal(
             yield journal
         finally:
             shutil.rmtree(journal.scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def shared_journal(
+    team: Team, outputs: Sequence[Path], identity: Mapping[str, object], resume: bool
+) -> Iterator[Journal]:
+    """`open_journal` by the first of several processes, for all of them."""
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> str:
+            journal = stack.enter_context(open_journal(outputs, identity, resume))
+            return str(journal.folder.resolve())
+
+        yield Journal(Path(team.from_leader(begin)))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from gptq.blockwise import empty_model
-from gptq.blockwise.source import ModelSource
+from gptq.blockwise.empty_model import linear
+from gptq.blockwise.model import BlockwiseModel
 from gptq.config import QuantConfig
 from gptq.errors import UserError
 
@@ -29,41 +27,42 @@ class Needs:
     """Of all windows, between two groups of layers."""
 
 
-def needs(source: ModelSource, config: QuantConfig, tokens: int, dtype: torch.dtype) -> Needs:
-    """What quantizing `source` takes with that many calibration tokens and activations of dtype."""
-    spec = source.spec
-    model = empty_model.build(source.config, spec, torch.device("cpu"))
-    block = model.get_submodule(spec.block(0))
-    shapes = {name: empty_model.linear(block, name).weight.shape for name in spec.linears}
-    held = sum(weight.numel() for weight in block.parameters()) * dtype.itemsize
+def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
+    """What quantizing a model takes with that many calibration tokens."""
+    spec, itemsize = model.spec, model.dtype.itemsize
+    block = model.module.get_submodule(spec.block(0))
+    shapes = {name: linear(block, name).weight.shape for name in spec.linears}
+    block_bytes = sum(weight.numel() for weight in block.parameters()) * itemsize
     squares = 1 if config.method == "gptq" else 0
     least = most = widest = 0
-    for number, group in enumerate(spec.groups):
-        rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
-        new = rows * columns * dtype.itemsize
-        # What feedback takes: of a layer that writes to the hidden states, as large as its weight.
-        beside = (rows if number % 2 else columns) * columns if config.feeds_back else 0
-        moments = 4 * squares * (MOMENTS * columns**2 + beside)
+    for group in spec.groups:
+        rows, columns = sum(shapes[name][0] for name in group.layers), shapes[group.layers[0]][1]
+        new = rows * columns * itemsize
+        # Error feedback takes a matrix as large as H, or as the weight if the layer writes to the
+        # hidden states.
+        feedback = (rows if group.writes_residual else columns) * columns
+        moments = 4 * squares * (MOMENTS * columns**2 + feedback * config.feeds_back)
         work = 4 * (squares * SQUARES * columns**2 + COPIES * rows * columns)
         least, most = max(least, new + moments), max(most, new + moments + work)
         widest = max(widest, columns)
-    width = source.config.hidden_size + widest
+    width = model.source.config.hidden_size + widest
     streams = 2 if config.feeds_back else 1
     return Needs(
-        least=held + least,
-        most=held + most + FIXED,
-        activations=streams * tokens * width * dtype.itemsize,
+        least=block_bytes + least,
+        most=block_bytes + most + FIXED,
+        activations=streams * tokens * width * itemsize,
     )
 
 
-def fits(needed: Needs, limit: int, given: str | None) -> bool:
+def fits(needed: Needs, limit: int, spelled: str | None) -> bool:
     """Whether activations can stay in memory under `limit` bytes.
 
-    given: the limit in the user's words. Raises UserError where one is too small for any way.
+    spelled: the limit as the user wrote it, if there is one. Raises UserError if it is too small
+        for any way.
     """
-    if given is not None and limit < needed.least:
+    if spelled is not None and limit < needed.least:
         raise UserError(
-            f"--max-memory {given} is too little: one layer of this model with its block takes "
+            f"--max-memory {spelled} is too little: one layer of this model with its block takes "
             f"{needed.least / GIB:.1f} GiB, and the solve as much again"
         )
     return needed.most + needed.activations <= limit

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import gptq
 from gptq import hf
 from gptq.api import open_weights, perplexity
-from gptq.blockwise import empty_model
+from gptq.blockwise.model import free
 from gptq.checkpoints.compatibility import facts, lines
 from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
 from gptq.config import QuantConfig
@@ -181,7 +181,7 @@ def test_a_tied_weight_is_in_memory_once(models, tokens, tmp_path):
     twin = copy.deepcopy(model)
     assert twin.lm_head.embedding is twin.get_input_embeddings()
     torch.testing.assert_close(logits_of(twin, tokens), expected, rtol=0, atol=0)
-    empty_model.drop(twin.lm_head)
+    free(twin.lm_head)
     assert twin.get_input_embeddings().qweight.is_meta
 
 

@@ -123,7 +123,7 @@ def test_layers_that_vllm_fuses_agree(name, written):
     state = load_file(written[name] / "model.safetensors")
     for block in range(2):
         for group in LLAMA.groups:
-            found = [state[f"model.layers.{block}.{linear}.g_idx"] for linear in group]
+            found = [state[f"model.layers.{block}.{linear}.g_idx"] for linear in group.layers]
             assert all(torch.equal(found[0], other) for other in found)
 
 

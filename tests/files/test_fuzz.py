@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq.blockwise import empty_model
+from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
 from gptq.checkpoints.reading import attach
 from gptq.errors import UserError
@@ -115,8 +116,10 @@ class World:
         """Everything that a checkpoint makes of the model, packed layers as numbers."""
         model = copy.deepcopy(self.bare)
         opened = attach(model, LLAMA, path)
-        for part in empty_model.parts(model, LLAMA):
-            empty_model.fill(model, LLAMA, part, opened.tensors, torch.device("cpu"), torch.float32)
+        cpu = torch.device("cpu")
+        whole = BlockwiseModel(self.source, model, opened.tensors, cpu, torch.float32)
+        for part in whole.parts():
+            whole.load(part)
         result = dict(model.state_dict())
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):

@@ -8,6 +8,7 @@ import torch
 from helpers.elsewhere import DEVICE, Elsewhere, is_there
 
 from benchmarks.common.stopwatch import SETTINGS
+from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
 from gptq.config import QuantConfig
 from gptq.pipeline.blocks import quantize_blocks
@@ -52,7 +53,8 @@ def test_a_model_quantized_there(kind, name, request):
             tempfile.TemporaryDirectory() as folder,
             open_journal([Path(folder) / "model.pt"], {}, False) as journal,
         ):
-            done = quantize_blocks(source, windows, config, journal, device, torch.float32)
+            model = BlockwiseModel.from_source(source, device, torch.float32)
+            done = quantize_blocks(model, windows, config, journal)
             return [(layer.name, layer.loss) for layer in done]
 
     with Elsewhere():

@@ -13,7 +13,8 @@ from conftest import llama_config, make_model
 import gptq
 import gptq.api
 from gptq import QuantConfig
-from gptq.blockwise import empty_model
+from gptq.blockwise import activations
+from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
 from gptq.device import available_memory, parse_size, peak_memory
 from gptq.errors import UserError
@@ -38,10 +39,11 @@ import json, re, sys
 from pathlib import Path
 import torch
 import gptq
-from gptq import QuantConfig, skeleton
+from gptq import QuantConfig
+from gptq.blockwise import activations
 
 torch.set_num_threads(1)
-skeleton.BATCH_TOKENS = 192
+activations.BATCH_TOKENS = 192
 warm_up, call = json.loads(sys.argv[1])
 
 def status(key):
@@ -97,27 +99,31 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path, llama_dir
 RUN = {"nsamples": 32, "seqlen": 96}
 
 
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> BlockwiseModel:
+    return BlockwiseModel.from_source(open_model(folder), torch.device("cpu"), dtype)
+
+
 def limits(folder: Path) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
     """Limits under which activations of RUN stay in memory, and go to disk."""
-    needed = needs(open_model(folder), CONFIG, 32 * 96, torch.float32)
+    needed = needs(opened(folder), CONFIG, 32 * 96)
     assert needed.activations == 2 * 32 * 96 * (512 + 1024) * 4
     return ("memory", None), ("disk", str(needed.most + needed.activations - 1))
 
 
 def test_activations_go_to_disk_where_they_would_not_fit(tmp_path, text_file, monkeypatch):
     folder = make_model(tmp_path / "m", llama_config(**WIDE))
-    monkeypatch.setattr(empty_model, "BATCH_TOKENS", 192)
-    seen, shelf = [], gptq.api.Shelf
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 192)
+    folders, cache = [], gptq.api.ActivationCache
 
     def watched(place):
-        seen.append(place)
-        return shelf(place)
+        folders.append(place)
+        return cache(place)
 
-    monkeypatch.setattr(gptq.api, "Shelf", watched)
+    monkeypatch.setattr(gptq.api, "ActivationCache", watched)
     for name, limit in limits(folder):
         path = tmp_path / f"{name}.pt"
         gptq.quantize(folder, text_file, CONFIG, save=path, max_memory=limit, device="cpu", **RUN)
-        assert len(seen) == (1 if name == "disk" else 0)
+        assert len(folders) == (1 if name == "disk" else 0)
     assert (tmp_path / "disk.pt").read_bytes() == (tmp_path / "memory.pt").read_bytes()
     assert not (tmp_path / "disk.pt.journal").exists()
 
@@ -135,16 +141,16 @@ def test_needs_are_told_from_shapes(llama_dir, bloom_dir):
     # 64 wide, 96 inside, 4 heads of queries and 2 of keys and values, two norms.
     block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
     down, up = 64 * 96, 2 * 64 * 96
-    found = needs(open_model(llama_dir), QuantConfig(), 100, torch.float32)
+    found = needs(opened(llama_dir), QuantConfig(), 100)
     assert found.least == 4 * (block + 2 * down + 2 * 96**2)
     assert found.most == 4 * (block + max(10 * down + 4 * 96**2, 9 * up + 5 * 64**2)) + FIXED
     assert found.activations == 2 * 100 * (64 + 96) * 4
     plain = QuantConfig(error_feedback=0)
-    assert needs(open_model(bloom_dir), plain, 100, torch.bfloat16).activations == 100 * 320 * 2
+    assert needs(opened(bloom_dir, torch.bfloat16), plain, 100).activations == 100 * 320 * 2
 
 
 def test_limits(llama_dir):
-    needed = needs(open_model(llama_dir), QuantConfig(), 100, torch.float32)
+    needed = needs(opened(llama_dir), QuantConfig(), 100)
     exact = needed.most + needed.activations
     assert fits(needed, exact, None)
     assert not fits(needed, exact - 1, "some")

@@ -16,7 +16,7 @@ from helpers.forked import team
 import gptq
 import gptq.api
 from gptq import QuantConfig
-from gptq.blockwise import empty_model
+from gptq.blockwise import activations
 from gptq.cli import run as cli
 from gptq.data.windows import evaluation_windows
 from gptq.models import LLAMA
@@ -47,7 +47,7 @@ def test_two_processes_do_what_one_does(
     fixture, tokens, config, request, tmp_path, text_file, monkeypatch
 ):
     folder = request.getfixturevalue(fixture)
-    monkeypatch.setattr(empty_model, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(activations, "BATCH_TOKENS", tokens)
     quantize(folder, text_file, tmp_path / "one.pt", config)
     names = ("two.pt", "never.pt")
     calls = [lambda n=n: quantize(folder, text_file, tmp_path / n, config) for n in names]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptq.blockwise.activations import Shelf
+from gptq.blockwise.activation_cache import ActivationCache
 
 
 def batches(device):
@@ -18,20 +18,20 @@ def batches(device):
 def test_what_was_put_is_what_is_taken(tmp_path, device, kind):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
-    shelf = Shelf(tmp_path / "some" if kind == "files" else None, host=kind == "host")
+    cache = ActivationCache(tmp_path / "some" if kind == "files" else None, host=kind == "host")
     for number in range(2):
         for index, batch in enumerate(batches(device)):
-            shelf.put(index, tuple(tensor + number for tensor in batch))
-    assert shelf.sizes() == [3, 3, 1]
-    other = shelf.beside("others")
-    other.put(0, shelf.get(1))
+            cache.put(index, tuple(tensor + number for tensor in batch))
+    assert cache.sizes() == [3, 3, 1]
+    other = cache.empty_like("others")
+    other.put(0, cache.get(1))
     for index, batch in enumerate(batches(device)):
-        for tensor, expected in zip(shelf.get(index), batch, strict=True):
+        for tensor, expected in zip(cache.get(index), batch, strict=True):
             assert tensor.device == expected.device
             assert torch.equal(tensor, expected + 1)
-    assert torch.equal(other.get(0)[0], shelf.get(1)[0])
+    assert torch.equal(other.get(0)[0], cache.get(1)[0])
     assert (
-        all(held.is_cpu for batch in shelf._held for held in batch)
+        all(held.is_cpu for batch in cache._batches for held in batch)
         or kind == "memory"
         or (kind == "files")
     )

@@ -1,11 +1,14 @@
-"""Blocks filled one at a time against Hugging Face's own forward of the whole model."""
+"""Blocks loaded one at a time against Hugging Face's own forward of the whole model."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import bloom_config, llama_config, make_model
 from transformers import AutoModelForCausalLM
 
-from gptq.blockwise import empty_model
+from gptq.blockwise.activations import batches, embed
+from gptq.blockwise.model import BlockwiseModel, free
 from gptq.blockwise.source import open_model
 from gptq.errors import UserError
 from gptq.inference.perplexity import perplexity
@@ -34,56 +37,49 @@ def windows(count=5, length=24):
     return torch.randint(2, 300, (count, length), generator=torch.Generator().manual_seed(1))
 
 
+def opened(folder):
+    return BlockwiseModel.from_source(open_model(folder), CPU, torch.float32)
+
+
 @torch.no_grad()
 def test_hidden_states_equal_hugging_face(folder):
-    source = open_model(folder)
+    model = opened(folder)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = whole(windows(), output_hidden_states=True, use_cache=False)
-    model = empty_model.build(source.config, source.spec, CPU)
-    batches = empty_model.batches(windows(), CPU)
-    stream = empty_model.embed(model, source.spec, source.tensors, batches, CPU, torch.float32)
+    activations = embed(model, batches(windows(), CPU))
 
     def hidden():
-        return torch.cat([hidden for (hidden,) in stream.hidden])
+        return torch.cat([hidden for (hidden,) in activations.hidden])
 
     for index in range(2):
         torch.testing.assert_close(hidden(), expected.hidden_states[index])
-        name = source.spec.block(index)
-        block = empty_model.fill(model, source.spec, name, source.tensors, CPU, torch.float32)
-        stream.through(block)
-        empty_model.drop(block)
-    norm, head = (
-        empty_model.fill(model, source.spec, name, source.tensors, CPU, torch.float32)
-        for name in (source.spec.norm, source.spec.head)
-    )
+        block = model.load_block(index)
+        activations.through(block)
+        free(block.module)
+    norm, head = (model.load(name) for name in (model.spec.norm, model.spec.head))
     torch.testing.assert_close(head(norm(hidden())), expected.logits)
 
 
 @torch.no_grad()
 def test_perplexity_equals_a_plain_loop(folder):
-    source = open_model(folder)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total = 0.0
     for window in windows(count=3, length=40):
         total += whole(window[None], labels=window[None]).loss.item() * 40
     expected = torch.tensor(total / (3 * 40)).exp().item()
-    model = empty_model.build(source.config, source.spec, CPU)
-    found = perplexity(model, source.spec, source.tensors, windows(3, 40), CPU, torch.float32)
+    found = perplexity(opened(folder), windows(3, 40))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_block_is_in_memory_only_while_it_is_filled(llama_dir):
-    source = open_model(llama_dir)
-    model = empty_model.build(source.config, source.spec, CPU)
-    assert all(parameter.is_meta for parameter in model.parameters())
-    block = empty_model.fill(
-        model, source.spec, source.spec.block(1), source.tensors, CPU, torch.float32
-    )
-    assert [name for name, p in model.named_parameters() if not p.is_meta] == [
-        f"{source.spec.block(1)}.{name}" for name, _ in block.named_parameters()
+def test_a_block_is_in_memory_only_while_it_is_loaded(llama_dir):
+    model = opened(llama_dir)
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    block = model.load_block(1)
+    assert [name for name, p in model.module.named_parameters() if not p.is_meta] == [
+        f"{block.name}.{name}" for name, _ in block.module.named_parameters()
     ]
-    empty_model.drop(block)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    free(block.module)
+    assert all(parameter.is_meta for parameter in model.module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -94,10 +90,9 @@ def test_a_block_is_in_memory_only_while_it_is_filled(llama_dir):
     ],
 )
 def test_tensors_that_do_not_fit(llama_dir, change, message):
-    source = open_model(llama_dir)
-    model = empty_model.build(source.config, source.spec, CPU)
-    tensors = dict(source.tensors)
+    model = opened(llama_dir)
+    tensors = dict(model.tensors)
     name = "model.layers.1.mlp.up_proj.weight"
     change(tensors, name)
     with pytest.raises(UserError, match=f"{name}: {message}"):
-        empty_model.fill(model, source.spec, "model.layers.1", tensors, CPU, torch.float32)
+        replace(model, tensors=tensors).load_block(1)

@@ -1,0 +1,72 @@
+"""The tokenizer of a model's folder or .gguf file, with the quirks of each."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    LlamaTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from gptq.blockwise.weight_files import read_json
+from gptq.errors import UserError
+from gptq.files.opening import cause
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# LLaMA's special tokens; its earliest conversions left them empty.
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def open_tokenizer(
+    folder: Path, gguf: str | None, config: PretrainedConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or in the .gguf file of that name in it.
+
+    Raises UserError if there is none or it cannot be read.
+    """
+    where = folder if gguf is None else folder / gguf
+    if gguf is None and not any((where / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"no tokenizer in {where} (none of {', '.join(_TOKENIZER_FILES)}): copy the "
+            "tokenizer's files there"
+        )
+    try:
+        if gguf is not None:
+            return _gguf_tokenizer(folder, gguf, config)
+        return _folder_tokenizer(folder, config)
+    except UserError:
+        raise
+    # Damaged tokenizer files make the libraries raise almost anything.
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {where} cannot be read ({cause(error)}): copy its files again"
+        ) from error
+
+
+def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name)
+    # transformers 5.17 mixes up which special token is which; the file's header says.
+    for kind in ("bos", "eos", "pad", "unk"):
+        number = getattr(config, f"{kind}_token_id", None)
+        if number is not None:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+    return tokenizer
+
+
+def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
+    if config.model_type == "llama":
+        tokens: dict[str, Any] = {
+            name: token for name, token in _LLAMA_TOKENS.items() if settings.get(name) == ""
+        }
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            # AutoTokenizer takes another class when tokenizer_config.json is absent or has the old
+            # name LLaMATokenizer, and loses the first word's leading space and the first token.
+            first = settings.get("add_bos_token", True)
+            return LlamaTokenizer.from_pretrained(folder, add_bos_token=first, **tokens)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **tokens)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,0 +1,92 @@
+"""The weight files of a model's folder: which they are, and their tensors."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gptq.errors import UserError
+from gptq.files.opening import LazyTensors, cause, open_tensors
+
+# A single file, the index of several, several without an index; the first kind found is read.
+FULL = (
+    ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
+)
+# The names that quantizers have given their files besides.
+PACKED = (
+    ("model.safetensors", "*.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin", "*.bin.index.json", "*.bin"),
+    ("model.pt", "*.pt.index.json", "*.pt"),
+)
+
+
+def open_full_weights(folder: Path) -> LazyTensors:
+    """The tensors of a full model's folder. Raises UserError if files are absent or damaged."""
+    return _open_weights(folder, FULL)
+
+
+def open_packed_weights(folder: Path) -> LazyTensors:
+    """The tensors of a quantized checkpoint's folder, by the names they have in its files."""
+    return _open_weights(folder, PACKED)
+
+
+def _open_weights(folder: Path, kinds: tuple[tuple[str, str, str], ...]) -> LazyTensors:
+    for single, index, parts in kinds:
+        if (folder / single).is_file():
+            return open_tensors([folder / single])
+        if indices := sorted(folder.glob(index)):
+            return _open_indexed(indices[0])
+        files = sorted(f for f in folder.glob(parts) if not f.name.startswith("adapter_"))
+        if files:
+            _check_numbering(files)
+            return open_tensors(files)
+    wanted = " or ".join(single for single, _, _ in kinds)
+    original = any(folder.glob("consolidated*.pth"))
+    hint = (
+        "convert Meta's original files to Hugging Face's" if original else "copy the weights there"
+    )
+    raise UserError(f"no weights in {folder} ({wanted}, whole or in parts): {hint}")
+
+
+def _open_indexed(index: Path) -> LazyTensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{index} has no usable 'weight_map': copy it again")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}, which {index.name} names, is missing: copy or download it")
+    tensors = open_tensors(files)
+    for name, file_name in weight_map.items():
+        if name not in tensors:
+            raise UserError(
+                f"tensor '{name}' is not in {index.parent / file_name}, where {index.name} says it "
+                "is: copy or download that file again"
+            )
+    return tensors
+
+
+def _check_numbering(files: list[Path]) -> None:
+    """Refuse `x-00001-of-00003` without its fellows, where no index tells what there should be."""
+    names = {file.name for file in files}
+    for file in files:
+        match = re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", file.name)
+        if match is None:
+            continue
+        stem, number, total, ending = match.groups()
+        for wanted in range(1, min(int(total), 10_000) + 1):
+            other = f"{stem}{wanted:0{len(number)}d}-of-{total}{ending}"
+            if other not in names:
+                raise UserError(f"{file.parent / other} is missing: copy or download it")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({cause(error)}): copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: copy it again")
+    return content

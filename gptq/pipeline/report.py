@@ -1,0 +1,39 @@
+"""What a quantization run did: a record of each layer and one of the whole."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq.config import QuantConfig
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer."""
+
+    block: int
+    name: str
+    loss: float
+    """Output error on the calibration inputs, as a share of the output's energy."""
+    rtn_loss: float
+    """The same for plain rounding on the same grid."""
+    kept_rtn: int
+    """Rows that keep plain rounding."""
+    rows: int
+    damp: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a quantization did."""
+
+    config: QuantConfig
+    layers: tuple[LayerReport, ...]
+    written: tuple[Path, ...]
+    """Files and folders, in the order they were asked for."""
+    seconds: float
+    """Wall time of the run."""
+    peak_memory: int
+    """Bytes; on a CPU resident memory of the process, on a GPU its allocator's."""
+    stages: tuple[tuple[str, float], ...] = ()
+    """Seconds of what came before and after the layers, by name."""
