@@ -3,6 +3,7 @@
 The modules are Hugging Face's own. This module decides only what is in memory.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -13,9 +14,13 @@ from transformers import PreTrainedModel
 
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
+from gptq.errors import UserError
 from gptq.files.opening import LazyTensors
 from gptq.models import ModelSpec
 from gptq.nn import STORED_AS_IS, QuantEmbedding, TiedHead
+
+# What a full model's weights can be. Narrower floats come with scales in tensors of their own.
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +108,41 @@ class BlockwiseModel:
         """The tensor `name` as it is stored; errors as `load`."""
         return empty_model.stored(self.module, self.spec, name, self.tensors, expected)
 
-    def check_complete(self) -> None:
-        """Raise UserError unless there is a tensor for every part, whatever its shape."""
+    def check_tensors(self) -> None:
+        """Raise UserError unless every part has its tensors and every tensor its part.
+
+        Only headers are read, and biases that no part has: those of zeros change nothing.
+        """
+        expected = self.module.state_dict()
         tied = empty_model.tied(self.module.config, self.spec, self.tensors)
-        for name in self.module.state_dict():
+        for name in expected:
             empty_model.check_present(tied.get(name, name), self.tensors)
+        ignored = getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        extra = [
+            name
+            for name in self.tensors
+            if name not in expected
+            and not any(re.search(pattern, name) for pattern in ignored)
+            and not (name.endswith(".bias") and not bool(self.tensors[name].any()))
+        ]
+        if extra:
+            more = f" and {len(extra) - 1} more tensors have" if len(extra) > 1 else " has"
+            raise UserError(
+                f"{self.source.folder}: {extra[0]}{more} no place in the model that config.json "
+                "describes; it would not be the same model without them"
+            )
+        self._check_floating(expected)
+
+    def _check_floating(self, expected: Mapping[str, Tensor]) -> None:
+        for name, place in expected.items():
+            if not isinstance(self.tensors, LazyTensors) or name not in self.tensors:
+                continue
+            dtype = self.tensors.dtype(name)
+            if place.is_floating_point() and dtype not in FLOATING:
+                raise UserError(
+                    f"{self.source.folder}: {name} is of type {dtype}, which a full model's "
+                    "weights are not; give the model that it was made from"
+                )
 
 
 def free(part: nn.Module) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.tokenizer import open_tokenizer
 from gptq.blockwise.weight_files import open_full_weights, open_packed_weights, read_json
 from gptq.errors import UserError
@@ -111,7 +112,9 @@ def _open_folder(folder: Path, name: str, weights: bool) -> ModelSource:
     if weights:
         is_quantized = _is_quantized(folder, config)
         tensors = open_packed_weights(folder) if is_quantized else open_full_weights(folder)
-    return ModelSource(name, folder, config, spec, tensors.renamed(to_todays_names(spec)))
+    tensors = tensors.renamed(to_todays_names(spec))
+    config, tensors = resolve_ties(config, spec, tensors)
+    return ModelSource(name, folder, config, spec, tensors)
 
 
 def _is_quantized(folder: Path, config: PretrainedConfig) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gptq.blockwise.empty_model import replace
 from gptq.blockwise.source import to_todays_names
+from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.weight_files import open_packed_weights
 from gptq.checkpoints.layouts import Packed, PackedLayer, group_size, normal_form
 from gptq.errors import UserError
@@ -58,6 +59,8 @@ def attach(
     """
     raw, settings = open_checkpoint(path)
     tensors = raw.renamed(to_todays_names(spec))
+    config, tensors = resolve_ties(model.config, spec, tensors)
+    model.config.tie_word_embeddings = config.tie_word_embeddings
     checkpoint = place(model, path, tensors, settings, bits, group_size)
     _check_all_placed(model, checkpoint)
     return checkpoint

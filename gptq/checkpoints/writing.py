@@ -262,6 +262,10 @@ def _config_of(source: ModelSource) -> dict[str, object]:
     else:
         config = json.loads(source.config.to_json_string(use_diff=False))
         config["architectures"] = [source.spec.architecture]
+    # A head of its own in the file, whatever the configuration that came with it said.
+    tied = config.get("tie_word_embeddings", type(source.config)().tie_word_embeddings)
+    if tied and not source.config.tie_word_embeddings:
+        config["tie_word_embeddings"] = False
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(half_dtype(source.config.dtype)).removeprefix("torch.")
     return config

@@ -56,6 +56,7 @@ def open_weights(
         path = source.folder
     kind = pick_dtype(dtype, model.device, source.config.dtype)
     if path is None:
+        model.check_tensors()
         return Opened(replace(model, dtype=kind), None)
     attached = attach(model.module, source.spec, path, bits, group_size)
     return Opened(replace(model, dtype=kind, tensors=attached.tensors), attached)

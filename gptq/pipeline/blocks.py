@@ -49,7 +49,7 @@ def quantize_blocks(
     for a block that the model's spec does not describe.
     """
     check_layers(model, config.bits)
-    model.check_complete()
+    model.check_tensors()
     shared = [] if windows is None else team.share(batches(windows, model.device))
     activations = embed(model, shared, cache)
     # The full-precision model's activations, beside those of the model quantized so far.
