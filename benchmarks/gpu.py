@@ -94,7 +94,7 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
     inputs, outputs = SHAPE
     count = max(4, COLD_BYTES // (inputs * outputs * bits // 8))
     weights = [random_weight(bits, inputs, outputs, "cuda") for _ in range(count)]
-    tiled = [layout.prepack(weight) for weight in weights]
+    tiled = [layout.prepare(weight) for weight in weights]
     plain = [layout.plain(weight) for weight in weights[:4]]
     dense = [torch.randn(outputs, inputs, device="cuda", dtype=torch.float16) for _ in range(4)]
     stored = sum(t.nbytes for t in operator.prepare(weights[0]).tensors)
@@ -110,7 +110,7 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
 
 
 def _ways(
-    x: Tensor, tiled: list[layout.Prepacked], plain: list[layout.Plain], dense: list[Tensor]
+    x: Tensor, tiled: list[layout.KernelWeight], plain: list[layout.Plain], dense: list[Tensor]
 ) -> dict[str, list[Callable[[], Tensor]]]:
     """Calls for each way of taking the product, as far as it is meant for so many rows."""
     ways = {"cublas_fp16": [partial(nn.functional.linear, x, w) for w in dense]}

@@ -32,14 +32,13 @@ CUDA_TARGETS=$($PYTHON -c "import torch; print('sm_%d%d' % torch.cuda.get_device
 export CUDA_TARGETS
 step 150 $PYTHON setup.py --quiet build_ext --inplace ||
   { echo "error: the build failed, or took more than 150 seconds"; exit 2; }
-test -e quant_cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; exit 2; }
+test -e quant_cuda/cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; exit 2; }
 
 status=0
 echo "tests on the device"
-step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" tests/test_cuda.py \
-  tests/test_cuda_wgmma.py tests/test_cuda_sweep.py tests/test_cuda_refine.py \
-  tests/test_moments.py tests/test_gpu.py tests/test_triton.py \
-  tests/test_decode.py tests/test_shelf.py || { echo "FAILED: tests on the device"; status=1; }
+step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" tests/quant_cuda/test_cuda_*.py \
+  tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
+  tests/blockwise/test_activations.py || { echo "FAILED: tests on the device"; status=1; }
 
 for tool in memcheck racecheck; do
   echo "compute-sanitizer $tool"

@@ -1,4 +1,7 @@
-"""Arithmetic on packed GPTQ weights. Knows nothing of models or of how they were quantized."""
+"""Matmul with packed GPTQ weights, on CPUs and GPUs.
+
+It must not know models, checkpoints or how weights were quantized.
+"""
 
 import torch
 from torch import Tensor
@@ -25,11 +28,12 @@ def available() -> tuple[str, ...]:
 
 
 def prepare(weight: PackedWeight, backend: str | None = None) -> AnyWeight:
-    """The weight in the order that a backend's kernels read, for many products.
+    """The weight in the layout that a backend's kernels read, for many calls of `matmul`.
 
     The original need not be kept: `restore` makes it again.
-    backend: one of `available()`; None takes the best for the weight's device. Where that is
-    "torch", the weight itself comes back.
+    backend: one of `available()`; None takes the best for the weight's device. For "torch" the
+        weight itself comes back.
+    Raises ValueError for a backend that is not available or cannot multiply this weight.
     """
     return backends.to_layout(weight, backends.choose(facts(weight, torch.float32), backend).layout)
 
@@ -56,7 +60,7 @@ def matmul(
     backend: one of `available()`; None takes the best that can, see `backend_for`.
     bias: floating (out,), added before the result is rounded to x's dtype.
     int8: round activations to 8 bits, with a scale for each group of the weight and 512 inputs at
-        most. Faster where the processor multiplies bytes; the result is as exact as that rounding.
+        most. Faster if the processor multiplies bytes; the result is as exact as that rounding.
     Returns x's dtype (..., out); differentiable in x.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or backend.
     """
@@ -73,21 +77,21 @@ def matmul(
     if isinstance(weight, PackedWeight):
         chosen = backends.choose(facts(weight, x.dtype), backend)
         return chosen.matmul(x, backends.to_layout(weight, chosen.layout), bias, int8)
-    # Hundreds of small layers make a token, so that looking up who is chosen would show.
-    known = weight.chosen.get((x.dtype, backend))
-    if known is None:
-        known = backends.choose(facts(weight, x.dtype), backend)
-        weight.chosen[x.dtype, backend] = known
-    if known.layout != weight.layout:
-        return known.matmul(x, backends.to_layout(weight, known.layout), bias, int8)
-    return known.matmul(x, weight, bias, int8)
+    # The choice is cached: a token takes hundreds of small layers, so that making it would show.
+    cached = weight.chosen.get((x.dtype, backend))
+    if cached is None:
+        cached = backends.choose(facts(weight, x.dtype), backend)
+        weight.chosen[x.dtype, backend] = cached
+    if cached.layout != weight.layout:
+        return cached.matmul(x, backends.to_layout(weight, cached.layout), bias, int8)
+    return cached.matmul(x, weight, bias, int8)
 
 
 def rows(weight: AnyWeight, index: Tensor) -> Tensor:
     """The weights of some outputs, as an embedding looks them up.
 
     index: integer (...), each in 0..out - 1, on the weight's device.
-    Returns float32 (..., in), or float64 where the scales are; no product is taken.
+    Returns float32 (..., in), or float64 if the scales are; nothing is multiplied.
     """
     if isinstance(weight, PackedWeight):
         return reference.rows(weight, index)
@@ -95,12 +99,12 @@ def rows(weight: AnyWeight, index: Tensor) -> Tensor:
 
 
 def backend_for(weight: AnyWeight, dtype: torch.dtype) -> str:
-    """Name of the backend that `matmul` takes for activations of this type."""
+    """Name of the backend that `matmul` chooses for activations of this dtype."""
     return backends.choose(facts(weight, dtype)).name
 
 
 def __getattr__(name: str):
-    """The functions of the extension that had this package's name, for code written for it."""
+    """The functions of the older extension of this name, for code that was written for it."""
     if name not in _LEGACY:
         raise AttributeError(f"module 'quant_cuda' has no attribute {name!r}")
     from quant_cuda import legacy

@@ -1,6 +1,6 @@
-"""The table of backends: what can multiply, what it needs, and who is chosen.
+"""The table of backends: which can multiply what, and which is chosen.
 
-To add one, write its functions and a row of `_table`.
+To add one, write its functions and a row of `table`; from outside the package, `register` one.
 """
 
 import functools
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quant_cuda import reference
+from quant_cuda.cpu import layout as cpu_layout
 from quant_cuda.cpu import library
 from quant_cuda.cpu import product as cpu
 from quant_cuda.cuda import operator as gpu
@@ -26,7 +27,7 @@ class Layout:
     rows: Callable[[PreparedWeight, Tensor], Tensor]
     """(weight, index) -> the weights of some outputs, (..., in), float32 at least."""
     traced: Callable[..., Tensor]
-    """As `Backend.matmul`, by the best of those that read it, in operators that torch knows."""
+    """As `Backend.matmul`, by the best of those that read it, through a torch operator."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,53 @@ class Backend:
 
 LAYOUTS = {
     gpu.LAYOUT: Layout(gpu.prepare, gpu.restore, gpu.rows, gpu.traced),
-    cpu.LAYOUT: Layout(cpu.prepare, cpu.restore, cpu.rows, cpu.traced),
+    cpu_layout.LAYOUT: Layout(cpu_layout.prepare, cpu_layout.restore, cpu_layout.rows, cpu.traced),
 }
+
+_registered: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend that is tried before all others; the last one registered is tried first.
+
+    Weights that were multiplied before keep the backend chosen then: prepare them again.
+    Raises ValueError for a name that is taken or a layout that is not in LAYOUTS.
+    """
+    if backend.name in table():
+        raise ValueError(f"there is a backend {backend.name!r} already; choose another name")
+    if backend.layout is not None and backend.layout not in LAYOUTS:
+        raise ValueError(f"layout {backend.layout!r} is not one of {tuple(LAYOUTS)}; add it there")
+    _registered[backend.name] = backend
+    forget()
+
+
+def unregister(name: str) -> None:
+    """Undo `register`. Raises KeyError for a name that was not registered."""
+    del _registered[name]
+    forget()
+
+
+def forget() -> None:
+    """Look at the machine again, at the next call: what runs here, and what is chosen."""
+    for cached in (table, choose, _warn):
+        cached.cache_clear()
 
 
 @functools.cache
 def table() -> dict[str, Backend]:
     """Backends that can run on this machine by name, the best first."""
-    rows = [
+    rows = [*reversed(_registered.values())]
+    rows += [
         Backend(name, gpu.LAYOUT, gpu.refuses, functools.partial(gpu.matmul, engine=name))
         for name in gpu.engines()
     ]
     rows += [
-        Backend(name, cpu.LAYOUT, cpu.refuses, functools.partial(cpu.matmul, instruction_set=index))
+        Backend(
+            name,
+            cpu_layout.LAYOUT,
+            cpu.refuses,
+            functools.partial(cpu.matmul, instruction_set=index),
+        )
         for index, name in enumerate(library.compiled())
         if name in library.instruction_sets()
     ]
@@ -66,8 +101,8 @@ def table() -> dict[str, Backend]:
 def choose(product: Facts, name: str | None = None) -> Backend:
     """The backend of that name, or the first that can.
 
-    Falling back on plain torch is said in a warning, once for each reason.
-    Raises ValueError where the one named is not there or cannot.
+    Warns, once for each reason, if that is plain torch.
+    Raises ValueError if the one named is not there or cannot.
     """
     rows = table()
     if name is not None:
@@ -103,8 +138,10 @@ def _warn(reasons: str) -> None:
 def traced(
     x: Tensor, weight: AnyWeight, name: str | None, bias: Tensor | None, int8: bool
 ) -> Tensor:
-    """`matmul` for torch.compile and export, which cannot look into the table: the weight's layout
-    says who multiplies, and one that is not prepared is unpacked by torch."""
+    """`matmul` for torch.compile and export, which cannot trace a look-up in the table.
+
+    The weight's layout decides; a weight that is not prepared is unpacked by torch.
+    """
     if name not in (None, "torch"):
         raise ValueError(f"backend {name!r} cannot be named where torch traces; leave it out")
     if isinstance(weight, PackedWeight):
@@ -113,7 +150,7 @@ def traced(
 
 
 def to_layout(weight: AnyWeight, layout: str | None) -> AnyWeight:
-    """The same weight in another order; itself where it has that order."""
+    """The same weight in another layout; itself if it has that layout."""
     if isinstance(weight, PreparedWeight):
         if weight.layout == layout:
             return weight

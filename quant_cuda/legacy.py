@@ -27,7 +27,7 @@ def vecquant2matmul(
 
     vec: floating (..., in). mat: int32 (in * bits / 32, out), as docs/format.md packs it.
     mul: floating (..., out).
-    groups: what the generations differ in. A group size, or -1 for one group: scales are floating
+    groups: differs between the generations. A group size, or -1 for one group: scales are floating
         (groups, out) and zeros int32 (groups, out * bits / 32), each a zero point less one. A
         tensor (in,) of whole numbers: the same, and the group of each input. None: one group,
         scales (out, 1), and zeros floating (out, 1), each a zero point times its scale.
@@ -92,7 +92,7 @@ def _multiply(
     else:
         weight = _weight(bits, vec, mat, scales, zeros, groups)
         if vec.is_cuda and "cuda" in operator.engines() and vec.dtype != torch.float64:
-            # The words as they are: reordering them costs more than a product.
+            # The words are left in order, because reordering them costs more than one matmul.
             product = kernels.matmul(vec, layout.plain(weight))
         else:
             product = quant_cuda.matmul(vec, weight)
@@ -100,7 +100,7 @@ def _multiply(
 
 
 def _float_zeros(bits: int, vec: Tensor, mat: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The product of the first generation, whose zeros are scale * zero point."""
+    """vec @ weight of the first generation, whose zeros are scale * zero point."""
     if not zeros.is_floating_point():
         raise TypeError(
             f"zeros are {zeros.dtype}: packed zero points need a group size or g_idx after them"
@@ -112,8 +112,8 @@ def _float_zeros(bits: int, vec: Tensor, mat: Tensor, scales: Tensor, zeros: Ten
             f"a group size both must be ({outputs}, 1)"
         )
     q = unpack(mat, bits, vec.shape[-1]).to(scales.dtype)
-    number = (q * scales.reshape(1, -1)).sub_(zeros.reshape(1, -1))
-    return vec @ number.to(vec.dtype)
+    dequantized = (q * scales.reshape(1, -1)).sub_(zeros.reshape(1, -1))
+    return vec @ dequantized.to(vec.dtype)
 
 
 def _weight(

@@ -4,25 +4,25 @@ import torch
 from torch import Tensor
 
 from quant_cuda.packing import fields, unpack, unpack_zeros
-from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight
+from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight, group_length
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight as numbers: dtype (in, out), a view of a contiguous (out, in).
+    """The dequantized weight: dtype (in, out), a view of a contiguous (out, in).
 
-    The product is formed in float32 at least and rounded to `dtype` once.
+    scale * (q - zero) is formed in float32 at least and rounded to `dtype` once.
     """
     work = torch.promote_types(torch.float32, weight.scales.dtype)
     work = torch.promote_types(work, dtype)
     zeros = unpack_zeros(weight.qzeros, weight.bits, weight.out_features, weight.zero_offset)
     zeros, scales = zeros.T.to(work), weight.scales.T.to(work)  # (out, groups)
-    # Turned over while it is bytes: a product over contiguous inputs is faster and sums better.
+    # Transposed while it is bytes: a matmul over contiguous inputs is faster and sums better.
     q = unpack(weight.qweight, weight.bits, weight.in_features).T.contiguous().to(work)
     if weight.g_idx is not None:
         group = weight.g_idx.long()
         q.sub_(zeros[:, group]).mul_(scales[:, group])
         return q.to(dtype).T
-    size = weight.in_features if weight.group_size == -1 else weight.group_size
+    size = group_length(weight.in_features, weight.group_size)
     full = weight.in_features // size
     # The groups of full size at once, then the short last one if there is one.
     for inputs, groups in (
@@ -42,12 +42,12 @@ def rows(weight: PackedWeight, index: Tensor) -> Tensor:
     group = weight.g_idx
     if group is None:
         group = natural_groups(weight.in_features, weight.group_size, columns.device)
-    taken = on_grid(q, zeros, weight.scales[:, columns], group)
-    return taken.reshape(*index.shape, weight.in_features)
+    values = dequantized(q, zeros, weight.scales[:, columns], group)
+    return values.reshape(*index.shape, weight.in_features)
 
 
-def on_grid(q: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
-    """Integers as numbers: q uint8 (in, out), zeros and scales (groups, out), group (in,) to
+def dequantized(q: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+    """scale * (q - zero): q uint8 (in, out), zeros and scales (groups, out), group (in,) to
     floating (out, in), float32 at least."""
     work = torch.promote_types(torch.float32, scales.dtype)
     group = group.long()
@@ -55,9 +55,8 @@ def on_grid(q: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
 
 
 def natural_groups(inputs: int, group_size: int, device: torch.device) -> Tensor:
-    """Group of each input where groups are runs of neighbours: int64 (in,)."""
-    size = inputs if group_size == -1 else group_size
-    return torch.arange(inputs, device=device) // size
+    """Group of each input if groups are runs of neighbours: int64 (in,)."""
+    return torch.arange(inputs, device=device) // group_length(inputs, group_size)
 
 
 def matmul(

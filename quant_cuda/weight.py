@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quant_cuda.packing import BITS, words_for
 
-# Where activations are rounded to fewer bits, they share a scale over a group of inputs, and over
-# this many where a group has more.
+# Activations rounded to 8 or 16 bits share a scale over the inputs of a group, but over no more
+# than this many: longer groups are cut into runs.
 MAX_RUN = 512
 
 
@@ -89,9 +89,9 @@ class PreparedWeight:
     """
 
     layout: str
-    """Whose order it is; backends of the same layout can share it."""
+    """A key of `backends.LAYOUTS`; backends of the same layout can share the weight."""
     tensors: tuple[Tensor, ...]
-    """What the layout says it is made of; the first one holds the integers."""
+    """As the layout defines them; the first one holds the integers."""
     g_idx: Tensor | None
     """As in `PackedWeight`."""
     bits: int
@@ -101,7 +101,7 @@ class PreparedWeight:
     zero_offset: int
     scale_dtype: torch.dtype
     chosen: dict = field(default_factory=dict, compare=False, repr=False)
-    """Who multiplies it, by activations' type and the name asked for; `quant_cuda.matmul`'s own."""
+    """Cache of `quant_cuda.matmul`: the backend for a dtype of activations and a name asked for."""
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +112,7 @@ AnyWeight = PackedWeight | PreparedWeight
 
 
 class Facts(NamedTuple):
-    """What a backend may want to know of a product before it takes it: plain values, no tensors."""
+    """What a backend may want to know of a matmul before it takes it: plain values, no tensors."""
 
     device: str
     """The device's type."""
@@ -127,16 +127,22 @@ class Facts(NamedTuple):
 
 
 def facts(weight: AnyWeight, dtype: torch.dtype) -> Facts:
+    """Those of activations of `dtype` times the weight."""
     return Facts(
-        weight.device.type,
-        dtype,
-        weight.scale_dtype,
-        weight.bits,
-        weight.group_size,
-        weight.in_features,
-        weight.out_features,
-        weight.g_idx is not None,
+        device=weight.device.type,
+        dtype=dtype,
+        scale_dtype=weight.scale_dtype,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        has_g_idx=weight.g_idx is not None,
     )
+
+
+def group_length(in_features: int, group_size: int) -> int:
+    """Inputs in a group of full size; a group size of -1 is one group of all inputs."""
+    return in_features if group_size == -1 else group_size
 
 
 def group_count(in_features: int, group_size: int) -> int:

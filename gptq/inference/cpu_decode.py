@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 
 from gptq.nn import QuantLinear
 from quant_cuda.cpu import decoder_block as block
-from quant_cuda.cpu import library, product
+from quant_cuda.cpu import layout, library, product
 from quant_cuda.cpu.decoder_block import Block
 from quant_cuda.weight import PreparedWeight
 
@@ -202,7 +202,7 @@ def _make(
     linears: Sequence[QuantLinear], norms: Sequence[nn.Module], attention: Any
 ) -> Block | None:
     weights = [linear.prepare() for linear in linears]
-    ready = [it for it in weights if isinstance(it, PreparedWeight) and it.layout == product.LAYOUT]
+    ready = [it for it in weights if isinstance(it, PreparedWeight) and it.layout == layout.LAYOUT]
     gains = [cast(Tensor, norm.weight).detach() for norm in norms]
     if (
         len(ready) != len(weights)

@@ -1,1 +1,4 @@
-"""Products and the solver's inner loops in compiled code for CPUs (csrc/cpu)."""
+"""Matmul with packed weights, the solver's inner loops and LLaMA decoding in compiled CPU code.
+
+It must not know checkpoints, models or CUDA.
+"""

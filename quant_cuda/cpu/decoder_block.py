@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_cuda.cpu import library, product
+from quant_cuda.cpu import library
 from quant_cuda.weight import PreparedWeight
 
 WEIGHTS = ("query", "key", "value", "attended", "gate", "up", "down")
@@ -28,12 +28,12 @@ class _Args(ctypes.Structure):
 
 
 class Block:
-    """A block's weights, as `run` takes them.
+    """The weights of a block, as `run` takes them.
 
     weights: in the order of WEIGHTS, all in the CPU's layout; biases: float32 (out,) or None each.
     norms: of attention and of the feed-forward part, each a weight, float32 (hidden,), and an
         epsilon.
-    scale: of a query's products with keys.
+    scale: factor of the query-key scores.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Block:
         args.heads = weights[0].out_features // head_dim
         args.key_heads = weights[1].out_features // head_dim
         args.head_dim, args.scale, args.digits = head_dim, scale, 1 if int8 else 2
-        # What the record points to must live as long.
-        self._held = (*weights, *biases, first, second)
+        # The record holds bare addresses: what they point to must live as long.
+        self._kept_alive = (*weights, *biases, first, second)
 
 
 def run(
@@ -71,13 +71,13 @@ def run(
     """x float32 (1, 1, hidden) through one or more blocks, each on the output of the one before.
 
     cos, sin: float32 (1, 1, head_dim), of the token's position.
-    caches: of each block keys and values, float32 (1, key heads, capacity, head_dim), contiguous,
-        the first `length` < capacity tokens known; this token's are written behind them.
-    backend: index in `native.compiled()`; -1 for the best.
+    caches: keys and values of each block, float32 (1, key heads, capacity, head_dim), contiguous.
+        The first `length` < capacity tokens are there; this token's are written after them.
+    backend: index in `library.compiled()`; -1 for the best.
     Returns the last block's output, of x's shape.
     """
     y = torch.empty_like(x)
-    # Its own records, since another thread may be taking a token of its own through these blocks.
+    # Copies of the records, because another thread may be running these blocks too.
     records = (_Args * len(blocks))(*(block.args for block in blocks))
     token = (y.data_ptr(), cos.data_ptr(), sin.data_ptr())
     for args, (keys, values) in zip(records, caches, strict=True):
@@ -86,6 +86,6 @@ def run(
         args.capacity, args.length = keys.shape[2], length
         args.threads = torch.get_num_threads()
     records[0].x = x.data_ptr()
-    index = product.best() if backend < 0 else backend
-    product.library().quant_cuda_blocks(index, records, len(blocks))
+    index = library.best() if backend < 0 else backend
+    library.required().quant_cuda_blocks(index, records, len(blocks))
     return y

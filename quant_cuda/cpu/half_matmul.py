@@ -1,7 +1,7 @@
-"""float32 activations times a weight of 16-bit floats on a CPU, which reads it as it is stored.
+"""float32 activations times a float16 or bfloat16 weight on a CPU, read as it is stored.
 
-torch takes both in one type: in float32 the weight is twice as many bytes, and in 16 bits slow on
-processors without units for them.
+torch multiplies tensors of one dtype only: a float32 copy of the weight is twice as many bytes to
+read, and 16-bit matmul is slow on processors without hardware units for it.
 """
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from quant_cuda.cpu import library, product
 
-# From so many rows on torch's dense product is as fast, the weight widened a part at a time.
+# From so many rows on torch's dense matmul is as fast, with the weight widened a part at a time.
 MANY_ROWS = 32
 PART = 4096  # outputs
 _KINDS = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `matmul` takes these here."""
+    """Whether `matmul` takes these tensors on this machine."""
     return (
         bool(library.compiled())
         and x.dtype == torch.float32
@@ -31,7 +31,7 @@ def matmul(x: Tensor, weight: Tensor, backend: int = -1) -> Tensor:
     """x (..., in) times weight^T, summed in float32; no gradients.
 
     x: float32, any strides; weight: float16 or bfloat16 (out, in), contiguous.
-    backend: index in `native.compiled()`; -1 for the best.
+    backend: index in `library.compiled()`; -1 for the best.
     Returns float32 (..., out). Raises ValueError for what does not fit.
     """
     if not fits(x, weight) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -43,8 +43,8 @@ def matmul(x: Tensor, weight: Tensor, backend: int = -1) -> Tensor:
         parts = [nn.functional.linear(rows, part.float()) for part in weight.split(PART)]
         return torch.cat(parts, 1).view(*x.shape[:-1], len(weight))
     y = x.new_empty((*x.shape[:-1], len(weight)))
-    product.library().quant_cuda_halves(
-        product.best() if backend < 0 else backend,
+    library.required().quant_cuda_halves(
+        library.best() if backend < 0 else backend,
         *(tensor.data_ptr() for tensor in (rows, weight, y)),
         *(len(rows), weight.shape[1], len(weight)),
         *(_KINDS[weight.dtype], torch.get_num_threads()),

@@ -1,4 +1,4 @@
-"""The compiled CPU code, where it was built: found beside this file, called through ctypes."""
+"""The compiled CPU code: a shared library beside this file, called through ctypes."""
 
 import ctypes
 import functools
@@ -11,6 +11,7 @@ LIBRARY = Path(__file__).with_name("_native.so")
 
 
 def fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
+    """Fields of a ctypes record by their names: addresses, then int32."""
     return [
         *((name, ctypes.c_void_p) for name in pointers.split()),
         *((name, ctypes.c_int32) for name in numbers.split()),
@@ -34,7 +35,7 @@ class _RefineArgs(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
+    """The library, or None if it was not built."""
     if not LIBRARY.exists():
         return None
     found = ctypes.CDLL(str(LIBRARY))
@@ -70,9 +71,19 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def required() -> ctypes.CDLL:
+    """The library. Raises ValueError if it was not built."""
+    found = library()
+    if found is None:
+        raise ValueError(
+            "the compiled CPU code is not there: run pip install . with a C++ compiler"
+        )
+    return found
+
+
 @functools.cache
 def compiled() -> tuple[str, ...]:
-    """Names of the instruction sets there is code for, best first; empty where none was built."""
+    """Names of the instruction sets there is code for, best first; empty if nothing was built."""
     found = library()
     names: list[str] = []
     while found is not None and (name := found.quant_cuda_instruction_set(len(names))):
@@ -87,6 +98,12 @@ def instruction_sets() -> tuple[str, ...]:
     if found is None:
         return ()
     return tuple(name for i, name in enumerate(compiled()) if found.quant_cuda_runs_here(i))
+
+
+@functools.cache
+def best() -> int:
+    """Index in `compiled()` of the best that runs here."""
+    return compiled().index(instruction_sets()[0])
 
 
 def sweep(
@@ -207,7 +224,7 @@ def _call(
 
 
 def read(data: Tensor) -> int:
-    """The exclusive or of a tensor's 64-bit words, which takes as long as reading them does.
+    """The exclusive or of a tensor's 64-bit words, which measures how fast memory is read.
 
     data: contiguous, of a multiple of 64 bytes.
     """

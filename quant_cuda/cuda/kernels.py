@@ -1,133 +1,131 @@
-"""The CUDA kernels, where they were built: found beside this file, called through ctypes.
+"""Which CUDA kernel multiplies what, and how each is launched.
 
-What launches takes tensors of whatever memory the library reads, so that tests hand it a library
-of the same source built for the host.
+To add one, write csrc/cuda/x.cu and a row of KERNELS.
 """
 
-import ctypes
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant_cuda.cuda.layout import COLUMNS, Plain, Prepacked, Tiled, prepack, unprepack
+from quant_cuda.cuda.layout import COLUMNS, KernelWeight, Plain, Tiled
+from quant_cuda.cuda.library import LIBRARY, Launch, available, current, load
+from quant_cuda.weight import group_length
 
-__all__ = ["available", "dequantize", "matmul", "prepack", "unprepack"]
-
-LIBRARY = Path(__file__).with_name("_cuda.so")
+__all__ = [
+    "KERNELS",
+    "LIBRARY",
+    "Kernel",
+    "Launch",
+    "Product",
+    "available",
+    "current",
+    "dequantize",
+    "kernel_for",
+    "launch_dequantize",
+    "launch_matmul",
+    "load",
+    "matmul",
+]
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-# The most rows of x that each kernel takes; for more, writing the weight out and a dense product is
-# the better way. As measured with 8192 x 8192 weights on an H200, see benchmarks/results.
+# The most rows of x that each kernel takes. For more of them, dequantizing the weight and a dense
+# matmul is faster, as measured with 8192 x 8192 weights on an H200, see benchmarks/results.
 GEMV_ROWS = 32
 GEMM_ROWS = 127
 GEMM_ROWS_BEFORE_WGMMA = 64
 WGMMA_ROWS = 512
 
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
-_SIGNATURES = {
-    "gemv": "ii pppppp iiiiii p",
-    "gemm": "ii pppppp iiiiiii p",
-    "wgmma": "ii pppppp iiiiiii p",
-    "dequantize": "ii ppp iiii p",
-    "add_partials": "i ppp iii p",
-    "plain_multiply": "i pppppp iiiii p",
-    "plain_dequantize": "ii ppppp iii p",
-    "sweep_block": "pppppppppp iiiiiii p",
-    "refine_group": "pppppp iiiii p",
-}
 
+class Product(NamedTuple):
+    """What a kernel may want to know of a matmul before it takes it."""
 
-def load(path: Path) -> ctypes.CDLL:
-    """A library of the kernels, its functions' argument types declared."""
-    library = ctypes.CDLL(str(path))
-    for name, signature in _SIGNATURES.items():
-        kinds = [_POINTER if c == "p" else _INT for c in signature if c != " "]
-        getattr(library, f"quant_cuda_{name}").argtypes = kinds
-    library.quant_cuda_error.restype = ctypes.c_char_p
-    return library
+    rows: int
+    """Of x."""
+    dtype: torch.dtype
+    """Of x: float16, bfloat16 or float32."""
+    weight: KernelWeight
+    wgmma: bool
+    """Whether the GPU runs the kernel for compute capability 9.0."""
 
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load(LIBRARY) if LIBRARY.exists() else None
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the tensor-core kernels fit: they take 16-bit x and tiles."""
+        return isinstance(self.weight, Tiled) and self.dtype != torch.float32
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Where kernels run."""
+class Kernel:
+    """One way to multiply."""
 
-    library: ctypes.CDLL
-    stream: int
-    processors: int
-    """Multiprocessors of the device."""
-    wgmma: bool = False
-    """Whether it runs the kernel for compute capability 9.0."""
+    name: str
+    """Its launcher in csrc/cuda is `quant_cuda_<name>`."""
+    signature: str | None
+    """The launcher's C arguments: p for a pointer, i for an int; the last one is the stream."""
+    takes: Callable[[Product], bool]
+    launch: "_LaunchFunction"
+    """(kernel, launch, x, weight, bias) -> y in x's dtype (rows, out); chooses the grid.
 
-    def __call__(self, name: str, *arguments: int | Tensor | None) -> None:
-        """Call a launcher; a tensor stands for its address."""
-        plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        code = getattr(self.library, f"quant_cuda_{name}")(*plain, self.stream)
-        if code:
-            raise RuntimeError(f"{name} failed: {self.library.quant_cuda_error(code).decode()}")
+    x: (rows, in), rows at least 1, inputs in the order of the weight's words.
+    bias: floating (out,) or None.
+    """
+
+    def __call__(self, launch: Launch, *arguments: int | Tensor | None) -> None:
+        """Call the launcher."""
+        launch(self.name, *arguments, signature=self.signature)
 
 
-@functools.cache
-def available() -> bool:
-    """Whether the kernels were built and there is a GPU that runs them (compute capability 8.0)."""
-    if not LIBRARY.exists() or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= (8, 0)
+_LaunchFunction = Callable[[Kernel, Launch, Tensor, KernelWeight, Tensor | None], Tensor]
 
 
 def matmul(
-    x: Tensor, weight: Prepacked, bias: Tensor | None = None, kernel: str | None = None
+    x: Tensor, weight: KernelWeight, bias: Tensor | None = None, kernel: str | None = None
 ) -> Tensor:
-    """x times a prepacked weight, on x's device and its current stream.
+    """x times a weight of `layout.prepare`, on x's device and its current stream.
 
     x: float16, bfloat16 or float32 (..., in), on a GPU, any strides. bias: floating (out,).
-    kernel: as `kernel_for` names it; None for the one it chooses.
+    kernel: a name in KERNELS; None for the one that `kernel_for` chooses.
     Returns x's dtype (..., out). Sums are formed in float32, in an order that depends on the
     shapes and the GPU alone: the same call gives the same bits.
-    Raises ValueError for a shape or device that does not fit, RuntimeError where a launch fails.
+    Raises ValueError for a shape or device that does not fit, RuntimeError if a launch fails.
     """
-    launch = _place(x, weight)
+    launch = _launch_on(x, weight)
     with torch.cuda.device(x.device):
         return launch_matmul(launch, x, weight, bias, kernel)
 
 
-def dequantize(weight: Prepacked, dtype: torch.dtype) -> Tensor:
-    """The weight as numbers: dtype (in, out), on its GPU; float16, bfloat16 or float32."""
-    words = words_of(weight)
-    launch = _place(words, weight)
+def dequantize(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight: float16, bfloat16 or float32 (in, out), on its GPU."""
+    words = packed_words(weight)
+    launch = _launch_on(words, weight)
     with torch.cuda.device(words.device):
         return launch_dequantize(launch, weight, dtype)
 
 
-def words_of(weight: Prepacked) -> Tensor:
-    """The packed integers."""
+def packed_words(weight: KernelWeight) -> Tensor:
     return weight.words if isinstance(weight, Tiled) else weight.qweight
 
 
-def kernel_for(rows: int, dtype: torch.dtype, weight: Prepacked, wgmma: bool) -> str:
-    """Which kernel multiplies so many rows of x: a name in csrc/cuda, or "dense"."""
-    if isinstance(weight, Plain):
-        return "plain" if rows <= GEMM_ROWS else "dense"
-    if dtype == torch.float32:
-        return "dense"
-    if rows <= GEMV_ROWS:
-        return "gemv"
-    if rows <= (GEMM_ROWS_BEFORE_WGMMA if wgmma else GEMM_ROWS):
-        return "gemm"
-    return "wgmma" if wgmma and rows <= WGMMA_ROWS else "dense"
+def kernel_for(rows: int, dtype: torch.dtype, weight: KernelWeight, wgmma: bool) -> Kernel:
+    """The first of KERNELS that takes so many rows of x in this dtype."""
+    product = Product(rows, dtype, weight, wgmma)
+    return next(kernel for kernel in KERNELS if kernel.takes(product))
+
+
+def named(name: str) -> Kernel:
+    """The kernel of this name. Raises ValueError if there is none."""
+    for kernel in KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise ValueError(f"there is no kernel {name!r}; choose one of {[k.name for k in KERNELS]}")
 
 
 def launch_matmul(
     launch: Launch,
     x: Tensor,
-    weight: Prepacked,
+    weight: KernelWeight,
     bias: Tensor | None = None,
     kernel: str | None = None,
 ) -> Tensor:
@@ -144,22 +142,18 @@ def launch_matmul(
         return x.new_zeros(shape)
     if isinstance(weight, Tiled) and weight.order is not None:
         rows = rows.index_select(1, weight.order)
-    kernel = kernel or kernel_for(len(rows), x.dtype, weight, launch.wgmma)
-    if kernel == "dense":
-        dense = _dense(launch, weight, x.dtype)
-        y = torch.nn.functional.linear(rows, dense.T, None if bias is None else bias.to(x.dtype))
-        return y.view(shape)
-    bias = None if bias is None else bias.float().contiguous()
-    if isinstance(weight, Tiled):
-        return _tiled(launch, kernel, rows, weight, bias).view(shape)
-    return _plain(launch, rows, weight, bias).view(shape)
+    if kernel is None:
+        chosen = kernel_for(len(rows), x.dtype, weight, launch.wgmma)
+    else:
+        chosen = named(kernel)
+    return chosen.launch(chosen, launch, rows, weight, bias).view(shape)
 
 
-def launch_dequantize(launch: Launch, weight: Prepacked, dtype: torch.dtype) -> Tensor:
+def launch_dequantize(launch: Launch, weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     """`dequantize` on a stream of the current device."""
     if dtype not in _TYPES:
         raise TypeError(f"a weight is written out as float16, bfloat16 or float32, not {dtype}")
-    dense = _dense(launch, weight, dtype)
+    dense = _dequantized(launch, weight, dtype)
     if isinstance(weight, Plain) or weight.order is None:
         return dense
     natural = torch.empty_like(dense)
@@ -167,30 +161,31 @@ def launch_dequantize(launch: Launch, weight: Prepacked, dtype: torch.dtype) -> 
     return natural
 
 
-def _tiled(launch: Launch, kernel: str, rows: Tensor, weight: Tiled, bias: Tensor | None) -> Tensor:
-    """rows: (rows, in), float16 or bfloat16, in the order of the words."""
-    x = _aligned(rows)
-    count, blocks, processors = x.shape[0], weight.words.shape[1], launch.processors
-    shape: tuple[int, ...] = ()
-    if kernel == "gemv":
-        splits = _splits(weight.columns // COLUMNS, blocks // 8, 2 * processors)
-    elif kernel == "gemm":
-        row_tile = 16 if count <= 16 else 32 if count <= 32 else 64
-        splits = _splits(_blocks(count, row_tile, weight.columns, 128), blocks // 4, processors)
-        shape = (row_tile,)
-    else:
-        column_tile = _column_tile(count, weight.columns, processors)
-        thread_blocks = _blocks(count, 128, weight.columns, column_tile)
-        splits = _splits(thread_blocks, blocks // 4, processors)
-        shape = (column_tile,)
-    y = x.new_empty((count, weight.out_features))
-    partial = x.new_empty((splits, *y.shape), dtype=torch.float32) if splits > 1 else None
-    tensors = (x, weight.words, weight.table, bias, y, partial)
-    sizes = (*x.shape, weight.out_features, weight.columns, weight.shift, splits, *shape)
-    launch(kernel, weight.bits, _TYPES[x.dtype], *tensors, *sizes)
-    if partial is not None:
-        launch("add_partials", _TYPES[y.dtype], partial, bias, y, splits, y.numel(), y.shape[1])
-    return y
+def _launch_on(x: Tensor, weight: KernelWeight) -> Launch:
+    device = packed_words(weight).device
+    if not x.is_cuda or x.device != device:
+        raise ValueError(f"x is on {x.device}, the weight on {device}; both must be a GPU's")
+    return current(x)
+
+
+# Grids: thread blocks that share the inputs (split K), and the launcher's own last arguments -----
+
+
+def _gemv_grid(rows: int, weight: Tiled, processors: int) -> tuple[int, tuple[int, ...]]:
+    blocks = weight.words.shape[1]
+    return _splits(weight.columns // COLUMNS, blocks // 8, 2 * processors), ()
+
+
+def _gemm_grid(rows: int, weight: Tiled, processors: int) -> tuple[int, tuple[int, ...]]:
+    row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    thread_blocks = _blocks(rows, row_tile, weight.columns, 128)
+    return _splits(thread_blocks, weight.words.shape[1] // 4, processors), (row_tile,)
+
+
+def _wgmma_grid(rows: int, weight: Tiled, processors: int) -> tuple[int, tuple[int, ...]]:
+    column_tile = _column_tile(rows, weight.columns, processors)
+    thread_blocks = _blocks(rows, 128, weight.columns, column_tile)
+    return _splits(thread_blocks, weight.words.shape[1] // 4, processors), (column_tile,)
 
 
 def _blocks(rows: int, row_tile: int, columns: int, column_tile: int) -> int:
@@ -198,8 +193,11 @@ def _blocks(rows: int, row_tile: int, columns: int, column_tile: int) -> int:
 
 
 def _column_tile(rows: int, columns: int, processors: int) -> int:
-    """Columns of a thread block of wgmma.cu: the more, the fewer times x is read, but a GPU that
-    wide tiles leave idle is better filled by narrow ones."""
+    """Columns of a thread block of wgmma.cu.
+
+    The wider, the fewer times x is read; but if wide tiles are too few to fill the GPU, narrow ones
+    are faster.
+    """
 
     def cost(tile: int) -> float:
         waves = -(-_blocks(rows, 128, columns, tile) // max(processors, 1))
@@ -208,20 +206,61 @@ def _column_tile(rows: int, columns: int, processors: int) -> int:
     return min((256, 128), key=cost)
 
 
-def _plain(launch: Launch, rows: Tensor, weight: Plain, bias: Tensor | None) -> Tensor:
-    x = rows.float().contiguous()
+def _splits(thread_blocks: int, most: int, wanted: int) -> int:
+    """Thread blocks that share the inputs, so that there are nearly `wanted` in all."""
+    return max(1, min(wanted // thread_blocks, most))
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+def _tiled(grid: Callable[[int, Tiled, int], tuple[int, tuple[int, ...]]]) -> _LaunchFunction:
+    """`Kernel.launch` of a kernel that takes tiles."""
+
+    def launch_tiled(
+        kernel: Kernel, launch: Launch, x: Tensor, weight: KernelWeight, bias: Tensor | None
+    ) -> Tensor:
+        assert isinstance(weight, Tiled)
+        x, bias = _aligned(x), _float32(bias)
+        splits, last = grid(x.shape[0], weight, launch.processors)
+        y = x.new_empty((x.shape[0], weight.out_features))
+        partial = x.new_empty((splits, *y.shape), dtype=torch.float32) if splits > 1 else None
+        tensors = (x, weight.words, weight.table, bias, y, partial)
+        sizes = (*x.shape, weight.out_features, weight.columns, weight.shift, splits, *last)
+        kernel(launch, weight.bits, _TYPES[x.dtype], *tensors, *sizes)
+        if partial is not None:
+            _add_partials(launch, partial, bias, y)
+        return y
+
+    return launch_tiled
+
+
+def _plain(
+    kernel: Kernel, launch: Launch, x: Tensor, weight: KernelWeight, bias: Tensor | None
+) -> Tensor:
+    """`Kernel.launch` of plain.cu, which takes float32 x."""
+    assert isinstance(weight, Plain)
+    y = x.new_empty((x.shape[0], weight.out_features))
+    x = x.float().contiguous()
     blocks = -(-weight.out_features // 128) * -(-x.shape[0] // 8)
     splits = _splits(blocks, -(-weight.in_features // 64), 8 * launch.processors)
-    y = rows.new_empty((x.shape[0], weight.out_features))
     partial = x.new_empty((splits, *y.shape))
     tensors = (x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, partial)
-    sizes = (*x.shape, weight.out_features, _group_size(weight), splits)
-    launch("plain_multiply", weight.bits, *tensors, *sizes)
-    launch("add_partials", _TYPES[y.dtype], partial, bias, y, splits, y.numel(), y.shape[1])
+    group_size = group_length(weight.in_features, weight.group_size)
+    kernel(launch, weight.bits, *tensors, *x.shape, weight.out_features, group_size, splits)
+    _add_partials(launch, partial, _float32(bias), y)
     return y
 
 
-def _dense(launch: Launch, weight: Prepacked, dtype: torch.dtype) -> Tensor:
+def _dense(
+    kernel: Kernel, launch: Launch, x: Tensor, weight: KernelWeight, bias: Tensor | None
+) -> Tensor:
+    """`Kernel.launch` of torch's matmul with the dequantized weight."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, _dequantized(launch, weight, x.dtype).T, bias)
+
+
+def _dequantized(launch: Launch, weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     """(in, out), inputs in the order of the words."""
     inputs, outputs = weight.in_features, weight.out_features
     kinds = (weight.bits, _TYPES[dtype])
@@ -232,21 +271,23 @@ def _dense(launch: Launch, weight: Prepacked, dtype: torch.dtype) -> Tensor:
         return dense.T
     dense = weight.scales.new_empty((inputs, outputs), dtype=dtype)
     tensors = (weight.qweight, weight.scales, weight.zeros, weight.g_idx, dense)
-    launch("plain_dequantize", *kinds, *tensors, inputs, outputs, _group_size(weight))
+    group_size = group_length(inputs, weight.group_size)
+    launch("plain_dequantize", *kinds, *tensors, inputs, outputs, group_size)
     return dense
 
 
-def _group_size(weight: Plain) -> int:
-    return weight.in_features if weight.group_size == -1 else weight.group_size
+def _add_partials(launch: Launch, partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Sum the partial sums (splits, rows, out), in order, and the bias, into y (rows, out)."""
+    sizes = (len(partial), y.numel(), y.shape[1])
+    launch("add_partials", _TYPES[y.dtype], partial, bias, y, *sizes)
 
 
-def _splits(thread_blocks: int, most: int, wanted: int) -> int:
-    """Thread blocks that share the inputs, so that there are nearly `wanted` in all."""
-    return max(1, min(wanted // thread_blocks, most))
+def _float32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """Contiguous, a multiple of 8 wide and 16-byte aligned, as 16-byte loads want it."""
+    """Contiguous, a multiple of 8 wide and 16-byte aligned, because the kernels load 16 bytes."""
     short = -rows.shape[1] % 8
     if short:
         return torch.nn.functional.pad(rows, (0, short))
@@ -254,26 +295,40 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def current(x: Tensor) -> Launch:
-    """The library on the current stream of x's GPU."""
-    library = _library()
-    if library is None:
-        raise RuntimeError("the CUDA kernels were not built; install again where nvcc is")
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    return Launch(library, stream, *_facts(x.device))
+# The table ----------------------------------------------------------------------------------------
 
 
-def _place(x: Tensor, weight: Prepacked) -> Launch:
-    there = words_of(weight).device
-    if not x.is_cuda or x.device != there:
-        raise ValueError(f"x is on {x.device}, the weight on {there}; both must be a GPU's")
-    return current(x)
+def _takes_gemm(product: Product) -> bool:
+    return product.is_tiled and product.rows <= (
+        GEMM_ROWS_BEFORE_WGMMA if product.wgmma else GEMM_ROWS
+    )
 
 
-@functools.cache
-def _facts(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors of a GPU, and whether it runs the kernel for compute capability 9.0."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    library = _library()
-    has_wgmma = library is not None and bool(library.quant_cuda_has_wgmma())
-    return processors, has_wgmma and torch.cuda.get_device_capability(device) == (9, 0)
+# The first that takes a matmul launches it; the last takes all.
+KERNELS = [
+    Kernel(
+        name="gemv",
+        signature="ii pppppp iiiiii p",
+        takes=lambda product: product.is_tiled and product.rows <= GEMV_ROWS,
+        launch=_tiled(_gemv_grid),
+    ),
+    Kernel(
+        name="gemm",
+        signature="ii pppppp iiiiiii p",
+        takes=_takes_gemm,
+        launch=_tiled(_gemm_grid),
+    ),
+    Kernel(
+        name="wgmma",
+        signature="ii pppppp iiiiiii p",
+        takes=lambda product: product.is_tiled and product.wgmma and product.rows <= WGMMA_ROWS,
+        launch=_tiled(_wgmma_grid),
+    ),
+    Kernel(
+        name="plain_multiply",
+        signature="i pppppp iiiii p",
+        takes=lambda product: isinstance(product.weight, Plain) and product.rows <= GEMM_ROWS,
+        launch=_plain,
+    ),
+    Kernel(name="dense", signature=None, takes=lambda product: True, launch=_dense),
+]

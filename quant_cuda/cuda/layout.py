@@ -1,6 +1,6 @@
-"""Packed weights in the order in which the GPU kernels read them, and back.
+"""The GPU kernels' layout of a weight, made of a packed weight and turned back into one.
 
-csrc/layout.h defines the order of words; beside them lies a table of scales and zero points.
+csrc/layout.h defines the order of words. A table holds scales and zero points.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_cuda import reference
 from quant_cuda.packing import pack, pack_zeros, unpack, unpack_zeros
-from quant_cuda.weight import PackedWeight, group_count
+from quant_cuda.weight import PackedWeight, group_count, group_length
 
 TILE = 16
 COLUMNS = 32
@@ -30,7 +30,7 @@ class Tiled:
     table: Tensor
     """int32 (units, columns): bits of a float16 scale below, zero point above; padding is zero."""
     order: Tensor | None
-    """int64 (in,): which input of x is the i-th of the words; None for the natural order."""
+    """int64 (in,): the input of x that is the i-th of the words; None for the natural order."""
     bits: int
     shift: int
     """A row of the table serves 2**shift inputs."""
@@ -48,7 +48,7 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Plain:
-    """A weight whose words are as in a checkpoint, for the kernels that take any."""
+    """A weight whose words are as in a checkpoint, for the kernels that take any weight."""
 
     qweight: Tensor
     """int32 (in * bits / 32, out)."""
@@ -66,14 +66,14 @@ class Plain:
     scales_dtype: torch.dtype
 
 
-Prepacked = Tiled | Plain
+KernelWeight = Tiled | Plain
 
 
-def prepack(weight: PackedWeight) -> Prepacked:
+def prepare(weight: PackedWeight) -> KernelWeight:
     """Reorder a weight, on its device, for the CUDA and Triton kernels.
 
     `Tiled` for 4 and 8 bits in groups that are runs of a multiple of 32 inputs, once the inputs
-    are sorted by group, with scales that are float16 numbers; `Plain` otherwise.
+    are sorted by group, with scales that float16 holds exactly; `Plain` otherwise.
     """
     shift = table_shift(weight.group_size, weight.in_features)
     half = weight.scales.to(torch.float16)
@@ -84,7 +84,7 @@ def prepack(weight: PackedWeight) -> Prepacked:
     zeros = unpack_zeros(weight.qzeros, weight.bits, weight.out_features, weight.zero_offset)
     entries = (half.view(torch.int16).to(torch.int32) & 0xFFFF) | (zeros << 16)
     units = -(-weight.in_features // (1 << shift))
-    size = weight.in_features if weight.group_size == -1 else weight.group_size
+    size = group_length(weight.in_features, weight.group_size)
     starts = torch.arange(units, device=entries.device) * (1 << shift)
     return Tiled(
         words=_to_tiles(_ordered_words(weight, order), weight.bits, weight.in_features),
@@ -117,75 +117,76 @@ def plain(weight: PackedWeight) -> Plain:
     )
 
 
-def unprepack(prepacked: Prepacked) -> PackedWeight:
-    """Undo `prepack`. A g_idx that was natural order spelled out comes back as None."""
-    if isinstance(prepacked, Plain):
+def restore(weight: KernelWeight) -> PackedWeight:
+    """Undo `prepare`. A g_idx that was natural order spelled out comes back as None."""
+    if isinstance(weight, Plain):
         return PackedWeight(
-            qweight=prepacked.qweight,
-            qzeros=pack_zeros(prepacked.zeros, prepacked.bits, prepacked.zero_offset),
-            scales=prepacked.scales.to(prepacked.scales_dtype),
-            g_idx=prepacked.g_idx,
-            bits=prepacked.bits,
-            group_size=prepacked.group_size,
-            in_features=prepacked.in_features,
-            zero_offset=prepacked.zero_offset,
+            qweight=weight.qweight,
+            qzeros=pack_zeros(weight.zeros, weight.bits, weight.zero_offset),
+            scales=weight.scales.to(weight.scales_dtype),
+            g_idx=weight.g_idx,
+            bits=weight.bits,
+            group_size=weight.group_size,
+            in_features=weight.in_features,
+            zero_offset=weight.zero_offset,
         )
-    bits, inputs, outputs = prepacked.bits, prepacked.in_features, prepacked.out_features
-    size = inputs if prepacked.group_size == -1 else prepacked.group_size
-    groups = group_count(inputs, prepacked.group_size)
-    starts = torch.arange(groups, device=prepacked.table.device) * size
-    entries = prepacked.table[starts >> prepacked.shift, :outputs]
-    qweight = _from_tiles(prepacked.words, bits, inputs)[:, :outputs].contiguous()
+    bits, inputs, outputs = weight.bits, weight.in_features, weight.out_features
+    size = group_length(inputs, weight.group_size)
+    groups = group_count(inputs, weight.group_size)
+    starts = torch.arange(groups, device=weight.table.device) * size
+    entries = weight.table[starts >> weight.shift, :outputs]
+    qweight = _from_tiles(weight.words, bits, inputs)[:, :outputs].contiguous()
     g_idx = None
-    if prepacked.order is not None:
-        natural = torch.arange(inputs, device=prepacked.order.device)
-        inverse = torch.empty_like(prepacked.order)
-        inverse[prepacked.order] = natural
+    if weight.order is not None:
+        natural = torch.arange(inputs, device=weight.order.device)
+        inverse = torch.empty_like(weight.order)
+        inverse[weight.order] = natural
         qweight = _reordered(qweight, bits, inputs, inverse)
         g_idx = (inverse // size).to(torch.int32)
     return PackedWeight(
         qweight=qweight,
-        qzeros=pack_zeros(entries >> 16, bits, prepacked.zero_offset),
-        scales=entries.to(torch.int16).view(torch.float16).to(prepacked.scales_dtype),
+        qzeros=pack_zeros(entries >> 16, bits, weight.zero_offset),
+        scales=entries.to(torch.int16).view(torch.float16).to(weight.scales_dtype),
         g_idx=g_idx,
         bits=bits,
-        group_size=prepacked.group_size,
+        group_size=weight.group_size,
         in_features=inputs,
-        zero_offset=prepacked.zero_offset,
+        zero_offset=weight.zero_offset,
     )
 
 
-def rows(prepacked: Prepacked, columns: Tensor) -> Tensor:
+def rows(weight: KernelWeight, columns: Tensor) -> Tensor:
     """The weights of some outputs, int64 (n,), as float32 (n, in), without waiting for the GPU."""
-    bits, inputs = prepacked.bits, prepacked.in_features
-    natural = reference.natural_groups(inputs, prepacked.group_size, columns.device)
-    if isinstance(prepacked, Plain):
-        q = unpack(prepacked.qweight[:, columns], bits, inputs)
-        group = natural if prepacked.g_idx is None else prepacked.g_idx
-        zeros, scales = prepacked.zeros[:, columns], prepacked.scales[:, columns]
-        return reference.on_grid(q, zeros, scales, group)
-    # Each column brings its whole tile, of which all others are then left out.
-    words = _from_tiles(prepacked.words[columns // TILE], bits, inputs)
+    bits, inputs = weight.bits, weight.in_features
+    natural = reference.natural_groups(inputs, weight.group_size, columns.device)
+    if isinstance(weight, Plain):
+        q = unpack(weight.qweight[:, columns], bits, inputs)
+        group = natural if weight.g_idx is None else weight.g_idx
+        zeros, scales = weight.zeros[:, columns], weight.scales[:, columns]
+        return reference.dequantized(q, zeros, scales, group)
+    # The whole tile of each column is gathered; its other columns are then left out.
+    words = _from_tiles(weight.words[columns // TILE], bits, inputs)
     places = torch.arange(len(columns), device=columns.device) * TILE + columns % TILE
-    entries = prepacked.table[:, columns]
+    entries = weight.table[:, columns]
     scales = entries.to(torch.int16).view(torch.float16)
     # A row of the table may serve less than a group.
-    row = torch.arange(inputs, device=columns.device) >> prepacked.shift
-    taken = reference.on_grid(unpack(words[:, places], bits, inputs), entries >> 16, scales, row)
-    if prepacked.order is None:
-        return taken
-    ordered = torch.empty_like(taken)
-    ordered[:, prepacked.order] = taken
+    row = torch.arange(inputs, device=columns.device) >> weight.shift
+    values = reference.dequantized(
+        unpack(words[:, places], bits, inputs), entries >> 16, scales, row
+    )
+    if weight.order is None:
+        return values
+    ordered = torch.empty_like(values)
+    ordered[:, weight.order] = values
     return ordered
 
 
 def _order(weight: PackedWeight) -> tuple[Tensor | None, bool]:
-    """Inputs sorted by group, None where they are; and whether groups are then runs of the group
-    size."""
+    """The order that sorts inputs by group, None if they are sorted; and whether sorted groups are
+    runs of the group size."""
     if weight.g_idx is None:
         return None, True
-    size = weight.in_features if weight.group_size == -1 else weight.group_size
-    natural = torch.arange(weight.in_features, device=weight.g_idx.device) // size
+    natural = reference.natural_groups(weight.in_features, weight.group_size, weight.g_idx.device)
     if torch.equal(weight.g_idx.long(), natural):
         return None, True
     ordered, order = torch.sort(weight.g_idx.long(), stable=True)

@@ -1,6 +1,6 @@
-"""Products with packed weights on NVIDIA GPUs: the layout of both backends, and the torch operator.
+"""The GPU backends' torch operator: matmul by the CUDA kernels (`kernels`) or Triton's (`triton`).
 
-The CUDA kernels (`kernels`) and the Triton kernels (`triton`) read one layout.
+Both read one layout.
 """
 
 import functools
@@ -11,25 +11,27 @@ import torch
 from torch import Tensor
 
 from quant_cuda import reference
-from quant_cuda.cuda import kernels, layout
+from quant_cuda.cuda import kernels, layout, library
 from quant_cuda.weight import Facts, PackedWeight, PreparedWeight
 
 LAYOUT = "gpu"
 NOT_THERE = "neither CUDA kernels (pip install . with nvcc) nor Triton are there for this GPU"
+# Rows whose tiles `rows` gathers at a time.
+_ROWS = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @functools.cache
 def engines() -> tuple[str, ...]:
-    """Of "cuda" and "triton" what runs here, the better first; both need a GPU."""
+    """Of "cuda" and "triton" those that run here, the better first; both need a GPU."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return ()
     has_triton = importlib.util.find_spec("triton") is not None
-    return (*(("cuda",) if kernels.available() else ()), *(("triton",) if has_triton else ()))
+    return (*(("cuda",) if library.available() else ()), *(("triton",) if has_triton else ()))
 
 
 def refuses(product: Facts) -> str | None:
-    """Why there is no product of this kind here; None if there is."""
+    """Why the GPU backends cannot multiply these; None if they can."""
     if product.device != "cuda":
         return f"the weight is on a {product.device} device"
     if product.dtype not in _DTYPES:
@@ -42,31 +44,29 @@ def refuses(product: Facts) -> str | None:
 
 
 def prepare(weight: PackedWeight) -> PreparedWeight:
-    """The weight as `tiles.prepack` makes it, on its device."""
-    made = layout.prepack(weight)
+    """The weight as `layout.prepare` makes it, on its device."""
+    made = layout.prepare(weight)
     if isinstance(made, layout.Tiled):
         tensors = (made.words, made.table, *(() if made.order is None else (made.order,)))
     else:
         extra = () if made.g_idx is None else (made.g_idx,)
         tensors = (made.qweight, made.scales, made.zeros, *extra)
     return PreparedWeight(
-        LAYOUT,
-        tensors,
-        weight.g_idx,
-        weight.bits,
-        weight.group_size,
-        weight.in_features,
-        weight.out_features,
-        weight.zero_offset,
-        weight.scales.dtype,
+        layout=LAYOUT,
+        tensors=tensors,
+        g_idx=weight.g_idx,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        zero_offset=weight.zero_offset,
+        scale_dtype=weight.scales.dtype,
     )
 
 
 def restore(weight: PreparedWeight) -> PackedWeight:
-    """What `prepare` was given."""
-    sizes = (weight.bits, weight.group_size, weight.in_features, weight.out_features)
-    made = _view(list(weight.tensors), *sizes, weight.zero_offset, weight.scale_dtype)
-    return replace(layout.unprepack(made), g_idx=weight.g_idx)
+    """What `prepare` was given, bit for bit."""
+    return replace(layout.restore(_kernel_weight(weight)), g_idx=weight.g_idx)
 
 
 def matmul(
@@ -89,55 +89,102 @@ def matmul(
 
 traced = matmul
 
-# Rows whose tiles are gathered at a time.
-_ROWS = 256
-
 
 def rows(weight: PreparedWeight, index: Tensor) -> Tensor:
     """The weights of some outputs: int64 (...) to float32 (..., in)."""
-    sizes = (weight.bits, weight.group_size, weight.in_features, weight.out_features)
-    view = _view(list(weight.tensors), *sizes, weight.zero_offset, weight.scale_dtype)
-    columns = index.reshape(-1)
-    some = [layout.rows(view, part) for part in columns.split(_ROWS)]
-    return torch.cat(some).reshape(*index.shape, weight.in_features)
+    tiles = _kernel_weight(weight)
+    parts = [layout.rows(tiles, part) for part in index.reshape(-1).split(_ROWS)]
+    return torch.cat(parts).reshape(*index.shape, weight.in_features)
 
 
-def _view(
+def _kernel_weight(weight: PreparedWeight) -> layout.KernelWeight:
+    return view(
+        list(weight.tensors),
+        bits=weight.bits,
+        group_size=weight.group_size,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        zero_offset=weight.zero_offset,
+        scales_dtype=weight.scale_dtype,
+    )
+
+
+def view(
     tensors: list[Tensor],
+    *,
     bits: int,
     group_size: int,
     in_features: int,
     out_features: int,
     zero_offset: int = 1,
     scales_dtype: torch.dtype = torch.float16,
-) -> layout.Prepacked:
-    """The record that the kernels' modules take; tiles have three dimensions."""
+) -> layout.KernelWeight:
+    """The record of a prepared weight's tensors that `kernels` and `triton` take.
+
+    zero_offset, scales_dtype: matter to `layout.restore` alone.
+    """
     optional = tensors[2] if len(tensors) > 2 else None
-    sizes = (in_features, out_features, group_size, zero_offset, scales_dtype)
+    # Tiles have three dimensions, and the words of a checkpoint two.
     if tensors[0].dim() == 3:
         shift = layout.table_shift(group_size, in_features)
         assert shift is not None
-        return layout.Tiled(tensors[0], tensors[1], optional, bits, shift, *sizes)
+        return layout.Tiled(
+            words=tensors[0],
+            table=tensors[1],
+            order=optional,
+            bits=bits,
+            shift=shift,
+            in_features=in_features,
+            out_features=out_features,
+            group_size=group_size,
+            zero_offset=zero_offset,
+            scales_dtype=scales_dtype,
+        )
     qweight, scales, zeros, *rest = tensors
-    return layout.Plain(qweight, scales, zeros, rest[0] if rest else None, bits, *sizes)
+    return layout.Plain(
+        qweight=qweight,
+        scales=scales,
+        zeros=zeros,
+        g_idx=rest[0] if rest else None,
+        bits=bits,
+        in_features=in_features,
+        out_features=out_features,
+        group_size=group_size,
+        zero_offset=zero_offset,
+        scales_dtype=scales_dtype,
+    )
+
+
+# The operator ---------------------------------------------------------------------------------
 
 
 def _product(x, tensors, bias, bits, group_size, in_features, out_features, engine) -> Tensor:
+    weight = view(
+        tensors,
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=out_features,
+    )
     if (engine or engines()[0]) == "triton":
         from quant_cuda.cuda import triton
 
-        multiply = triton.matmul
-    else:
-        multiply = kernels.matmul
-    return multiply(x, _view(tensors, bits, group_size, in_features, out_features), bias)
+        return triton.matmul(x, weight, bias)
+    return kernels.matmul(x, weight, bias)
 
 
-def _numbers(tensors, bits, group_size, in_features, out_features, dtype, engine) -> Tensor:
-    """The weight as dtype (in, out)."""
-    view = _view(tensors, bits, group_size, in_features, out_features)
+def _dequantize(tensors, bits, group_size, in_features, out_features, dtype, engine) -> Tensor:
+    """The dequantized weight, dtype (in, out)."""
+    weight = view(
+        tensors,
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=out_features,
+    )
     if (engine or engines()[0]) == "triton":
-        return reference.dequantize(layout.unprepack(view), dtype).contiguous()
-    return kernels.dequantize(view, dtype).contiguous()
+        return reference.dequantize(layout.restore(weight), dtype).contiguous()
+    return kernels.dequantize(weight, dtype).contiguous()
 
 
 _LIB = torch.library.Library("quant_cuda", "FRAGMENT")
@@ -146,11 +193,11 @@ _LIB.define(
     "SymInt in_features, SymInt out_features, str engine) -> Tensor"
 )
 _LIB.define(
-    "gpu_numbers(Tensor[] weight, int bits, int group_size, SymInt in_features, "
+    "gpu_dequantize(Tensor[] weight, int bits, int group_size, SymInt in_features, "
     "SymInt out_features, ScalarType dtype, str engine) -> Tensor"
 )
 _LIB.impl("gpu_product", _product, "CUDA")
-_LIB.impl("gpu_numbers", _numbers, "CUDA")
+_LIB.impl("gpu_dequantize", _dequantize, "CUDA")
 
 
 @torch.library.register_fake("quant_cuda::gpu_product", lib=_LIB)
@@ -158,12 +205,12 @@ def _fake_product(x, weight, bias, bits, group_size, in_features, out_features, 
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("quant_cuda::gpu_numbers", lib=_LIB)
-def _fake_numbers(weight, bits, group_size, in_features, out_features, dtype, engine):
+@torch.library.register_fake("quant_cuda::gpu_dequantize", lib=_LIB)
+def _fake_dequantize(weight, bits, group_size, in_features, out_features, dtype, engine):
     return weight[0].new_empty((in_features, out_features), dtype=dtype)
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save_for_gradient(ctx, inputs, output) -> None:
     _, weight, bias, *ctx.sizes, ctx.engine = inputs
     ctx.save_for_backward(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -172,8 +219,8 @@ def _remember(ctx, inputs, output) -> None:
 def _gradient(ctx, grad: Tensor):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        numbers = torch.ops.quant_cuda.gpu_numbers
-        w = numbers(list(ctx.saved_tensors), *ctx.sizes, grad.dtype, ctx.engine)
+        dequantize = torch.ops.quant_cuda.gpu_dequantize
+        w = dequantize(list(ctx.saved_tensors), *ctx.sizes, grad.dtype, ctx.engine)
         grad_x = grad @ w.T
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -182,5 +229,5 @@ def _gradient(ctx, grad: Tensor):
 
 
 torch.library.register_autograd(
-    "quant_cuda::gpu_product", _gradient, setup_context=_remember, lib=_LIB
+    "quant_cuda::gpu_product", _gradient, setup_context=_save_for_gradient, lib=_LIB
 )

@@ -1,5 +1,7 @@
-"""The product with a tiled weight in Triton: where no CUDA kernels were built, and as a second
-opinion on them. Imports triton, so import this module only where it is installed."""
+"""Matmul with a tiled weight in Triton, for when no CUDA kernels were built and to check them.
+
+Imports triton, so import this module only where it is installed.
+"""
 
 import torch
 import triton
@@ -7,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant_cuda import reference
-from quant_cuda.cuda.layout import BLOCK_WORDS, TILE, Plain, Prepacked, Tiled, unprepack
+from quant_cuda.cuda.layout import BLOCK_WORDS, TILE, KernelWeight, Plain, Tiled, restore
 
 __all__ = ["matmul", "variants"]
 
@@ -34,7 +36,8 @@ def product(
     """x (rows, inputs) times a weight whose words csrc/layout.h places, BLOCK_K inputs of one
     group at a time, STEPS times. y: (splits, rows, outputs); splits is the grid's third dimension.
 
-    STEPS is a constant, since Triton's interpreter has no loop over a number it is given."""
+    STEPS is a constant, because Triton's interpreter cannot loop over an argument's value.
+    """
     PER_WORD: tl.constexpr = 32 // BITS
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -51,32 +54,32 @@ def product(
         i = start + first
         run = i % BLOCK_INPUTS // 32
         word_at = i // BLOCK_INPUTS * 256 + i % 32 // 8 * 4 + run * (BITS // 4) + i % 8 // PER_WORD
-        there = (i[:, None] < inputs) & has_column[None, :]
-        w = tl.load(words + word_at[:, None] + column_at[None, :], mask=there, other=0)
+        has_word = (i[:, None] < inputs) & has_column[None, :]
+        w = tl.load(words + word_at[:, None] + column_at[None, :], mask=has_word, other=0)
         q = (w[:, None, :] >> field_shift[None, :, None]) & ((1 << BITS) - 1)
         q = tl.reshape(q, (BLOCK_K, BLOCK_N))
         entry_at = (start >> shift) * columns + n
-        # A block compared: a number's comparison is no mask to newer interpreters.
-        known = has_column & (start + 0 * n < inputs)
-        entry = tl.load(table + entry_at, mask=known, other=0)
+        # A block is compared, because newer interpreters take no scalar's comparison for a mask.
+        has_entry = has_column & (start + 0 * n < inputs)
+        entry = tl.load(table + entry_at, mask=has_entry, other=0)
         scale = (entry & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         steps = (q - (entry >> 16)[None, :]).to(x.dtype.element_ty)
-        taken = (m[:, None] < rows) & (start + k[None, :] < inputs)
+        has_x = (m[:, None] < rows) & (start + k[None, :] < inputs)
         row_at = m[:, None].to(tl.int64) * inputs + start + k[None, :]
-        a = tl.load(x + row_at, mask=taken, other=0.0)
+        a = tl.load(x + row_at, mask=has_x, other=0.0)
         total += tl.dot(a, steps, input_precision="ieee") * scale[None, :]
 
     y_at = (tl.program_id(2).to(tl.int64) * rows + m[:, None]) * outputs + n[None, :]
-    stored = (m[:, None] < rows) & (n[None, :] < outputs)
-    tl.store(y + y_at, total.to(y.dtype.element_ty), mask=stored)
+    is_result = (m[:, None] < rows) & (n[None, :] < outputs)
+    tl.store(y + y_at, total.to(y.dtype.element_ty), mask=is_result)
 
 
-def matmul(x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
-    """x times a prepacked weight, on x's device and its current stream.
+def matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
+    """x times a weight of `layout.prepare`, on x's device and its current stream.
 
     x: float16, bfloat16 or float32 (..., in), any strides. bias: floating (out,).
-    Returns x's dtype (..., out), of sums formed in float32. A weight that is not tiled is written
-    out and multiplied by torch.
+    Returns x's dtype (..., out), of sums formed in float32. A weight that is not tiled is
+    dequantized and multiplied by torch.
     Raises TypeError or ValueError for an x that does not fit.
     """
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -86,7 +89,7 @@ def matmul(x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
             f"x of shape {tuple(x.shape)} does not fit a weight of {weight.in_features} inputs"
         )
     if isinstance(weight, Plain):
-        return reference.matmul(x, unprepack(weight), bias)
+        return reference.matmul(x, restore(weight), bias)
     rows = x.reshape(-1, weight.in_features)
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
@@ -99,7 +102,7 @@ def matmul(x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
 def variants(bits: int, shift: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
     """The kernel's constants for rows of x times a weight with 2**shift inputs a table row."""
     block_inputs = BLOCK_WORDS * 32 // bits // TILE
-    # No tensor core multiplies float32: larger blocks would only take longer to compile.
+    # Tensor cores do not multiply float32: larger blocks would only take longer to compile.
     most = 16 if dtype == torch.float32 else 64
     block_m = max(16, min(most, 1 << (rows - 1).bit_length()))
     return {
@@ -116,7 +119,7 @@ def _launch(x: Tensor, weight: Tiled, dtype: torch.dtype) -> Tensor:
     constants = variants(weight.bits, weight.shift, x.shape[0], x.dtype)
     blocks_n = triton.cdiv(weight.columns, constants["BLOCK_N"])
     blocks_m = triton.cdiv(x.shape[0], constants["BLOCK_M"])
-    # Few columns and rows leave a GPU idle unless the inputs are shared out too.
+    # With few columns and rows the GPU is filled by splitting the inputs too.
     steps = triton.cdiv(weight.in_features, constants["BLOCK_K"])
     splits = max(1, min(256 // (blocks_n * blocks_m), steps // 4))
     stored = dtype if splits == 1 else torch.float32

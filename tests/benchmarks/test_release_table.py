@@ -26,7 +26,7 @@ def test_counted_bytes_are_those_of_the_gpus_layout(config, bits, tmp_path):
     held = [tensor.half() for tensor in model.parameters()]
     for module in model.modules():
         if isinstance(module, PackedModule):
-            made = layout.prepack(module.packed())
+            made = layout.prepare(module.packed())
             held += [made.words, made.table]
             held += [] if module.bias is None else [module.bias.half()]
     assert gpu_bytes(model) == sum(-(-tensor.nbytes // 512) * 512 for tensor in held)

@@ -67,14 +67,14 @@ class Kernels:
     def matmul(
         self,
         x: Tensor,
-        weight: layout.Prepacked,
+        weight: layout.KernelWeight,
         processors: int = 4,
         bias: Tensor | None = None,
         kernel: str | None = None,
     ) -> Tensor:
         return kernels.launch_matmul(self.launch(processors), x, weight, bias, kernel)
 
-    def dequantize(self, weight: layout.Prepacked, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: layout.KernelWeight, dtype: torch.dtype) -> Tensor:
         return kernels.launch_dequantize(self.launch(), weight, dtype)
 
 

@@ -64,7 +64,7 @@ def install(folder: Path, **environment: str) -> Path:
     # Building must do without torch.
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('torch was imported')")
-    # The CUDA kernels take minutes to compile; tests/test_cuda_compile.py compiles them when asked.
+    # The CUDA kernels take minutes to compile; tests/quant_cuda/test_cuda_compile.py does it if asked.
     ours = {"CUDA_HOME": "none", "PYTHONPATH": str(blocked)}
     environment = {**os.environ, **ours, **environment}
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
@@ -141,7 +141,7 @@ def test_it_runs_from_anywhere(installed, tmp_path):
 
 
 def test_compiled_code_is_there_where_there_is_a_compiler(installed, tmp_path):
-    code = "from quant_cuda import native; print(bool(native.instruction_sets()))"
+    code = "from quant_cuda.cpu import library; print(bool(library.instruction_sets()))"
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     assert run(installed, code, tmp_path) == f"{compiler is not None}\n"
     bare = install(tmp_path, CXX="no-such-compiler")

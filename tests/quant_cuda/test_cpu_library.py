@@ -4,10 +4,12 @@ import itertools
 import platform
 import runpy
 
+import numpy as np
 import pytest
 import setuptools
 import torch
 from conftest import ROOT
+from helpers.layers import layer
 
 from gptq.config import QuantConfig
 from gptq.solver import solve
@@ -27,17 +29,6 @@ SETTINGS = [
     {"group_size": 150, "scale_search": "minmax"},
     {"group_size": -1, "order": "act"},
 ]
-
-
-def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(outputs)
-    x = torch.randn(2 * inputs, inputs, generator=generator)
-    x = x @ (torch.eye(inputs) + torch.randn(inputs, inputs, generator=generator) / inputs**0.5)
-    W = torch.randn(outputs, inputs, generator=generator) * torch.linspace(0.1, 3, inputs)
-    W[0] = 0  # a row without weights
-    W[1, 3] = 1000  # an outlier
-    x[:, 5] = 0  # an input that never fires
-    return W, x.T @ x / len(x)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 processor")
@@ -121,3 +112,11 @@ def test_an_instruction_set_that_is_not_there():
     eye = torch.eye(4)
     with pytest.raises(ValueError, match="'none' does not run here"):
         library.sweep(w, eye, eye, torch.zeros(4), [(0, 4)], [(0, 4)], None, (), 4, False, "none")
+
+
+@pytest.mark.parametrize("words", [8, 8 * 1024, 8 * 5000])
+def test_read(words):
+    data = torch.randint(-(2**62), 2**62, (words,))
+    assert library.read(data) == int(np.bitwise_xor.reduce(data.numpy().astype(np.uint64)))
+    with pytest.raises(ValueError, match="64 bytes"):
+        library.read(torch.zeros(3))

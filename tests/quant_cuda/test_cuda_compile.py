@@ -66,7 +66,7 @@ def test_registers_and_spills(tmp_path):
 
 
 def test_every_kernel_is_on_record_without_spills():
-    """The source's kernels by name; tests/test_cuda_compile.py -m slow compares their registers."""
+    """The source's kernels by name; with -m slow their registers are compared."""
     known = json.loads(RECORD.read_text(encoding="utf-8"))
     text = "".join(path.read_text(encoding="utf-8") for path in emulated.KERNELS)
     defined = set(re.findall(r"__global__.*?\n\s+(\w+)\(", text))

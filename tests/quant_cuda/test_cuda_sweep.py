@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.emulated import emulated
-from test_cpu_library import layer
+from helpers.layers import layer
 
 from gptq.config import QuantConfig
 from gptq.solver import solve as solver

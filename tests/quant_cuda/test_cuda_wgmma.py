@@ -6,8 +6,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import emulated
-from test_cuda import check, ready
-from test_matmul import activations, assert_as_good_as_naive, packed
+from helpers.products import activations, assert_as_good_as_naive, check, packed, ready
 
 from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda import layout
@@ -35,9 +34,9 @@ def kernels(request) -> emulated.Kernels:
     return emulated.on_gpu()
 
 
-def multiply(kernels, x, prepacked, processors=4, bias=None):
+def multiply(kernels, x, prepared, processors=4, bias=None):
     there = None if bias is None else bias.to(kernels.device)
-    y = kernels.matmul(x.to(kernels.device), prepacked, processors, there, kernel="wgmma")
+    y = kernels.matmul(x.to(kernels.device), prepared, processors, there, kernel="wgmma")
     return y.cpu()
 
 
@@ -46,10 +45,10 @@ def multiply(kernels, x, prepacked, processors=4, bias=None):
 @pytest.mark.parametrize(("n_in", "n_out", "group_size"), SHAPES)
 def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
     weight, matrix = packed(bits, n_in, n_out, group_size)
-    prepacked = ready(kernels, weight)
+    prepared = ready(kernels, weight)
     for rows in (1, 70):
         x = activations(rows, n_in, dtype=dtype)
-        assert_as_good_as_naive(multiply(kernels, x, prepacked), x, matrix)
+        assert_as_good_as_naive(multiply(kernels, x, prepared), x, matrix)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -66,12 +65,12 @@ def test_several_thread_blocks(kernels, bits, column_tile, monkeypatch):
 def test_inputs_split_over_thread_blocks(kernels, bits):
     """One, two and as many as there are steps for; the same call gives the same bits."""
     weight, matrix = packed(bits, 1600, 20, 64)
-    prepacked = ready(kernels, weight)
+    prepared = ready(kernels, weight)
     x = activations(7, 1600, dtype=torch.float16)
     for processors in (1, 2, 100):
-        y = multiply(kernels, x, prepacked, processors)
+        y = multiply(kernels, x, prepared, processors)
         assert_as_good_as_naive(y, x, matrix)
-    assert torch.equal(y, multiply(kernels, x, prepacked, processors))
+    assert torch.equal(y, multiply(kernels, x, prepared, processors))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -80,10 +79,10 @@ def test_its_weights_are_those_written_out(kernels, bits, dtype):
     """Unit rows of x give back each weight, rounded as by dequantize.cu: the same bits."""
     n_in = 256
     weight, _ = packed(bits, n_in, 48, 32)
-    prepacked = ready(kernels, weight)
-    written = kernels.dequantize(prepacked, dtype).cpu()
+    prepared = ready(kernels, weight)
+    written = kernels.dequantize(prepared, dtype).cpu()
     eye = torch.eye(n_in, dtype=dtype)
-    assert torch.equal(multiply(kernels, eye, prepacked), written)
+    assert torch.equal(multiply(kernels, eye, prepared), written)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -101,26 +100,29 @@ def test_order_of_threads_changes_nothing(kernels, bits):
     n_in = 128 * 40 // bits  # more stages than there is room for
     weight, _ = packed(bits, n_in, 128, 64)
     x = activations(9, n_in, dtype=torch.bfloat16)
-    prepacked = ready(kernels, weight)
-    first = multiply(kernels, x, prepacked)
+    prepared = ready(kernels, weight)
+    first = multiply(kernels, x, prepared)
     for order in (0, 1, 2, 3, 4):
         for eager in (0, 1):
             kernels.settle(order, eager)
-            assert torch.equal(multiply(kernels, x, prepacked), first)
+            assert torch.equal(multiply(kernels, x, prepared), first)
 
 
 def test_it_is_chosen_for_some_hundreds_of_rows(kernels):
     weight, matrix = packed(4, 96, 24, 32)
     check(kernels, activations(65, 96, dtype=torch.float16), weight, matrix)
-    tiled = layout.prepack(weight)
+    tiled = layout.prepare(weight)
     half = torch.float16
-    names = [cuda.kernel_for(m, half, tiled, True) for m in (1, 32, 33, 64, 65, 512, 513)]
+    names = [cuda.kernel_for(m, half, tiled, True).name for m in (1, 32, 33, 64, 65, 512, 513)]
     assert names == ["gemv", "gemv", "gemm", "gemm", "wgmma", "wgmma", "dense"]
-    names = [cuda.kernel_for(m, half, tiled, False) for m in (32, 33, 127, 128)]
+    names = [cuda.kernel_for(m, half, tiled, False).name for m in (32, 33, 127, 128)]
     assert names == ["gemv", "gemm", "gemm", "dense"]
-    assert cuda.kernel_for(200, torch.float32, tiled, True) == "dense"
+    assert cuda.kernel_for(200, torch.float32, tiled, True).name == "dense"
     plain = layout.plain(weight)
-    assert [cuda.kernel_for(m, half, plain, True) for m in (127, 128)] == ["plain", "dense"]
+    assert [cuda.kernel_for(m, half, plain, True).name for m in (127, 128)] == [
+        "plain_multiply",
+        "dense",
+    ]
 
 
 def test_tiles_fill_the_gpu():
@@ -131,12 +133,14 @@ def test_tiles_fill_the_gpu():
 
 
 def test_errors(kernels):
-    prepacked = ready(kernels, packed(4)[0])
+    prepared = ready(kernels, packed(4)[0])
     x = torch.ones(2, 96, dtype=torch.float16, device=kernels.device)
-    short = dataclasses.replace(prepacked, shift=4)
+    short = dataclasses.replace(prepared, shift=4)
     with pytest.raises(RuntimeError, match=r"^wgmma failed: invalid argument$"):
         kernels.matmul(x, short, kernel="wgmma")
     nothing = [None] * 5
     for splits, partial in ((0, None), (2, x)):  # of a single block of inputs
         with pytest.raises(RuntimeError, match=r"^wgmma failed: invalid argument$"):
-            kernels.launch()("wgmma", 4, 0, *nothing, partial, 2, 96, 24, 32, 5, splits, 128)
+            cuda.named("wgmma")(
+                kernels.launch(), 4, 0, *nothing, partial, 2, 96, 24, 32, 5, splits, 128
+            )

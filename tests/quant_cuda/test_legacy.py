@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_matmul import activations, packed
+from helpers.products import activations, packed
 
 import quant_cuda
 
@@ -46,11 +46,11 @@ def test_with_the_group_of_each_input(bits, kind):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
-def test_with_zeros_as_numbers(bits, shape):
+def test_with_floating_zeros(bits, shape):
     """The first generation: y starts as the bias, and zeros are scale * zero point."""
     weight, matrix = packed(bits, 96, 32, -1)
     scales = weight.scales.float().reshape(-1, 1)
-    q_times_scale = numbers_before_zeros(bits, weight, scales)
+    q_times_scale = dequantized_before_zeros(bits, weight, scales)
     zeros = torch.from_numpy(q_times_scale - matrix)[0].reshape(-1, 1).float()
     vec = activations(*shape, 96)
     mul = activations(*shape, 32)
@@ -59,7 +59,7 @@ def test_with_zeros_as_numbers(bits, shape):
     np.testing.assert_allclose(mul.double().numpy(), expected, rtol=0, atol=1e-3)
 
 
-def numbers_before_zeros(bits, weight, scales) -> np.ndarray:
+def dequantized_before_zeros(bits, weight, scales) -> np.ndarray:
     from quant_cuda.packing import unpack
 
     return unpack(weight.qweight, bits, 96).double().numpy() * scales.double().numpy().T

@@ -1,79 +1,19 @@
-"""Products with packed weights against float64 numpy, and the errors for what does not fit."""
+"""Matmul with packed weights against float64 numpy, and the errors for what does not fit."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from helpers.oracles import pack_columns
+from helpers.products import activations, assert_as_good_as_naive, packed
 
 import quant_cuda
 from quant_cuda import PackedWeight
 from quant_cuda.reference import dequantize
 
 BITS = (2, 3, 4, 8)
-# Those of GPUs have tests of their own, in test_cuda.py, test_gpu.py and test_triton.py.
+# Those of GPUs have tests of their own, in test_cuda_*.py.
 BACKENDS = tuple(name for name in quant_cuda.available() if name not in ("cuda", "triton"))
-# Those that round activations to 16 bits, with a scale for each group.
-FIXED_POINT = ("avx512vnni", "avx512", "avx2")
-
-
-def packed(
-    bits: int,
-    n_in: int = 96,
-    n_out: int = 24,
-    group_size: int = 32,
-    zero_offset: int = 1,
-    g_idx: bool = False,
-    scales: torch.dtype = torch.float16,
-) -> tuple[PackedWeight, np.ndarray]:
-    """A random weight, and the matrix (in, out) it stands for in float64."""
-    rng = np.random.default_rng(bits * 10_000 + n_in + n_out)
-    size = n_in if group_size == -1 else group_size
-    groups = np.arange(n_in) // size
-    n_groups = groups[-1] + 1
-    if g_idx:
-        groups = rng.permutation(groups)
-    q = rng.integers(0, 2**bits, (n_in, n_out))
-    zeros = rng.integers(1, 2**bits, (n_groups, n_out))
-    s = torch.from_numpy(rng.uniform(0.5, 1.5, (n_groups, n_out)) / 2**bits).half().to(scales)
-    weight = PackedWeight(
-        qweight=torch.from_numpy(pack_columns(q, bits)),
-        qzeros=torch.from_numpy(pack_columns((zeros - zero_offset).T, bits).T.copy()),
-        scales=s,
-        g_idx=torch.from_numpy(groups.astype(np.int32)) if g_idx else None,
-        bits=bits,
-        group_size=group_size,
-        in_features=n_in,
-        zero_offset=zero_offset,
-    )
-    return weight, s.double().numpy()[groups] * (q - zeros[groups])
-
-
-def assert_as_good_as_naive(
-    y: torch.Tensor, x: torch.Tensor, matrix: np.ndarray, backend: str | None = None
-) -> None:
-    """y is x @ matrix with at most twice the error of torch on the rounded matrix; float32 by a
-    backend of fixed-point numbers with a sixteenth of bfloat16's."""
-    exact = x.double().numpy() @ matrix
-    rounded = x.dtype == torch.float32 and backend in FIXED_POINT
-    kind, share = (torch.bfloat16, 1 / 16) if rounded else (x.dtype, 2)
-    matrix_of_kind = torch.from_numpy(matrix).to(kind).T.contiguous()
-    naive = torch.nn.functional.linear(x.to(kind), matrix_of_kind)
-    assert y.dtype == x.dtype
-    assert y.shape == exact.shape
-    error = np.linalg.norm(y.double().numpy() - exact)
-    limit = share * np.linalg.norm(naive.double().numpy() - exact)
-    # Torch can be exact by luck: allow one rounding of the result, or of the terms that are summed
-    # where there are too few results for luck to even out.
-    eps = 2**-13 if rounded and exact.size < 64 else torch.finfo(x.dtype).eps
-    terms = np.abs(x.double().numpy()) @ np.abs(matrix) if exact.size < 64 else exact / 2
-    assert error <= limit + eps * np.linalg.norm(terms)
-
-
-def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    rng = np.random.default_rng(len(shape) + shape[0])
-    return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
 
 
 def test_torch_is_always_there():

@@ -47,7 +47,7 @@ def test_rows_of_every_layout(bits, shape, shuffled, zero_offset):
     index = torch.tensor([[0, shape[1] - 1, 17], [31, 32, 17]])
     assert torch.equal(quant_cuda.rows(weight, index), whole[index])
     assert torch.equal(quant_cuda.rows(quant_cuda.prepare(weight), index), whole[index])
-    taken = layout.rows(layout.prepack(weight), index.reshape(-1)).reshape(2, 3, -1)
+    taken = layout.rows(layout.prepare(weight), index.reshape(-1)).reshape(2, 3, -1)
     assert torch.equal(taken, whole[index])
 
 

@@ -1,26 +1,18 @@
-"""The compiled products: every instruction set, the layout and back, threads, forks and torch's
-own checks of an operator. test_matmul.py has the numbers of every backend."""
+"""Matmul by the compiled CPU code: every instruction set, threads, forks and torch's own checks of
+an operator. test_matmul.py has what holds for every backend."""
 
 import multiprocessing
-import os
-import shutil
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_matmul import FIXED_POINT, activations, assert_as_good_as_naive, packed
+from helpers.products import FIXED_POINT, activations, assert_as_good_as_naive, packed, same_bits
 
 import quant_cuda
-from quant_cuda import PreparedWeight, backends, reference
 from quant_cuda.cpu import library
 from quant_cuda.cpu import product as cpu
-from quant_cuda.packing import pack, pack_zeros
 from quant_cuda.weight import PackedWeight
 
 BITS = (2, 3, 4, 8)
@@ -56,10 +48,6 @@ def rounded_to_int8(x: torch.Tensor, groups: np.ndarray) -> np.ndarray:
             scale = np.abs(x[:, run]).max(1, keepdims=True) / 127
             result[:, run] = np.rint(x[:, run] / np.maximum(scale, 1e-300)) * scale
     return result
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(a.numpy()) == bytes(b.numpy())
 
 
 @pytest.mark.parametrize("instruction_set", COMPILED)
@@ -114,48 +102,6 @@ def test_int8_activations(backend, bits, g_idx):
         exact = np.abs(y.double().numpy() - expected) < 1e-5 * np.abs(expected).max()
         assert exact.mean() > 0.95
         assert error <= 2 * step
-
-
-@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("g_idx", [False, True])
-@pytest.mark.parametrize("zero_offset", [0, 1])
-def test_prepared_and_restored(scales, bits, g_idx, zero_offset):
-    for shape in SHAPES:
-        weight, _ = packed(bits, *shape, zero_offset, g_idx, scales)
-        prepared = quant_cuda.prepare(weight)
-        assert isinstance(prepared, PreparedWeight)
-        again = quant_cuda.restore(prepared)
-        assert same_bits(again.qweight, weight.qweight)
-        assert same_bits(again.qzeros, weight.qzeros)
-        assert same_bits(again.scales.view(torch.uint8), weight.scales.view(torch.uint8))
-        assert (again.g_idx is None) == (weight.g_idx is None)
-        assert weight.g_idx is None or torch.equal(again.g_idx, weight.g_idx)
-        described = ("bits", "group_size", "in_features", "out_features", "zero_offset")
-        for name in described:
-            assert getattr(prepared, name) == getattr(again, name) == getattr(weight, name)
-
-
-def test_groups_of_uneven_sizes_and_empty_ones():
-    rng = np.random.default_rng(0)
-    g_idx = np.array([0] * 5 + [3] * 50 + [1] * 40 + [3])
-    rng.shuffle(g_idx)
-    q, zeros = rng.integers(0, 16, (96, 7)), rng.integers(1, 17, (4, 7))
-    scales = torch.rand(4, 7).half()
-    weight = PackedWeight(
-        pack(torch.from_numpy(q), 4),
-        pack_zeros(torch.from_numpy(zeros), 4, 1),
-        scales,
-        torch.from_numpy(g_idx.astype(np.int32)),
-        bits=4,
-        group_size=32,
-        in_features=96,
-    )
-    matrix = scales.double().numpy()[g_idx] * (q - zeros[g_idx])
-    x = activations(9, 96)
-    for name in quant_cuda.available():
-        assert_as_good_as_naive(quant_cuda.matmul(x, weight, name), x, matrix, name)
-    assert same_bits(quant_cuda.restore(quant_cuda.prepare(weight)).qweight, weight.qweight)
 
 
 def test_a_v1_zero_of_two_to_the_bits():
@@ -276,7 +222,7 @@ def test_opcheck(dtype, with_bias):
     torch.library.opcheck(
         torch.ops.quant_cuda.cpu_product.default, (x, data, plan, bias, 37, False, -1)
     )
-    torch.library.opcheck(torch.ops.quant_cuda.cpu_numbers.default, (data, plan, 160, 37))
+    torch.library.opcheck(torch.ops.quant_cuda.cpu_dequantize.default, (data, plan, 160, 37))
 
 
 def test_export():
@@ -314,175 +260,3 @@ def test_fake_tensors():
     prepared = quant_cuda.prepare(packed(4)[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert quant_cuda.matmul(torch.empty(2, 3, 96), prepared).shape == (2, 3, 24)
-
-
-@pytest.mark.parametrize("words", [8, 8 * 1024, 8 * 5000])
-def test_read(words):
-    data = torch.randint(-(2**62), 2**62, (words,))
-    assert library.read(data) == int(np.bitwise_xor.reduce(data.numpy().astype(np.uint64)))
-    with pytest.raises(ValueError, match="64 bytes"):
-        library.read(torch.zeros(3))
-
-
-# Who is chosen --------------------------------------------------------------------------------
-
-
-def test_the_best_comes_first_and_torch_last():
-    assert quant_cuda.available() == (*library.instruction_sets(), "torch")
-    weight, _ = packed(4)
-    assert quant_cuda.backend_for(weight, torch.float32) == library.instruction_sets()[0]
-
-
-@pytest.mark.parametrize("backend", library.instruction_sets())
-def test_a_named_backend_that_cannot(backend):
-    weight, _ = packed(4)
-    with pytest.raises(ValueError, match=rf"^[^\n]*{backend}[^\n]*float64[^\n]*$"):
-        quant_cuda.matmul(torch.ones(2, 96, dtype=torch.float64), weight, backend)
-
-
-def test_falling_back_is_said_once():
-    weight, matrix = packed(4)
-    x = activations(2, 96, dtype=torch.float64)
-    backends._warn.cache_clear()
-    backends.choose.cache_clear()
-    with pytest.warns(UserWarning, match=r"^[^\n]*slow[^\n]*torch[^\n]*float64[^\n]*$"):
-        y = quant_cuda.matmul(x, weight)
-    np.testing.assert_allclose(y.numpy(), x.numpy() @ matrix)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quant_cuda.matmul(x, quant_cuda.prepare(weight))
-
-
-def test_without_the_compiled_code(monkeypatch):
-    weight, matrix = packed(4)
-    x = activations(2, 96)
-    monkeypatch.setattr(library, "compiled", lambda: ())
-    caches = (backends.table, backends.choose, backends._warn)
-    for cached in caches:
-        cached.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="not built"):
-            y = quant_cuda.matmul(x, weight)
-        assert quant_cuda.available() == ("torch",)
-        assert quant_cuda.prepare(weight) is weight
-    finally:
-        for cached in caches:
-            cached.cache_clear()
-    assert_as_good_as_naive(y, x, matrix)
-
-
-def test_a_prepared_weight_by_another_backend():
-    weight, _ = packed(4)
-    x = activations(2, 96)
-    y = quant_cuda.matmul(x, quant_cuda.prepare(weight), "torch")
-    assert torch.equal(y, reference.matmul(x, weight))
-
-
-# Under sanitizers -----------------------------------------------------------------------------
-
-SANITIZED = """
-import sys
-from pathlib import Path
-import torch
-from quant_cuda import native
-native.LIBRARY = Path(sys.argv[1])
-sys.path.insert(0, "tests")
-import quant_cuda, random
-from test_matmul import packed, activations, assert_as_good_as_naive
-from quant_cuda import cpu, halves
-from quant_cuda.cpu.decoder_block import Block, run
-from gptq.config import ORDERS, QuantConfig
-from gptq.solver import solve
-random.seed(int(sys.argv[2]))
-torch.set_num_threads(2)
-for trial in range(60):
-    bits = random.choice((2, 3, 4, 8))
-    inputs = 32 * random.randint(1, 24)
-    shape = inputs, random.randint(1, 90), random.choice((-1, 8, 24, 32, 64, 128, 600))
-    scales = random.choice((torch.float16, torch.float32))
-    weight, matrix = packed(bits, *shape, random.randint(0, 1), random.random() < 0.5, scales)
-    prepared = quant_cuda.prepare(weight)
-    assert torch.equal(quant_cuda.restore(prepared).qweight, weight.qweight)
-    w = cpu.numbers(prepared)
-    assert abs(w.double().numpy().T - matrix).max() < 1e-5 * abs(matrix).max()
-    for name in native.instruction_sets():
-        dtype = random.choice((torch.float32, torch.bfloat16, torch.float16))
-        x = activations(random.choice((*range(1, 80), 200)), inputs, dtype=dtype)
-        assert_as_good_as_naive(quant_cuda.matmul(x, prepared, name), x, matrix, name)
-        quant_cuda.matmul(x, prepared, name, int8=True, bias=torch.ones(shape[1]))
-    rows, outputs = random.randint(1, 40), random.randint(1, 90)
-    inputs = random.randint(1, 100)
-    its = torch.randn(outputs, inputs).to(random.choice((torch.float16, torch.bfloat16)))
-    for name in native.instruction_sets():
-        halves.matmul(torch.randn(rows, inputs), its, native.compiled().index(name))
-for trial in range(20):
-    size, key_heads, shared = 8 * random.randint(1, 6), random.randint(1, 3), random.randint(1, 3)
-    hidden, inner, length = 32 * random.randint(1, 5), 32 * random.randint(1, 5), trial * 3
-    query, key = size * key_heads * shared, size * key_heads
-    shapes = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
-    weights = [quant_cuda.prepare(packed(4, *shape, 32)[0]) for shape in shapes]
-    biases = [random.choice((None, torch.randn(outputs))) for _, outputs in shapes]
-    gains = [(torch.ones(hidden), 1e-6)] * 2
-    block = Block(weights, biases, gains, size, size**-0.5, random.random() < 0.5)
-    caches = torch.randn(2, 2, 1, key_heads, length + random.randint(1, 4), size)
-    turn = torch.randn(2, 1, 1, size)
-    for name in native.instruction_sets():
-        index = native.compiled().index(name)
-        y = run([block, block], torch.randn(1, 1, hidden), *turn, caches, length, index)
-        assert y.isfinite().all()
-built = native.instruction_sets()
-for trial in range(40):
-    inputs, outputs = random.randint(1, 300), random.randint(1, 90)
-    x = torch.randn(400, inputs)
-    config = QuantConfig(
-        bits=random.choice((2, 3, 4, 8)),
-        group_size=random.choice((-1, 8, 50, 128, 150)),
-        sym=random.random() < 0.5,
-        order=random.choice(ORDERS),
-        static_groups=random.random() < 0.5,
-    )
-    for name in built:
-        native.instruction_sets = lambda: (name,)
-        assert solve(torch.randn(outputs, inputs), x.T @ x / 400, config).loss.isfinite().all()
-print("clean")
-"""
-
-
-@pytest.mark.slow
-def test_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    assert compiler, "needs a C++ compiler"
-    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "objects")]
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
-    subprocess.run(
-        [sys.executable, "setup.py", "build_ext", *folders],
-        cwd=ROOT,
-        env={**os.environ, "CXXFLAGS": flags},
-        check=True,
-        capture_output=True,
-    )
-    asan, ubsan = (
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    )
-    built = tmp_path / "lib" / "quant_cuda" / library.LIBRARY.name
-    done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(built), "1"],
-        cwd=ROOT,
-        # Python itself keeps what it does not free.
-        env={
-            **os.environ,
-            "LD_PRELOAD": f"{asan} {ubsan}",
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "clean\n"
-    assert Path(asan).is_absolute()

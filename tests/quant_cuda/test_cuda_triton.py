@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_matmul import activations, assert_as_good_as_naive, packed
+from helpers.products import activations, assert_as_good_as_naive, packed
 
 from quant_cuda.cuda import layout
 
@@ -52,7 +52,7 @@ def test_against_float64(interpreted, bits, dtype, n_in, n_out, group_size):
     weight, matrix = packed(bits, n_in, n_out, group_size)
     for rows in (1, 17) if dtype == torch.float32 else (1, 17, 70):
         x = activations(rows, n_in, dtype=dtype)
-        y = interpreted.matmul(x, layout.prepack(weight))
+        y = interpreted.matmul(x, layout.prepare(weight))
         assert_as_good_as_naive(y, x, matrix)
 
 
@@ -62,15 +62,15 @@ def test_against_float64(interpreted, bits, dtype, n_in, n_out, group_size):
 def test_conventions(interpreted, bits, zero_offset, g_idx):
     weight, matrix = packed(bits, 192, 37, 64, zero_offset, g_idx)
     x = activations(2, 3, 192, dtype=torch.float16)
-    assert_as_good_as_naive(interpreted.matmul(x, layout.prepack(weight)), x, matrix)
+    assert_as_good_as_naive(interpreted.matmul(x, layout.prepare(weight)), x, matrix)
 
 
 def test_split_inputs(interpreted):
     weight, matrix = packed(4, 4096, 8, 128)
     x = activations(2, 4096, dtype=torch.float16)
-    y = interpreted.matmul(x, layout.prepack(weight))
+    y = interpreted.matmul(x, layout.prepare(weight))
     assert_as_good_as_naive(y, x, matrix)
-    assert torch.equal(y, interpreted.matmul(x, layout.prepack(weight)))
+    assert torch.equal(y, interpreted.matmul(x, layout.prepare(weight)))
 
 
 def test_every_integer_at_the_greatest_zero_point(interpreted):
@@ -78,7 +78,7 @@ def test_every_integer_at_the_greatest_zero_point(interpreted):
     weight, _ = packed(8, 256, 32, -1)
     ones = torch.ones_like(weight.scales)
     weight = dataclasses.replace(weight, qzeros=torch.full_like(weight.qzeros, -1), scales=ones)
-    y = interpreted.matmul(torch.eye(256, dtype=torch.float16), layout.prepack(weight))
+    y = interpreted.matmul(torch.eye(256, dtype=torch.float16), layout.prepare(weight))
     from quant_cuda.packing import unpack
 
     expected = unpack(weight.qweight, 8, 256).double().numpy() - 256
@@ -86,7 +86,7 @@ def test_every_integer_at_the_greatest_zero_point(interpreted):
 
 
 def test_empty_and_unfit_x(interpreted):
-    weight = layout.prepack(packed(4)[0])
+    weight = layout.prepare(packed(4)[0])
     for shape in ((0, 96), (2, 0, 96)):
         assert interpreted.matmul(torch.empty(shape), weight).shape == (*shape[:-1], 24)
     with pytest.raises(ValueError, match="does not fit a weight of 96 inputs"):
@@ -135,10 +135,10 @@ def test_on_a_gpu():
     for bits in (4, 8):
         for dtype in (torch.float16, torch.bfloat16):
             weight, matrix = packed(bits, 576, 48, 128)
-            prepacked = layout.prepack(weight)
-            moved = {n: getattr(prepacked, n).cuda() for n in ("words", "table")}
-            prepacked = dataclasses.replace(prepacked, **moved)
+            prepared = layout.prepare(weight)
+            moved = {n: getattr(prepared, n).cuda() for n in ("words", "table")}
+            prepared = dataclasses.replace(prepared, **moved)
             for rows in (1, 17, 70):
                 x = activations(rows, 576, dtype=dtype)
-                y = triton_kernels.matmul(x.cuda(), prepacked)
+                y = triton_kernels.matmul(x.cuda(), prepared)
                 assert_as_good_as_naive(y.cpu(), x, matrix)

@@ -1,18 +1,23 @@
-"""The operator and layout of the GPU backends: by the emulated kernels, and on a GPU."""
+"""The operator of the GPU backends: by the emulated kernels, and on a GPU."""
 
 import dataclasses
 
 import pytest
 import torch
 from helpers.emulated import emulated
-from test_matmul import activations, assert_as_good_as_naive, packed
+from helpers.products import activations, assert_as_good_as_naive, packed
 from torch import Tensor
 
 import quant_cuda
-from quant_cuda.cuda import operator
+from quant_cuda.cuda import layout, operator
 from quant_cuda.weight import PreparedWeight, facts
 
 BITS = (2, 3, 4, 8)
+
+
+def view(tensors, bits, group_size, inputs, outputs) -> layout.KernelWeight:
+    sizes = {"in_features": inputs, "out_features": outputs}
+    return operator.view(tensors, bits=bits, group_size=group_size, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +26,15 @@ def on_host(request):
     kernels = emulated(request.getfixturevalue("host_library"))
 
     def product(x, tensors, bias, bits, group_size, inputs, outputs, engine) -> Tensor:
-        view = operator._view(tensors, bits, group_size, inputs, outputs)
-        return kernels.matmul(x, view, 4, bias)
+        return kernels.matmul(x, view(tensors, bits, group_size, inputs, outputs), 4, bias)
 
-    def numbers(tensors, bits, group_size, inputs, outputs, dtype, engine) -> Tensor:
-        view = operator._view(tensors, bits, group_size, inputs, outputs)
-        return kernels.dequantize(view, dtype).contiguous()
+    def dequantize(tensors, bits, group_size, inputs, outputs, dtype, engine) -> Tensor:
+        weight = view(tensors, bits, group_size, inputs, outputs)
+        return kernels.dequantize(weight, dtype).contiguous()
 
     library = torch.library.Library("quant_cuda", "IMPL")
     library.impl("gpu_product", product, "CPU")
-    library.impl("gpu_numbers", numbers, "CPU")
+    library.impl("gpu_dequantize", dequantize, "CPU")
     yield operator.matmul
     library._destroy()
 
