@@ -36,7 +36,10 @@ test -e quant_cuda/cuda/_cuda.so || { echo "error: the CUDA kernels were not bui
 
 status=0
 echo "tests on the device"
-step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" tests/quant_cuda/test_cuda_*.py \
+step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" \
+  tests/quant_cuda/test_cuda_kernels.py tests/quant_cuda/test_cuda_wgmma.py \
+  tests/quant_cuda/test_cuda_sweep.py tests/quant_cuda/test_cuda_refine.py \
+  tests/quant_cuda/test_cuda_operator.py tests/quant_cuda/test_cuda_triton.py \
   tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
   tests/blockwise/test_activations.py || { echo "FAILED: tests on the device"; status=1; }
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL
 from dataclasses import dataclass
@@ -22,8 +22,13 @@ FLAGS += ["-Wno-unknown-pragmas", "-x", "c++"]
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
-def build(folder: Path, sources: list[Path], sanitize: bool = False) -> Path:
-    """Compile .cu files with the host's compiler into one shared library."""
+def build(
+    folder: Path, sources: list[Path], sanitize: bool = False, objects: Sequence[Path] = ()
+) -> Path:
+    """Compile .cu files with the host's compiler into one shared library.
+
+    objects: compiled before, to be linked with them.
+    """
     includes = [f"-I{HERE}", f"-I{KERNELS[0].parent}"]
     extra = SANITIZE if sanitize else []
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,9 @@ def build(folder: Path, sources: list[Path], sanitize: bool = False) -> Path:
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(compile_one, sources))
     library = folder / "emulated.so"
-    subprocess.run([COMPILER, "-shared", *extra, *made, "-o", str(library)], check=True)
+    subprocess.run(
+        [COMPILER, "-shared", *extra, *made, *map(str, objects), "-o", str(library)], check=True
+    )
     return library
 
 

@@ -64,7 +64,7 @@ def install(folder: Path, **environment: str) -> Path:
     # Building must do without torch.
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('torch was imported')")
-    # The CUDA kernels take minutes to compile; tests/quant_cuda/test_cuda_compile.py does it if asked.
+    # The CUDA kernels take minutes to compile; test_cuda_compile.py compiles them if asked.
     ours = {"CUDA_HOME": "none", "PYTHONPATH": str(blocked)}
     environment = {**os.environ, **ours, **environment}
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
