@@ -1,5 +1,5 @@
-"""Builds the compiled code beside the package: the CPU's where there is a C++ compiler, the GPU's
-where there is nvcc. Without either, the package does without."""
+"""Builds the compiled code beside the package: for CPUs if there is a C++ compiler, for GPUs if there
+is nvcc. Without either the package works, but slower."""
 
 import os
 import platform
@@ -31,10 +31,17 @@ AVX512 = [
     *(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
     "-mprefer-vector-width=512",
 ]
-# GCC otherwise moves all products of a loop's body before all sums, which do not fit the registers.
+# GCC otherwise moves all multiplications of a loop's body before all additions, and their results do
+# not fit the registers.
 IN_ORDER = ["-fno-tree-ter"]
-# Of an inline function that several objects hold the linker keeps the first, which has to run
-# wherever the others do: what asks for less comes first.
+# +------------------------------------------------------------------------------------------------+
+# | The order of the objects matters. The files share headers, so several objects define the same  |
+# | inline functions (also those of the C++ library), each compiled with its own flags. The linker |
+# | keeps the first definition and drops the others. It must run on every processor on which one   |
+# | of its callers runs: portable files come first, then each file after those whose flags it      |
+# | includes. A processor without AVX-512 would otherwise die of an illegal instruction in code    |
+# | that looks portable. tests/quant_cuda/test_cpu_library.py checks this order.                   |
+# +------------------------------------------------------------------------------------------------+
 X86_FLAGS = {
     "solver_avx2.cpp": AVX2,
     "product_avx2.cpp": [*AVX2, *IN_ORDER],
@@ -56,7 +63,7 @@ CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 
 
 def sources() -> dict[str, list[str]]:
-    """File names of what this machine's processor can run, with the flags of each."""
+    """The files to compile for this machine, in the order of linking, and the flags of each."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     return {**{name: [] for name in PORTABLE}, **(X86_FLAGS if x86 else {})}
 

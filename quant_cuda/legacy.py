@@ -33,7 +33,7 @@ def vecquant2matmul(
         scales (out, 1), and zeros floating (out, 1), each a zero point times its scale.
     Raises ValueError or TypeError, in one line, for what does not fit.
     """
-    _multiply(2, vec, mat, mul, scales, zeros, groups)
+    _multiply(2, vec, mat, mul, scales=scales, zeros=zeros, groups=groups)
 
 
 def vecquant3matmul(
@@ -45,7 +45,7 @@ def vecquant3matmul(
     groups: int | Tensor | None = None,
 ) -> None:
     """`vecquant2matmul` for 3 bits."""
-    _multiply(3, vec, mat, mul, scales, zeros, groups)
+    _multiply(3, vec, mat, mul, scales=scales, zeros=zeros, groups=groups)
 
 
 def vecquant4matmul(
@@ -57,7 +57,7 @@ def vecquant4matmul(
     groups: int | Tensor | None = None,
 ) -> None:
     """`vecquant2matmul` for 4 bits."""
-    _multiply(4, vec, mat, mul, scales, zeros, groups)
+    _multiply(4, vec, mat, mul, scales=scales, zeros=zeros, groups=groups)
 
 
 def vecquant8matmul(
@@ -69,7 +69,7 @@ def vecquant8matmul(
     groups: int | Tensor | None = None,
 ) -> None:
     """`vecquant2matmul` for 8 bits."""
-    _multiply(8, vec, mat, mul, scales, zeros, groups)
+    _multiply(8, vec, mat, mul, scales=scales, zeros=zeros, groups=groups)
 
 
 @torch.no_grad()
@@ -78,6 +78,7 @@ def _multiply(
     vec: Tensor,
     mat: Tensor,
     mul: Tensor,
+    *,
     scales: Tensor,
     zeros: Tensor,
     groups: int | Tensor | None,

@@ -1,7 +1,7 @@
-// Where the integers of a packed weight lie, for every compiler that reads it.
+// Where the integers of a packed weight are, for nvcc and for the host's compiler.
 //
-// Two layouts. The stream of docs/format.md, which quant_cuda/packing.py defines, and the tiles
-// that the GPU kernels read, which quant_cuda/cuda/kernels.py makes of it.
+// There are two layouts: the bit stream of docs/format.md, which quant_cuda/packing.py defines, and
+// the tiles that the GPU kernels read, which quant_cuda/cuda/layout.py makes.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@
 
 namespace layout {
 
-// Value k of a column in the stream; `words` is the column's first word, `stride` the words from
-// one of its words to the next.
+// Value k of a column in the stream. `words`: the column's first word; `stride`: words from one of
+// its words to the next.
 template <int BITS>
 HOST_DEVICE uint32_t stream_value(const uint32_t* words, size_t stride, int k) {
   const int bit = k * BITS, shift = bit % 32;
@@ -45,8 +45,8 @@ HOST_DEVICE int block_count(int inputs) {
   return (inputs + block_inputs<BITS> - 1) / block_inputs<BITS>;
 }
 
-// Where in its word value e of a lane's 8 inputs stands. 4-bit values 2 * p and 2 * p + 1 are 16
-// bits apart: one mask takes out both halves of a pair. 8-bit values fill two words in order.
+// The shift of value e of a lane's 8 inputs in its word. 4-bit values 2 * p and 2 * p + 1 are 16 bits
+// apart, so that one mask extracts both of a pair. 8-bit values fill two words in order.
 template <int BITS>
 HOST_DEVICE int field_shift(int e) {
   return BITS == 4 ? 16 * (e % 2) + 4 * (e / 2) : 8 * (e % 4);
@@ -57,7 +57,7 @@ struct Place {
   int shift;
 };
 
-// Where the integer of (input, column) lies, in a weight of `blocks` blocks a tile.
+// The place of the integer of (input, column), in a weight of `blocks` blocks a tile.
 template <int BITS>
 HOST_DEVICE Place place(int input, int column, int blocks) {
   constexpr int per_run = BITS / 4;  // words of a lane in a run

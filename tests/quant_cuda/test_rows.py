@@ -26,14 +26,14 @@ def weight_of(bits, inputs, outputs, group_size, zero_offset=1, shuffled=False):
     if shuffled:
         g_idx = (torch.randperm(inputs, generator=generator) // size).to(torch.int32)
     return PackedWeight(
-        pack(q, bits),
-        pack_zeros(zeros, bits, zero_offset),
-        scales,
-        g_idx,
-        bits,
-        group_size,
-        inputs,
-        zero_offset,
+        qweight=pack(q, bits),
+        qzeros=pack_zeros(zeros, bits, zero_offset),
+        scales=scales,
+        g_idx=g_idx,
+        bits=bits,
+        group_size=group_size,
+        in_features=inputs,
+        zero_offset=zero_offset,
     )
 
 

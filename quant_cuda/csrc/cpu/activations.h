@@ -1,4 +1,4 @@
-// Rows of x as the kernels read them, and what a product gives as x's type.
+// Activations: rows of x converted for the kernels, and results converted to x's type.
 //
 // Included by files that are compiled once for each instruction set.
 #pragma once
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int MAX_LENGTH = MAX_RUN * UNIT;
 
-// Rows of x, laid out as the kernels read them: for each run, for each row, its inputs (for each
-// digit, lowest first).
+// Rows of x in the order in which the kernels read them: by run, by row, (by digit, lowest first,)
+// by input.
 struct Activations {
   int rows = 0;
   std::vector<int8_t> digits;
@@ -44,13 +44,13 @@ inline void store(void* y, int kind, size_t i, float value) {
   } else {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    // To the nearest, ties to even; a NaN stays one.
+    // Rounds to nearest, ties to even; NaN stays NaN.
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     static_cast<uint16_t*>(y)[i] = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
   }
 }
 
-// The largest magnitude, as bits, whose order is that of the magnitudes; NaN is above infinity.
+// The largest magnitude, compared as bits, which have the same order; NaN is above infinity.
 inline uint32_t largest(const float* x, int count) {
   uint32_t most = 0;
   for (int i = 0; i < count; ++i) {
@@ -63,7 +63,7 @@ inline uint32_t largest(const float* x, int count) {
 
 constexpr float largest_fixed(int digits) { return digits == 1 ? 127 : 32512; }
 
-// What a fixed-point one stands for in this run: NaN where x has a NaN or an infinity in it.
+// The scale of this run's fixed-point integers; NaN if x has a NaN or an infinity in the run.
 inline float fixed_scale(const float* x, int count, int digits) {
   const uint32_t most = largest(x, count);
   if (most >= 0x7f800000) return __builtin_nanf("");
@@ -82,7 +82,7 @@ inline void to_integers(const float* x, int count, float scale, int32_t* integer
     integers[i] = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
 }
 
-// Lay out row `row` of a chunk; `line` has room for inputs + 1 floats.
+// Converts row `row` of a chunk; `line` has room for inputs + 1 floats.
 void lay_out(const ProductArgs& args, const Plan& plan, size_t from, int row, bool fixed, float* line,
              Activations& to) {
   const size_t first = from * plan.inputs;
@@ -90,7 +90,7 @@ void lay_out(const ProductArgs& args, const Plan& plan, size_t from, int row, bo
     std::memcpy(line, static_cast<const float*>(args.x) + first, sizeof(float) * plan.inputs);
   else
     for (int i = 0; i < plan.inputs; ++i) line[i] = as_float(args.x, args.kind, first + i);
-  line[plan.inputs] = 0;  // where the plan has places that no input stands at
+  line[plan.inputs] = 0;  // read for places of the plan without an input
   float x[MAX_LENGTH];
   int32_t integers[MAX_LENGTH];
   for (int run = 0; run < plan.runs; ++run) {

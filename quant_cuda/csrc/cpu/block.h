@@ -1,6 +1,6 @@
 // One token through a transformer block with packed weights: RMS norm, attention with rotary positions
-// over a cache of keys and values, a gated feed-forward part. What lies between products of a small
-// model would otherwise take longer than these.
+// over a cache of keys and values, a gated feed-forward part. One call does all, because in a small
+// model Python between the matmuls takes longer than they do.
 //
 // Included after product.h by each product_*.cpp, with BLOCK_NAME.
 
@@ -12,7 +12,7 @@ namespace {
 
 inline vecf all(float x) { return x - vecf{}; }
 
-// e^x to about two units in the last place; 0 or infinity only where float32 has nothing nearer.
+// e^x to about two units in the last place; 0 or infinity only if float32 has nothing nearer.
 inline vecf exponential(vecf x) {
   x = x < -87.0f ? all(-87) : x;
   x = x > 88.0f ? all(88) : x;
@@ -29,7 +29,7 @@ inline vecf exponential(vecf x) {
   return sum * reinterpret_cast<vecf>(exponent);
 }
 
-// f of every number of x, a vector at a time.
+// Replaces each number of x by f of it, a vector at a time.
 template <typename F>
 inline void each(float* x, int count, const F& f) {
   int i = 0;
@@ -69,7 +69,7 @@ inline void normalize(const float* x, const float* weight, float epsilon, int co
   for (int i = 0; i < count; ++i) y[i] = x[i] * factor * weight[i];
 }
 
-// Turns the two halves of a head against each other.
+// Rotary positions: rotates the first half of a head against the second.
 inline void rotate(const float* cos, const float* sin, int size, float* head) {
   const int half = size / 2;
   for (int i = 0; i < half; ++i) {
@@ -79,7 +79,8 @@ inline void rotate(const float* cos, const float* sin, int size, float* head) {
   }
 }
 
-// One query's mean of values, weighted by how its product with each key compares; scores: room for count.
+// Attention of one query: the mean of values, weighted by the softmax of its scores with the keys.
+// scores: room for `count` numbers.
 inline void attend(const float* query, const float* keys, const float* values, float scale, int size,
                    int count, float* scores, float* mean) {
   float most = -INFINITY;
@@ -105,11 +106,12 @@ struct BlockRoom {
 }  // namespace
 
 void BLOCK_NAME(const BlockArgs& args) {
-  // Another thread's work must not find this one's: parallel code below goes by the reference.
+  // Thread-local, because another thread may run a block too. The parallel code below runs on other
+  // threads and must use the reference to this thread's.
   thread_local BlockRoom own;
   BlockRoom& room = own;
   const int size = args.head_dim, count = args.length + 1;
-  const int shared = args.heads / args.key_heads;  // queries that go with one key
+  const int shared = args.heads / args.key_heads;  // query heads for each key head
   room.normed.resize(args.hidden);
   room.query.resize(static_cast<size_t>(args.heads) * size);
   room.attended.resize(room.query.size());

@@ -1,4 +1,5 @@
-// What one token's way through a transformer block reads and writes; quant_cuda/cpu/decoder_block.py has its twin.
+// The arguments of one token through a transformer block; quant_cuda/cpu/decoder_block.py has the same
+// record for ctypes.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,10 @@ struct BlockArgs {
   const float* x;                      // (hidden,)
   float* y;                            // (hidden,), written; may be x
   const float *cos, *sin;              // (head_dim,)
-  float *keys, *values;                // (key_heads, capacity, head_dim): the token's own are added
+  float *keys, *values;                // (key_heads, capacity, head_dim), the token's own written
   float attention_epsilon, mlp_epsilon;
-  float scale;                         // of a query's products with keys
+  float scale;                         // of the scores of a query with keys
   int32_t hidden, heads, key_heads, head_dim, inner;
-  int32_t capacity, length;            // tokens there is room for, and before this one
+  int32_t capacity, length;            // tokens that the cache has room for; tokens in it
   int32_t digits, threads;             // as ProductArgs
 };

@@ -1,4 +1,4 @@
-// C entry points: the best instruction set that this processor and its system have.
+// The C entry points, and the table of instruction sets that they choose from.
 
 #include <cstdint>
 
@@ -71,12 +71,13 @@ const char* quant_cuda_instruction_set(int index) {
   return index < COUNT ? choices[index].name : nullptr;
 }
 
-// Whether it runs on this processor.
+// Whether the i-th instruction set runs on this processor and operating system.
 int quant_cuda_runs_here(int index) {
   return index >= 0 && index < COUNT && choices[index].runs_here();
 }
 
-// solver_args.h, product_args.h, block_args.h and tiles.h say what the arguments are; `index` is one that runs here.
+// solver_args.h, product_args.h, block_args.h and tiles.h describe the arguments. `index`: of an
+// instruction set that runs here.
 void quant_cuda_sweep(int index, const SweepArgs* args) { choices[index].sweep(*args); }
 
 void quant_cuda_refine(int index, const RefineArgs* args) { choices[index].refine(*args); }

@@ -1,5 +1,5 @@
-// Rows of float32 times a weight of 16-bit floats: an output head that nobody quantized. Each weight
-// is read once, as it is stored; sums are float32.
+// float32 rows times a float16 or bfloat16 weight, as of an output head that is not quantized. Each
+// weight is read once, as it is stored; sums are float32. Called by quant_cuda/cpu/half_matmul.py.
 //
 // Included after product.h by each product_*.cpp, with HALVES_NAME.
 
@@ -16,7 +16,7 @@ inline vecf halves(const uint16_t* at) {
     return (vecf)wide;
   }
 #if defined(__AVX512F__)
-  // Of a mask of all, since the plain one warns of what it leaves undefined.
+  // The masked form with a full mask: the plain form makes GCC warn of an uninitialized value.
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   return (vecf)_mm512_maskz_cvtph_ps(0xffff, words);
 #elif defined(__F16C__)
@@ -64,7 +64,7 @@ void multiply_outputs(const HalvesArgs& args, size_t output) {
 }  // namespace
 
 void HALVES_NAME(const HalvesArgs& args) {
-  constexpr int OUTPUTS = 4, PIECE = 16;  // at once, and handed to a thread
+  constexpr int OUTPUTS = 4, PIECE = 16;  // outputs at once, and outputs that a thread takes at a time
   const bool little = 2 * args.inputs * args.outputs * args.rows < int64_t{WORTH_A_THREAD};
   const int64_t pieces = (args.outputs + PIECE - 1) / PIECE;
   parallel_for(little ? 1 : args.threads, static_cast<int>(pieces), [&](int piece) {

@@ -1,4 +1,4 @@
-// What a product with a weight of 16-bit floats reads and writes.
+// The arguments of a matmul with a float16 or bfloat16 weight.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Outputs of a layer side by side in vectors, for code that solves a tile of them at a time: outputs
-// are independent, so that a tile stays in cache from the first column to the last.
+// Vectors over the outputs of a layer, for the solver, which takes a tile of outputs at a time.
+// Outputs are independent, so a tile stays in cache from the first column to the last.
 //
 // Included by files that are compiled once for each instruction set.
 #pragma once
@@ -19,7 +19,7 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int LANES = 32;
 constexpr int PARTS = LANES / WIDTH;
-// A product's sums: STRIP rows by PAIR vectors of them, with their operands, fill 16 registers.
+// The sums of STRIP rows by PAIR vectors, with their operands, fill 16 registers.
 constexpr int STRIP = 6;
 constexpr int PAIR = 2;
 constexpr float HALF_SMALLEST = 5.9604644775390625e-08f;
@@ -44,13 +44,13 @@ inline vec fill(float x) {
 inline vec least(vec a, vec b) { return a < b ? a : b; }
 inline vec greatest(vec a, vec b) { return a > b ? a : b; }
 
-// Nearest integer, ties to even. Beyond 2**22 the result is only near, which clamping hides.
+// The nearest integer, ties to even. Beyond 2**22 it may be off by a few; callers clamp it anyway.
 inline vec nearest(vec x) {
   const vec magic = fill(12582912.0f);
   return (x + magic) - magic;
 }
 
-// A scale as checkpoints store it: float16, positive, finite. Adding 1.5 * 2**13 times its power of
+// A scale rounded as checkpoints store it: float16, positive, finite. Adding 1.5 * 2**13 times its power of
 // two leaves eleven bits, the last one even in a tie; below 2**-14 the bits end at 2**-24.
 inline vec stored(vec scale) {
   scale = least(greatest(scale, fill(HALF_SMALLEST)), fill(HALF_MAX));
@@ -68,8 +68,8 @@ inline void accumulate(vec (&sum)[ROWS][PAIR], const float* a, size_t stride, co
       for (int p = 0; p < PAIR; ++p) sum[r][p] += a[r * stride + j] * e[j].part[first + p];
 }
 
-// Square blocks along the diagonal of a matrix, each in one piece: rows of a large matrix that are
-// used together would push each other out of the cache.
+// Contiguous copies of the square blocks along the diagonal of a matrix: rows of a large matrix that
+// are used together would evict each other from the cache.
 struct DiagonalBlocks {
   std::vector<float> numbers;
   std::vector<size_t> place;  // by a block's first column

@@ -1,6 +1,6 @@
-// The threads are those of the OpenMP that the process has loaded already: torch's. A second pool
-// beside it would fight over the same cores while either waits for work. Nothing links to it: its
-// entry point is looked up when first needed, and where there is none, plain threads are started.
+// Uses the threads of the OpenMP that torch has loaded into the process, because a second pool would
+// compete for the same cores. Nothing links to OpenMP: its entry point is looked up when first
+// needed. If there is none, plain threads are started.
 
 #include "parallel.h"
 
@@ -17,7 +17,7 @@ namespace {
 // The entry point that GNU's, LLVM's and Intel's OpenMP all have.
 using Fork = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-// A forked child has none of its parent's threads, and OpenMP would wait for them for ever.
+// A forked child has none of its parent's threads, and OpenMP would wait for them forever.
 std::atomic<bool> is_forked_child{false};
 
 Fork openmp() {

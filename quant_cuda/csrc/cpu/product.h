@@ -1,13 +1,13 @@
-// x times a packed weight, for a CPU. tiles.h says how the weight lies in memory.
+// x times a packed weight, for a CPU. tiles.h describes the weight's layout.
 //
 // Each product_*.cpp includes this file once with its own instruction set and PRODUCT_NAME.
 //
-// Where a processor multiplies bytes, activations become fixed-point numbers of 1 or 2 signed bytes,
-// scaled to the largest of their run, and products are exact integers: four inputs of an output to
-// each 32-bit word of a vector. VNNI does so in one instruction; AVX2 and AVX-512 without it take two,
-// and one more a unit. Two bytes keep more than bfloat16 and float16 have.
-// In generic code integers become floats as they are read, and products are those of float32.
-// Either way a run's sum is scaled once and added up in float32.
+// If the processor multiplies bytes, activations are rounded to fixed point of 1 or 2 signed bytes
+// (digits), scaled to the largest of their run, and multiplied exactly as integers: four inputs of an
+// output for each 32-bit word of a vector. VNNI does so in one instruction; AVX2 and AVX-512 without
+// it take two, and one more a unit. Two bytes keep more bits than bfloat16 and float16 have.
+// The generic code converts integers to float as it reads them and multiplies in float32.
+// In both, the sum of a run is scaled once and added up in float32.
 
 #include <algorithm>
 #include <cstddef>
@@ -33,18 +33,17 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int MAX_ROWS = 64;             // of x that are laid out at once
-constexpr size_t ROWS_BYTES = 512 << 10; // which should stay in a core's own cache
+constexpr int MAX_ROWS = 64;             // rows of x that are converted at once
+constexpr size_t ROWS_BYTES = 512 << 10; // they should stay in the core's own cache
 constexpr size_t WORTH_A_THREAD = 1 << 16;
-// Words; what will be read soon is asked for now, farther ahead where a run is gone through more
-// than once.
+// Distance of prefetching, in words; farther if a run is read more than once.
 constexpr int AHEAD = 1024 / 4, FAR_AHEAD = 6144 / 4;
 
 typedef float vecf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t vecu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// Four inputs of LANES outputs as bytes of a word each: step 0..7 of the unit that begins at `unit`.
+// Four inputs of LANES outputs, as the four bytes of each word; step: 0..7 of the unit at `unit`.
 template <int BITS>
 inline vecu four_inputs(const uint32_t* unit, int step) {
   const auto row = [unit](int i) { return *reinterpret_cast<const vecu*>(unit + i * TILE); };
@@ -55,7 +54,7 @@ inline vecu four_inputs(const uint32_t* unit, int step) {
   return low | ((row(2) >> step) & 0x01010101u) << 2;
 }
 
-// Asks for a unit that will be read soon; it may be the next tile's, or past the end.
+// Prefetches a unit that will be read soon; it may be the next tile's, or past the end.
 template <int BITS>
 inline void fetch(const uint32_t* unit) {
   for (int i = 0; i < 2 * BITS; ++i) __builtin_prefetch(unit + 16 * i);
@@ -88,7 +87,7 @@ struct Head {
 constexpr bool FIXED = true;
 constexpr int PARTS = TILE / LANES;
 
-// How many rows are multiplied at once: their sums have to stay in registers.
+// How many rows are multiplied at once; their sums have to fit the registers.
 constexpr int most_rows(int bits, int digits) {
 #if defined(__AVX512VNNI__)
   return digits == 1 ? 8 : 4;
@@ -103,8 +102,9 @@ inline veci every_word(const int8_t* four) {
   return word - veci{};
 }
 
-// Adds ROWS rows' sums over a run to y (rows, TILE), less their zero points; first: of the ASIDE parts
-// that they are of; entry: of the first row in scale and sums.
+// Adds the sums of ROWS rows over a run to y (rows, TILE), less the zero points' share. first: the
+// first of the ASIDE vectors of outputs that they belong to; entry: the first row's place in scale
+// and sums.
 template <int DIGITS, int ROWS, int ASIDE>
 inline void add_sums(const veci (&sum)[ROWS][DIGITS][ASIDE], int first, const Head& head,
                      const Activations& x, size_t entry, float* y) {
@@ -113,7 +113,7 @@ inline void add_sums(const veci (&sum)[ROWS][DIGITS][ASIDE], int first, const He
       const int part = first + p;
       const auto at = [part](const float* row) { return reinterpret_cast<const vecf*>(row)[part]; };
       const float* sums = x.sums.data() + (entry + r) * DIGITS;
-      // Integers below 2**24, so that the difference of each digit is exact.
+      // Integers below 2**24, so that the difference is exact for each digit.
       vecf value = {};
       for (int d = DIGITS - 1; d >= 0; --d)
         value = value * 256 + (__builtin_convertvector(sum[r][d][p], vecf) - at(head.zero) * sums[d]);
@@ -125,7 +125,7 @@ inline void add_sums(const veci (&sum)[ROWS][DIGITS][ASIDE], int first, const He
 
 constexpr int parts_aside(int, int, int) { return PARTS; }
 
-// Adds the products of a unit to sum; digits: of the first row's inputs, rows and digits `length` apart.
+// Adds a unit's products to sum. digits: those of the first row; rows and digits are `length` apart.
 template <int BITS, int DIGITS, int ROWS, int ASIDE>
 inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
                      veci (&sum)[ROWS][DIGITS][ASIDE]) {
@@ -148,7 +148,7 @@ inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
 
 typedef int16_t vecs __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// Sums of two neighbours, those of unsigned times signed bytes, or of 16-bit numbers.
+// Sums of two neighbouring products: of unsigned times signed bytes, or of 16-bit integers.
 inline vecs pairs(vecu w, veci xs) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vecs>(
@@ -176,9 +176,9 @@ constexpr int parts_aside(int bits, int digits, int rows) {
   return 2 * rows * digits * halves(bits) <= ROOM ? 2 : 1;
 }
 
-// Adds the products of a unit to sum; digits: of the first row's inputs, rows and digits `length` apart.
-// Two products of a weight of 4 bits and a digit are at most 3840 in magnitude, so that those of a
-// unit's 8 steps fit 16 bits. Weights of 8 bits go in halves.
+// Adds a unit's products to sum. digits: those of the first row; rows and digits are `length` apart.
+// Two products of a 4-bit weight and a digit are at most 3840 in magnitude, so the sum over a unit's
+// 8 steps fits 16 bits. 8-bit weights are split into two of 4 bits.
 template <int BITS, int DIGITS, int ROWS, int ASIDE>
 inline void add_unit(const uint32_t* words, const int8_t* digits, int length,
                      veci (&sum)[ROWS][DIGITS][ASIDE]) {
@@ -250,7 +250,7 @@ void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
       zero[p] = *reinterpret_cast<const vecf*>(head.zero + lane + p * LANES);
     for (int unit = 0; unit < units; ++unit) {
       if (lane == 0) fetch<BITS>(words + unit * TILE * BITS + AHEAD);
-      vecf of_unit[ROWS][PARTS] = {};  // a sum of short sums rounds less
+      vecf of_unit[ROWS][PARTS] = {};  // summed by unit first, which rounds less
       _Pragma("GCC unroll 8") for (int step = 0; step < STEPS; ++step) {
         vecu four[PARTS];
         for (int p = 0; p < PARTS; ++p)
@@ -282,7 +282,7 @@ void add_run(const Plan& plan, int run, const uint32_t* words, const Head& head,
 using AddRun = void (*)(const Plan&, int, const uint32_t*, const Head&, const Activations&, int,
                         float*);
 
-// By number of rows: 1, 2, 4, 8.
+// For 1, 2, 4 and 8 rows.
 template <int BITS, int DIGITS>
 AddRun rows_of(int rows) {
   constexpr int MOST = most_rows(BITS, DIGITS);
@@ -305,7 +305,7 @@ AddRun kernel_of(int bits, int digits, int rows) {
   }
 }
 
-// One tile of y: rows `from`.. of it, as many as were laid out.
+// One tile of y, for the rows from `from` on that were converted.
 void multiply_tile(const ProductArgs& args, const Plan& plan, const Activations& x, size_t from,
                    int tile) {
   alignas(64) float y[MAX_ROWS * TILE];
@@ -335,7 +335,7 @@ void multiply_tile(const ProductArgs& args, const Plan& plan, const Activations&
     }
 }
 
-// Lay out `rows` rows of x from `from` on.
+// Converts `rows` rows of x from `from` on.
 void lay_out_rows(const ProductArgs& args, const Plan& plan, size_t from, int rows, Activations& to) {
   thread_local std::vector<float> lines;
   const size_t places = static_cast<size_t>(plan.units) * UNIT;
@@ -348,7 +348,7 @@ void lay_out_rows(const ProductArgs& args, const Plan& plan, size_t from, int ro
     to.numbers.resize(places * rows);
   }
   lines.resize(static_cast<size_t>(plan.inputs + 1) * rows);
-  float* const line = lines.data();  // a thread's own variables are not those of the others
+  float* const line = lines.data();  // other threads would see their own `lines`, which is thread-local
   const bool few = places * rows < WORTH_A_THREAD;
   parallel_for(few ? 1 : args.threads, rows, [&](int row) {
     float* own = line + static_cast<size_t>(plan.inputs + 1) * row;
@@ -356,8 +356,8 @@ void lay_out_rows(const ProductArgs& args, const Plan& plan, size_t from, int ro
   });
 }
 
-// Several products with one row of x, which is laid out once where their plans place it alike; at
-// most three.
+// Several weights (at most three) times one row of x, which is converted once if their plans order
+// inputs alike.
 void multiply_together(const ProductArgs* args, int count) {
   thread_local Activations rooms[3];
   std::vector<Plan> plans;

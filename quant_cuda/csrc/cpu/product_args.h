@@ -1,4 +1,4 @@
-// What a product reads and writes.
+// The arguments of a matmul; called by quant_cuda/cpu/product.py.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,6 @@ struct ProductArgs {
   void* y;               // (rows, outputs), of `kind`, written
   int64_t rows;
   int kind;
-  int digits;            // bytes of an activation where it becomes an integer: 1 or 2
+  int digits;            // bytes of an activation that is rounded to fixed point: 1 or 2
   int threads;
 };

@@ -1,4 +1,4 @@
-// Reads bytes and does nothing else: the rate that a product of one row is measured against.
+// Reads bytes and does nothing else: the limit that a matmul of one row is measured against.
 
 #include <algorithm>
 #include <atomic>

@@ -12,15 +12,15 @@
 
 namespace {
 
-// Columns whose errors are summed before the next: they are read once for each STRIP of rows.
+// Columns whose errors are summed at a time; each is read once for STRIP rows of H.
 constexpr int CACHED = 1024;
 
 struct RefineScratch {
   std::vector<Row> error;     // of all columns
   std::vector<Row> gradient;  // of a group: H error
-  std::vector<Row> left;      // the gradient while integers of the group move
+  std::vector<Row> left;      // the gradient as integers of the group change
   std::vector<Row> steps;     // q - zero
-  std::vector<Row> moved;     // how far the steps went, in weight
+  std::vector<Row> moved;     // change of the dequantized values
   std::vector<Row> effect;    // of the group: H steps
 
   RefineScratch(int inputs, int widest)
@@ -49,7 +49,7 @@ void add_product(Row* out, const float* a, size_t stride, int rows, const Row* x
   }
 }
 
-// Each integer of a group in turn becomes the best, all others as they are. H: (size, size).
+// Sets each integer of a group in turn to its optimum with all others fixed. H: (size, size).
 void improve_steps(const float* H, int size, const Row& scale, const Row& zero, float maxq,
                    RefineScratch& scratch) {
   Row* left = scratch.left.data();
@@ -64,13 +64,13 @@ void improve_steps(const float* H, int size, const Row& scale, const Row& zero, 
       scratch.moved[j].part[p] = (best - step) * scale.part[p];
       step = best;
     }
-    // Only those to come need what is left; improve_scale computes the rest at once.
+    // Only later integers need the gradient; improve_scale computes the rest at once.
     for (int k = j + 1; k < size; ++k)
       for (int p = 0; p < PARTS; ++p) left[k].part[p] -= row[k] * scratch.moved[j].part[p];
   }
 }
 
-// The best float16 scale of each output's group; where rounding to it would do harm, the old one.
+// The optimal scale of each output's group, as float16; the old one if rounding would make it worse.
 Row improve_scale(const float* H, int size, const Row& scale, RefineScratch& scratch) {
   Row* effect = scratch.effect.data();
   std::fill_n(effect, size, Row{});
@@ -81,7 +81,7 @@ Row improve_scale(const float* H, int size, const Row& scale, RefineScratch& scr
     for (int j = 0; j < size; ++j) {
       const vec step = scratch.steps[j].part[p];
       curvature += step * effect[j].part[p];
-      // The gradient after the group's integers moved is that before less H moved.
+      // The gradient after the group's integers changed is the one before, less H moved.
       slope += step * scratch.gradient[j].part[p] - effect[j].part[p] * scratch.moved[j].part[p];
     }
     const vec old = scale.part[p], zero = {};

@@ -1,7 +1,7 @@
 // The GPTQ column sweep for a CPU: grid search and error propagation of a whole layer in one call.
 //
-// Tiles of LANES outputs are shared out over threads. The arithmetic is that of gptq/solver/sweep.py and
-// gptq/solver/grid.py in float32; only sums run in another order.
+// Threads take tiles of LANES outputs. The arithmetic is that of gptq/solver/sweep.py and
+// gptq/solver/grid.py in float32; only the order of sums differs.
 //
 // Each solver_*.cpp includes this file once with its own instruction set and NAMED.
 
@@ -45,13 +45,13 @@ Grid make_grid(const Row& low, const Row& high, float factor, const SweepArgs& a
   return grid;
 }
 
-// What a weight on the grid differs by from w.
+// The error of rounding w to the grid.
 inline vec error_of(vec w, vec scale, vec zero, float maxq) {
   const vec step = least(greatest(nearest(w / scale), -zero), maxq - zero);
   return step * scale - w;
 }
 
-// Of ROWS rows from i on, what error^T H error has on and below the diagonal.
+// The share of ROWS rows of H from i on in error^T H error, on and below the diagonal.
 template <int ROWS>
 inline void add_loss(Row& loss, const float* H, size_t size, const Row* error, int i, int first) {
   vec sum[ROWS][PAIR] = {};
@@ -66,8 +66,7 @@ inline void add_loss(Row& loss, const float* H, size_t size, const Row* error, i
     }
 }
 
-// error^T H error of the group for each output; H (size, size) is symmetric, and its lower half is
-// read.
+// error^T H error of the group for each output. Only the lower triangle of H (size, size) is read.
 Row loss_of(const Row* w, int size, const float* H, const Grid& grid, float maxq, Row* error) {
   for (int i = 0; i < size; ++i)
     for (int p = 0; p < PARTS; ++p)
@@ -124,7 +123,7 @@ Grid find_grid(const Row* w, int size, const float* H, const SweepArgs& args, Ro
   return best;
 }
 
-// Takes from ROWS columns of w, from k on, their share of the errors of columns start..stop.
+// Updates ROWS columns of w, from k on, by the errors of columns start..stop.
 template <int ROWS>
 inline void take(Row* w, const Row* error, const SweepArgs& args, int start, int stop, int k) {
   const size_t n = args.inputs;
@@ -136,14 +135,14 @@ inline void take(Row* w, const Row* error, const SweepArgs& args, int start, int
   }
 }
 
-// Spread the errors of columns start..stop over all that come after.
+// Updates all columns after `stop` by the errors of columns start..stop.
 void spread(Row* w, const Row* error, const SweepArgs& args, int start, int stop) {
   int k = stop;
   for (; k + STRIP <= args.inputs; k += STRIP) take<STRIP>(w, error, args, start, stop, k);
   for (; k < args.inputs; ++k) take<1>(w, error, args, start, stop, k);
 }
 
-// What all tiles read beside the arguments.
+// Read by all tiles, besides the arguments.
 struct Shared {
   DiagonalBlocks H;  // of the groups
   DiagonalBlocks U;  // of the blocks
@@ -163,7 +162,7 @@ void solve_tile(const SweepArgs& args, const Shared& shared, int first, Scratch&
     w[j] = Row{};
     std::memcpy(&w[j], args.w + j * m + first, lanes * sizeof(float));
   }
-  for (int g = 0; g < args.groups; ++g)  // static grids; found ones overwrite them
+  for (int g = 0; g < args.groups; ++g)  // static grids; those that are searched are overwritten
     for (int l = 0; l < LANES; ++l) {
       const bool real = args.is_static && l < lanes;
       scratch.grids[g].scale.part[l / WIDTH][l % WIDTH] =

@@ -1,4 +1,4 @@
-// From a checkpoint's words to tiles and back, and to plain numbers.
+// Packs a checkpoint's words into tiles, unpacks them, and dequantizes tiles.
 
 #include "tiles.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int STRIP = 8;  // tiles that are copied together, so that rows are read in longer pieces
 
-// For each run, whether its places are 32-bit words of the checkpoint as they are.
+// For each run, whether its words are those of the checkpoint unchanged.
 std::vector<char> verbatim_runs(const Plan& plan) {
   std::vector<char> verbatim(plan.runs, plan.bits != 3);
   for (int run = 0; run < plan.runs; ++run) {
@@ -28,7 +28,7 @@ std::vector<char> verbatim_runs(const Plan& plan) {
   return verbatim;
 }
 
-// Field `i` of a stream of bits whose words are `stride` apart.
+// Value `i` of a bit stream whose words are `stride` apart.
 uint32_t field(const uint32_t* words, size_t stride, int bits, size_t i) {
   const size_t word = i * bits / 32, shift = i * bits % 32;
   uint64_t both = words[word * stride];
@@ -36,14 +36,14 @@ uint32_t field(const uint32_t* words, size_t stride, int bits, size_t i) {
   return both >> shift & ((1u << bits) - 1);
 }
 
-// Adds `value` to a field that was zero.
+// Writes a value to a bit stream that is zero there.
 void set_field(uint32_t* words, size_t stride, int bits, size_t i, uint32_t value) {
   const size_t word = i * bits / 32, shift = i * bits % 32;
   words[word * stride] |= value << shift;
   if (shift + bits > 32) words[(word + 1) * stride] |= value >> (32 - shift);
 }
 
-// The word and shift of a place in a unit; 3 bits have their high one elsewhere.
+// The word and shift of a place in a unit. With 3 bits this is that of the low two.
 struct Spot {
   int row, shift, high_shift;
 };
@@ -55,7 +55,7 @@ Spot spot_of(int bits, int place) {
   return {step / 4, 8 * b + 2 * (step % 4), 8 * b + step};
 }
 
-// The unit's value of one place for each of `lanes` outputs, from and to rows of words.
+// Reads and writes the values of one place of a unit, for `lanes` outputs.
 void get_place(const uint32_t* unit, int bits, int place, int lanes, uint32_t* values) {
   const Spot spot = spot_of(bits, place);
   const uint32_t* row = unit + spot.row * TILE;
@@ -74,7 +74,7 @@ void add_place(uint32_t* unit, int bits, int place, int lanes, const uint32_t* v
     for (int l = 0; l < lanes; ++l) unit[2 * TILE + l] |= (values[l] >> 2) << spot.high_shift;
 }
 
-// An input's values for the outputs of a tile, out of the checkpoint's rows and into them.
+// Reads and writes the values of one input in the checkpoint's rows, for the outputs of a tile.
 void get_input(const uint32_t* column, size_t stride, int bits, int input, int lanes,
                uint32_t* values) {
   const size_t word = static_cast<size_t>(input) * bits / 32, shift = input * bits % 32;
@@ -128,7 +128,7 @@ void pack_heads(const Plan& plan, const uint32_t* qzeros, const uint8_t* scales,
   }
 }
 
-// Copies a verbatim run of some tiles from the checkpoint's rows, or back.
+// Copies a run with unchanged words, for some tiles, from the checkpoint's rows or back.
 template <bool PACK>
 void copy_run(const Plan& plan, int run, const std::vector<Tile>& tiles, uint32_t* qweight) {
   const size_t first = static_cast<size_t>(plan.order[UNIT * plan.start[run]]) * plan.bits / 32;
@@ -150,7 +150,7 @@ void copy_run(const Plan& plan, int run, const std::vector<Tile>& tiles, uint32_
     }
 }
 
-// Moves a run whose inputs stand in another order, one value at a time.
+// Moves a run whose inputs are in another order, one value at a time.
 template <bool PACK>
 void move_run(const Plan& plan, int run, const Tile& tile, uint32_t* qweight) {
   uint32_t* column = qweight + tile.first;
@@ -190,7 +190,7 @@ void move_words(const Plan& plan, uint8_t* data, uint32_t* qweight, int threads,
   });
 }
 
-// A tile's weights, each input's in a row of `stride` floats of which w begins with the tile's first.
+// Dequantizes a tile. w: the first of the tile's outputs in a matrix (inputs, stride).
 void numbers_of_tile(const Plan& plan, uint8_t* data, int index, size_t stride, float* w) {
   const Tile tile(plan, data, index);
   for (int run = 0; run < plan.runs; ++run) {
@@ -211,7 +211,7 @@ void numbers_of_tile(const Plan& plan, uint8_t* data, int index, size_t stride, 
   }
 }
 
-// One output's weights, by input.
+// Dequantizes one output to w (inputs,).
 void numbers_of_row(const Plan& plan, uint8_t* data, int output, float* w) {
   const Tile tile(plan, data, output / TILE);
   const int lane = output % TILE;
@@ -248,7 +248,7 @@ void quant_cuda_tiles_pack(const int32_t* plan, const uint32_t* qweight, const u
                    [&](const Tile& tile) { pack_heads(p, qzeros, scales, tile); });
 }
 
-// The opposite; qweight and qzeros come zeroed.
+// The inverse; qweight and qzeros must be zero before.
 void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweight,
                              uint32_t* qzeros, uint8_t* scales, int threads) {
   const Plan p(plan);
@@ -259,7 +259,7 @@ void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweig
                   tile.head + p.head_bytes() * g,
                   static_cast<size_t>(tile.lanes) * p.scale_bytes);
   });
-  // Words of zero points lie across tiles, so that one thread writes them all.
+  // A word of zero points may belong to two tiles, so one thread writes them all.
   const size_t zero_words = (static_cast<size_t>(p.outputs) * p.bits + 31) / 32;
   for (int output = 0; output < p.outputs; ++output) {
     const Tile tile(p, data, output / TILE);
@@ -269,7 +269,7 @@ void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweig
   }
 }
 
-// The weights of outputs first..first + count - 1, float32 (inputs, count); first: a tile's.
+// Dequantizes outputs first..first + count - 1 to float32 (inputs, count); first: a multiple of TILE.
 void quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int first, int count,
                               int threads) {
   const Plan p(plan);
@@ -278,7 +278,7 @@ void quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int 
   });
 }
 
-// The weights of `count` outputs, each in 0..outputs - 1: float32 (count, inputs).
+// Dequantizes the `count` outputs of `index`, each in 0..outputs - 1, to float32 (count, inputs).
 void quant_cuda_tiles_rows(const int32_t* plan, uint8_t* data, const int64_t* index, float* w,
                            int64_t count, int threads) {
   const Plan p(plan);

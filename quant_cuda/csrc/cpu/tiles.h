@@ -1,14 +1,15 @@
-// How the CPU kernels keep a weight: tiles of 32 outputs, units of 32 inputs, words in reading order.
+// The layout of a weight for the CPU kernels: tiles of 32 outputs, units of 32 inputs, words in the
+// order in which they are read.
 //
 // Inputs are sorted by group (a stable sort), groups are cut into runs of at most 16 units, and each
-// run is filled up to whole units with inputs that do not exist and weigh nothing. A unit of a tile
+// run is padded to whole units with inputs of weight zero. A unit of a tile
 // is `bits` rows of 32 words, one word for each output, so that a vector of words holds the same
 // inputs of many outputs and any four inputs of a word come out as its four bytes.
 //
-// The plan is a record of int32 that says all this; quant_cuda/cpu/product.py builds it:
-//   PLAN_* numbers, start[runs + 1] in units, group[runs], order[32 * units] (the input that stands
-//   at each place; `inputs` where there is none).
-// The data is, for each tile, its heads and then its words, both from a multiple of 64 bytes on:
+// The plan is a record of int32 that describes this; quant_cuda/cpu/layout.py makes it:
+//   PLAN_* fields, start[runs + 1] in units, group[runs], order[32 * units] (the input at each place;
+//   `inputs` if there is none).
+// The data is, for each tile, its heads and then its words, both aligned to 64 bytes:
 //   head: for each group 32 scales (float16 or float32) and 32 zero points (one byte each, less the
 //   format's offset).
 #pragma once
@@ -57,7 +58,7 @@ struct Plan {
   size_t unit_bytes() const { return static_cast<size_t>(TILE) * 4 * bits; }
   size_t tile_bytes() const { return words_at() + unit_bytes() * units; }
 
-  // Whether activations lie alike for both.
+  // Whether both order activations alike.
   bool places_as(const Plan& other) const {
     return inputs == other.inputs && runs == other.runs && units == other.units &&
            std::memcmp(start, other.start, sizeof(int32_t) * (runs + 1)) == 0 &&
@@ -65,8 +66,8 @@ struct Plan {
   }
 };
 
-// The place in its unit of the b-th of the four inputs of a step is 4 * step + b; the input it stands
-// for, counted from the unit's first, is this. For 2, 4 and 8 bits a word is then one of the
+// The b-th of the four inputs of a step has place 4 * step + b in its unit. This is the input at that
+// place, counted from the unit's first. For 2, 4 and 8 bits a word is then one of the
 // checkpoint's; for 3 bits, two words hold the low two bits and the third the high one.
 inline int input_of(int bits, int step, int b) {
   if (bits == 8) return 4 * step + b;
@@ -74,7 +75,7 @@ inline int input_of(int bits, int step, int b) {
   return 16 * (step / 4) + 4 * b + step % 4;
 }
 
-// IEEE half to float, without the instruction.
+// IEEE float16 to float, without the instruction.
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
   uint32_t bits = sign | ((rest << 13) + 0x38000000);

@@ -1,5 +1,5 @@
-// What the kernels' bodies stand on, whichever compiler reads them. Under nvcc this is CUDA; any
-// other compiler finds in "cuda_emulation.h" (tests/) what runs the same source on the host.
+// What all kernels include. Under nvcc this is CUDA; any other compiler finds the emulation that runs
+// the same source on the host in "cuda_emulation.h" (tests/helpers).
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ __device__ inline bfloat_t from_float<bfloat_t>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Types of activations as quant_cuda/cuda/kernels.py numbers them.
+// Types of activations, numbered as in quant_cuda/cuda/kernels.py.
 enum DataType { HALF = 0, BFLOAT = 1, FLOAT = 2 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

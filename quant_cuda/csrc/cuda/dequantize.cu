@@ -1,4 +1,4 @@
-// The whole weight as numbers, for a dense product, and the sum of partial products.
+// Dequantizes the whole weight, for a dense matmul, and adds partial sums.
 
 #include "fragment.cuh"
 
@@ -7,7 +7,7 @@ namespace {
 constexpr int WARPS = 4;
 constexpr int THREADS = 256;
 
-// Eight neighbours of a row, of which the first `count` exist.
+// Writes the first `count` of eight neighbours of a row.
 template <typename T>
 struct alignas(16) Eight {
   T values[8];
@@ -120,7 +120,7 @@ EXPORT int quant_cuda_add_partials(int type, const float* partial, const float* 
   return cudaGetLastError();
 }
 
-// In words, what a code returned by any function here means.
+// The message of an error code that any function here returned.
 EXPORT const char* quant_cuda_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }

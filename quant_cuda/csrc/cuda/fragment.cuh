@@ -1,10 +1,10 @@
-// From packed words to the A operand of the tensor cores: columns of the weight are its rows, and
-// activations are the B operand, so that one to eight of them fill it.
+// Makes the A operand of the tensor cores from packed words. Columns of the weight are the operand's
+// rows; activations are the B operand, so that up to eight rows of them fill it.
 #pragma once
 
 #include "common.cuh"
 
-// A row of the table beside the words, one entry a column: the scale as float16 in the lower half,
+// An entry of the table, one for each column: the scale as float16 in the lower half,
 // the zero point, 0..256, in the upper.
 struct Grid {
   uint32_t entry;
@@ -15,11 +15,11 @@ struct Grid {
   __device__ uint32_t zero() const { return entry >> 16; }
 };
 
-// Takes integers out of words as exact differences q - zero, in pairs of T.
+// Converts integers of a word to exact differences q - zero, in pairs of T.
 //
-// An integer or'ed under the exponent of 2**m counts in units of the mantissa's last bit, so that
-// one subtraction leaves q - zero: 0x6400 is 1024 in float16, 0x4300 is 128 in bfloat16 (which has
-// room for 4-bit numbers alone), 0x4B000000 is 2**23 in float32.
+// An integer that is OR-ed into the mantissa below the exponent of 2**m counts in units of the last
+// bit, so that one subtraction leaves q - zero: 0x6400 is 1024 in float16, 0x4300 is 128 in bfloat16
+// (which has room for 4-bit integers only), 0x4B000000 is 2**23 in float32.
 template <int BITS, typename T>
 struct Expander;
 
@@ -30,8 +30,8 @@ struct Expander<4, half_t> {
   __device__ explicit Expander(uint32_t zero)
       : below(0x64006400u + zero * 0x00010001u), below16(0xD400D400u + zero * 0x00100010u) {}
 
-  // Pair 2 * s and 2 * s + 1 of a word, s 0 or 1. Fields in bits 4..7 count sixteenfold, from
-  // 1024: over 16, less 64 and the zero point.
+  // Pairs 2 * s and 2 * s + 1 of a word, s 0 or 1. A value in bits 4..7 counts sixteenfold, from
+  // 1024 on: it is divided by 16, less 64 and the zero point.
   __device__ void operator()(uint32_t word, uint32_t& first, uint32_t& second) const {
     first = half2_sub(and_or<0x000F000Fu, 0x64006400u>(word), below);
     second = half2_fma(and_or<0x00F000F0u, 0x64006400u>(word), 0x2C002C00u, below16);
@@ -42,7 +42,7 @@ template <>
 struct Expander<4, bfloat_t> {
   uint32_t below;
 
-  // Minus (128 + zero), for a product with one and a sum.
+  // -(128 + zero): bfloat16 subtracts by a fused multiply-add with one.
   __device__ explicit Expander(uint32_t zero) : below(0xC300C300u + zero * 0x00010001u) {}
 
   __device__ void operator()(uint32_t word, uint32_t& first, uint32_t& second) const {
@@ -80,8 +80,7 @@ struct Expander<8, bfloat_t> {
   }
 };
 
-// What a lane holds of 16 columns of one block: words of column lane / 4 and of column
-// lane / 4 + 8.
+// A lane's words of 16 columns of one block: of column lane / 4 and of column lane / 4 + 8.
 struct Piece {
   uint32_t words[2][4];
 
@@ -113,7 +112,7 @@ __device__ __forceinline__ void expand_run(const Piece& piece, int run,
     }
 }
 
-// The two numbers that a pair of exact differences stands for, each rounded once.
+// The dequantized values of a pair of exact differences, each rounded once.
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, const Grid& grid, half_t) {
   return half2_mul(pair, pick_bytes<0x1010u>(grid.entry, 0));
 }

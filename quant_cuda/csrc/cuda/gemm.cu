@@ -1,7 +1,7 @@
 // y = x W for more rows of x than gemv.cu takes, up to a few hundred.
 //
-// A thread block computes 128 columns for up to 64 rows. Its warps stand four along the columns
-// and two along the inputs, so that no integer is taken out of its word twice. Weights go from
+// A thread block computes 128 columns for up to 64 rows. Its warps are four along the columns
+// by two along the inputs, so that no integer is extracted twice. Weights go from
 // global memory straight into registers, a block of inputs ahead; x is staged in shared memory by
 // asynchronous copies. Sums of the two halves, and of thread blocks that share the inputs, are
 // added in a fixed order.
@@ -28,8 +28,8 @@ struct Sizes {
   static constexpr int BYTES = 16 * (STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS);
 };
 
-// The shared copy of x: (stage, half of the inputs, row, chunk), chunks of odd rows moved so that
-// eight lanes reading four chunks of two rows meet no bank twice.
+// The shared copy of x: (stage, half of the inputs, row, chunk). Chunks of odd rows are permuted, so
+// that eight lanes that read four chunks of two rows have no bank conflict.
 template <int BITS, int ROWS>
 __device__ __forceinline__ int chunk_at(int stage, int half, int row, int chunk) {
   using Size = Sizes<BITS, ROWS>;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(THREADS)
       const int step = base + i;
       if (step >= steps) break;
       copy_wait<STAGES - 2>();
-      __syncthreads();  // this stage has landed, and the one before it is free
+      __syncthreads();  // this stage is complete, and the one before it is free
       stage(step + STAGES - 1);
       const int block = first_block + step * stride + half;
       if (has_columns && block < blocks)

@@ -1,9 +1,9 @@
-// y = x W for up to 32 rows of x: bound by the bytes of W, so that each is read once, straight into
-// registers, and the tensor cores, which take eight rows at a time, leave the rest idle.
+// y = x W for up to 32 rows of x. Reading W is the limit, so each byte is read once, straight into
+// registers. The tensor cores take eight rows at a time.
 //
 // A thread block computes 32 columns; its warps take blocks of inputs in turn, several loads ahead
-// of use, and their sums are added in shared memory in a fixed order. Where the columns are too
-// few to fill the GPU, several thread blocks share the inputs and leave partial sums, which a
+// of use, and their sums are added in shared memory in a fixed order. If the columns are too few to
+// fill the GPU, several thread blocks share the inputs and leave partial sums, which a
 // second kernel adds in order. Nothing is added atomically: results do not vary from run to run.
 
 #include "fragment.cuh"
@@ -11,14 +11,14 @@
 namespace {
 
 constexpr int WARPS = 8;
-// Blocks of inputs that a warp has under way; more rows of x take the registers of one.
+// Blocks of inputs that a warp loads ahead; with more rows of x there are registers for one less.
 template <int EIGHTS>
 constexpr int ahead = EIGHTS == 1 ? 3 : 2;
 constexpr int TILES = 2;
 constexpr int COLUMNS = TILES * layout::TILE;
 constexpr int MOST_ROWS = 32;
 
-// What a warp holds of a block of inputs, 32 columns wide.
+// A warp's part of a block of inputs, 32 columns wide.
 template <bool FINE>
 struct Stage {
   Piece pieces[TILES];
@@ -45,7 +45,7 @@ struct Stage {
 };
 
 // x: (rows, inputs), rows at most 8 * EIGHTS. words: (tiles, blocks, 256). table: (units, columns), one row
-// for each 2**shift inputs; FINE where that is fewer than a block. bias: (outputs,) or NULL.
+// for each 2**shift inputs; FINE if that is fewer than a block. bias: (outputs,) or NULL.
 // y: (rows, outputs); or partial: (gridDim.y, rows, outputs), without the bias, if not NULL.
 template <int BITS, typename T, bool FINE, int EIGHTS>
 __global__ void __launch_bounds__(WARPS * 32, EIGHTS == 4 ? 1 : 2)
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(WARPS * 32, EIGHTS == 4 ? 1 : 2)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int blocks = layout::block_count<BITS>(inputs);
   const int stride = WARPS * gridDim.y;
-  // Rows that are not there are read as the first, and their results left out.
+  // Rows past the last read the first row; their results are not written.
   int my_x[EIGHTS];
 #pragma unroll
   for (int n = 0; n < EIGHTS; ++n) my_x[n] = (8 * n + g < rows ? 8 * n + g : 0) * inputs + 8 * t;

@@ -1,4 +1,4 @@
-// Products and numbers straight from the layout of docs/format.md: any of 2, 3, 4 and 8 bits, any
+// Multiplies and dequantizes straight from the layout of docs/format.md: 2, 3, 4 and 8 bits, any
 // groups, any order of inputs. A thread owns a column.
 
 #include "common.cuh"
@@ -19,7 +19,7 @@ struct Weight {
   __device__ int group(int input) const { return g_idx ? g_idx[input] : input / group_size; }
 };
 
-// Calls `use(input, number)` for the inputs of one period of a column.
+// Calls `use(input, dequantized value)` for the inputs of one period of a column.
 template <int BITS, typename Use>
 __device__ void for_period(const Weight& weight, int column, int period, Use use) {
   const size_t stride = weight.outputs;

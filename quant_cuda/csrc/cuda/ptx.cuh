@@ -1,5 +1,5 @@
-// Every instruction that CUDA C++ has no plain name for. The host's twins of these, with the same
-// layout of fragments, are in tests/cuda_twins.h.
+// All PTX instructions, one function each. Their twins for the host, with the same layout of
+// fragments, are in tests/helpers/cuda_twins.h.
 #pragma once
 
 #ifdef __CUDACC__
@@ -12,7 +12,7 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a) {
   return d;
 }
 
-// Four bytes picked from the eight of (b, a), a's the lower; one hexadecimal digit of SELECT each.
+// Four of the eight bytes of (b, a), a's being the lower; one hexadecimal digit of SELECT picks each.
 template <uint32_t SELECT>
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -20,28 +20,28 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b) {
   return d;
 }
 
-// a - b of two float16 each.
+// a - b, two float16 each.
 __device__ __forceinline__ uint32_t half2_sub(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
-// a * b + c of two float16 each, rounded once.
+// a * b + c, two float16 each, rounded once.
 __device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
-// a * b of two float16 each.
+// a * b, two float16 each.
 __device__ __forceinline__ uint32_t half2_mul(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
-// a * b + c of two bfloat16 each; sm_80 has no subtraction of them.
+// a * b + c, two bfloat16 each; sm_80 cannot subtract bfloat16.
 __device__ __forceinline__ uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -55,7 +55,7 @@ __device__ __forceinline__ uint32_t bfloat2_of(float low, float high) {
   return d;
 }
 
-// 16 bytes that are read once: past the first-level cache.
+// Loads 16 bytes that are read only once, without caching them in L1.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -108,8 +108,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
 // Rows of x in one product of `wgmma`.
 constexpr int WGMMA_ROWS = 128;
 
-// A barrier in shared memory: complete when as many have arrived as it was started for, and then at
-// its next phase. To be started by one thread, before a __syncthreads.
+// A barrier in shared memory (mbarrier): when as many threads have arrived as it was started for, its
+// phase is complete and the next begins. One thread starts it, before a __syncthreads.
 struct barrier_t {
   uint64_t state;
 };
@@ -150,12 +150,12 @@ __device__ __forceinline__ void store_matrices(void* shared, const uint4& words)
                : "memory");
 }
 
-// What this thread has written to shared memory, for `wgmma` to read.
+// Makes this thread's writes to shared memory visible to `wgmma`.
 __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// How many registers a thread of this warpgroup has from here on.
+// Sets how many registers a thread of this warpgroup has from here on.
 template <int COUNT>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -166,15 +166,15 @@ __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Where `wgmma` finds its B operand: pieces of 8 inputs (16 bytes) by 8 rows, 128 bytes in a row
-// each; `along` bytes from one to the next along the inputs, `across` along the rows.
+// The descriptor of `wgmma`'s B operand in shared memory: pieces of 8 inputs (16 bytes) by 8 rows,
+// 128 bytes in a row each; `along` bytes from one to the next along the inputs, `across` along the rows.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared, uint32_t along,
                                                       uint32_t across) {
   return static_cast<uint64_t>(shared_address(shared) >> 4 & 0x3FFF) |
          static_cast<uint64_t>(along >> 4) << 16 | static_cast<uint64_t>(across >> 4) << 32;
 }
 
-// Before the first `wgmma`, and before one whose operands in registers have changed.
+// Needed before the first `wgmma`, and before one whose operands in registers have changed.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -190,7 +190,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// After the last wait: no compiler may read d before here.
+// Keeps the compiler from reading d before the last wait.
 __device__ __forceinline__ void wgmma_settle(float (&d)[WGMMA_ROWS / 2]) {
 #pragma unroll
   for (int i = 0; i < WGMMA_ROWS / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");

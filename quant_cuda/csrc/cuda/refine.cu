@@ -1,9 +1,9 @@
-// One group's turn of gptq/solver/refine.py: each of its integers becomes the best with all others as they
-// are, and then its scale. What that does to the gradient is a matrix product with H, which the
-// caller takes for all columns at once.
+// One group's turn in gptq/solver/refine.py: sets each of its integers to its optimum with all others
+// fixed, and then its scale. The caller updates the gradient of all columns by a matmul with H.
 //
-// A thread block owns 32 outputs, an output a lane, and its eight warps share out columns, as in
-// sweep.cu. Products and sums are apart where torch's are; those of the scale are in another order.
+// A thread block owns 32 outputs, an output a lane, and its eight warps share the columns, as in
+// sweep.cu. Multiplications and additions are rounded separately where torch's are; the sums for the
+// scale are in another order.
 
 #include "common.cuh"
 
@@ -20,16 +20,16 @@ struct Refine {
   const float* H;         // (inputs, inputs), positive definite
   const float* gradient;  // (inputs, outputs), H (w - dequantized q)
   const float* zeros;     // (outputs,), of this group
-  float* scales;          // (outputs,), float16 numbers of either sign; replaced
+  float* scales;          // (outputs,), exact in float16, of either sign; replaced
   uint8_t* q;             // (inputs, outputs); the group's are replaced
-  float* change;          // (stop - start, outputs), written: of the group's numbers
+  float* change;          // (stop - start, outputs), written: of the dequantized values
   int inputs, outputs, start, stop, bits;
 };
 
 using Tile = float[GROUP][LANES];
 using Shares = float[PARTS][LANES];
 
-// The sum of all parts' numbers of this lane; alike in all of them.
+// The sum over all parts of this lane; every part gets it.
 __device__ float sum_of(Shares& shares, float mine, int lane, int part) {
   __syncthreads();
   shares[part][lane] = mine;
@@ -39,21 +39,21 @@ __device__ float sum_of(Shares& shares, float mine, int lane, int part) {
   return sum;
 }
 
-// The best float16 scale for a group's steps, of the old one's sign. slope and curvature are those of
-// the objective in the scale, at the old one.
+// The optimal float16 scale for a group's steps, with the old one's sign. slope, curvature: of the
+// objective as a function of the scale, at the old one.
 __device__ float best_scale(float old, float slope, float curvature) {
   const float by = curvature > 0 ? __fdiv_rn(slope, curvature) : 0.0f;
   const float size = old > 0 ? __fadd_rn(old, by) : -__fadd_rn(old, by);
   const float stored = __half2float(__float2half_rn(fminf(fmaxf(size, HALF_SMALLEST), HALF_MAX)));
   const float found = old > 0 ? stored : -stored;
-  // Rounding to float16 can overshoot; such a step is left out.
+  // Rounding to float16 can overshoot; the old scale is kept then.
   const float change = __fsub_rn(found, old);
   return change * (2.0f * slope - change * curvature) > 0 ? found : old;
 }
 
 __global__ void __launch_bounds__(PARTS * LANES)
     refine_group(Refine r) {
-  SHARED(float, left, [GROUP][LANES]);   // the gradient while integers move
+  SHARED(float, left, [GROUP][LANES]);   // the gradient as integers change
   SHARED(float, steps, [GROUP][LANES]);  // q - zero
   SHARED(float, shares, [PARTS][LANES]);
   const int lane = threadIdx.x % LANES, part = threadIdx.x / LANES;
@@ -73,14 +73,14 @@ __global__ void __launch_bounds__(PARTS * LANES)
 
   float best = 0;
   for (int j = 0; j < size; ++j) {
-    // All parts have read the step before this one when one of them replaces it.
+    // All parts must have read the step before this one before one of them replaces it.
     if (j > 0 && part == 0) steps[j - 1][lane] = best;
     const float* row = H + static_cast<size_t>(j) * stride;
     const float step = steps[j][lane];
     best = rintf(__fadd_rn(step, __fdiv_rn(left[j][lane], __fmul_rn(row[j], scale))));
     best = fminf(fmaxf(best, -zero), high);
     const float moved = __fmul_rn(__fsub_rn(best, step), scale);
-    // Only those to come need what is left.
+    // Only later integers need the gradient.
     for (int k = j + 1 + part; k < size; k += PARTS)
       left[k][lane] = __fsub_rn(left[k][lane], __fmul_rn(row[k], moved));
     __syncthreads();

@@ -1,11 +1,11 @@
-// The column sweep of gptq/solver/sweep.py for one block of at most 128 columns: the search for each
-// group's grid, rounding, and the spread of each column's error over the rest of the block. What
-// the block's errors do to all later columns is a matrix product, which the caller takes.
+// The column sweep of gptq/solver/sweep.py for one block of at most 128 columns: searches each group's
+// grid, rounds, and propagates each column's error to the rest of the block. The caller propagates the
+// block's errors to all later columns by a matmul.
 //
-// A thread block owns 32 outputs; the weights of the block lie in shared memory, an output a lane,
-// and the eight warps share out columns. Roundings are those of the torch sweep in float32, product
-// and difference apart, so that with grids of the plain range (or given ones) all results are the
-// same bits. Losses of the search are sums in another order than a matrix product's.
+// A thread block owns 32 outputs; the weights of the block are in shared memory, an output a lane,
+// and the eight warps share the columns. It rounds as the torch sweep does in float32, products and
+// differences separately, so that with min/max grids (or static ones) all results are the same bits.
+// The losses of a search are summed in another order than in a matmul.
 
 #include "common.cuh"
 
@@ -23,12 +23,12 @@ struct Sweep {
   const float* H;          // (inputs, inputs), undamped, in solving order
   const float* U;          // (inputs, inputs), U^T U = (H + damp)^-1
   const int32_t* labels;   // (inputs,), group of each column
-  const int32_t* run_end;  // (inputs,), where a grid is to be found the end of its group, else 0
-  const float* factors;    // (factor_count,), shares of the range to try, see native.sweep; none for 1
-  float* scales;           // (groups, outputs), written where a grid is found, else read
+  const int32_t* run_end;  // (inputs,): the end of a group whose grid is searched, at its first column; else 0
+  const float* factors;    // (factor_count,), shares of the range to try, see cpu/solver.py; none for 1
+  float* scales;           // (groups, outputs), written if the grid is searched, else read
   float* zeros;            // (groups, outputs), likewise
   uint8_t* q;              // (inputs, outputs)
-  float* errors;           // (stop - start, outputs), over the diagonal of U
+  float* errors;           // (stop - start, outputs), divided by the diagonal of U
   int inputs, outputs, start, stop, factor_count, bits, sym;
 };
 
@@ -38,7 +38,7 @@ struct Grid {
 
 using Tile = float[BLOCK][LANES];
 
-// A scale as checkpoints store it: float16, positive, finite.
+// A scale rounded as checkpoints store it: float16, positive, finite.
 __device__ float stored(float scale) {
   return __half2float(__float2half_rn(fminf(fmaxf(scale, HALF_SMALLEST), HALF_MAX)));
 }
@@ -87,7 +87,7 @@ __device__ __forceinline__ float share_of_loss(const Tile& error, const float* H
   return loss;
 }
 
-// Loss of a grid on columns from..from+size of the block; alike in all parts of an output.
+// Loss of a grid on columns from..from+size of the block; every part of an output gets it.
 __device__ __forceinline__ float loss_of(const Tile& w, Tile& error, float (&shares)[PARTS][LANES], const Sweep& s,
                          const Grid& grid, int from, int size, int lane, int part) {
   const float maxq = static_cast<float>((1 << s.bits) - 1);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(PARTS * LANES, 1)
     Grid grid = {1.0f, 1.0f};
     if (end > 0) {
       grid = find_grid(w, error, shares, s, i, end - j, lane, part);
-      __syncthreads();  // no part writes scales that another reads before all have found them
+      __syncthreads();  // no part writes scales before all have read and searched
       if (real && part == 0) {
         s.scales[stored_at] = grid.scale;
         s.zeros[stored_at] = grid.zero;
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(PARTS * LANES, 1)
 
 }  // namespace
 
-// Columns start..stop, at most 128 of them. Groups whose grid is to be found lie within; the others'
-// scales and zeros are there. w is left as it is; see Sweep for the rest.
+// Columns start..stop, at most 128 of them. Groups whose grid is searched are within them; the
+// scales and zeros of the others are arguments. w is not changed; see Sweep for the rest.
 EXPORT int quant_cuda_sweep_block(const float* w, const float* H, const float* U, const void* labels,
                                   const void* run_end, const float* factors, float* scales,
                                   float* zeros, void* q, float* errors, int inputs, int outputs,

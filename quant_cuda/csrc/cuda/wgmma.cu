@@ -1,13 +1,13 @@
-// y = x W for some hundreds of rows of x and more, on GPUs of compute capability 9.0: the matrix
-// instructions of a whole warpgroup, which others lack.
+// y = x W for some hundreds of rows of x and more, on GPUs of compute capability 9.0, by the matrix
+// instructions of a whole warpgroup, which only they have.
 //
-// A thread block computes 128 or 256 columns for 128 rows. One warpgroup brings x to shared memory,
-// the two others multiply: integers go from global memory straight into registers, become the
-// numbers that dequantize.cu would write, bit for bit, and are the A operand; the B operand is x.
-// Lanes hold inputs 8t .. 8t+7 of every 32 (see layout.h), so x has to lie in the same order:
-// stmatrix, given the eight inputs that a lane has loaded, puts them where they belong.
+// A thread block computes 128 or 256 columns for 128 rows. One warpgroup copies x to shared memory,
+// the two others multiply. Integers go from global memory straight into registers and are dequantized
+// to the values that dequantize.cu would write, bit for bit; they are the A operand, and x is the B
+// operand. Lanes hold inputs 8t .. 8t+7 of every 32 (see layout.h), so x has to be in the same order:
+// stmatrix writes the eight inputs that a lane has loaded in that order.
 //
-// Barriers in shared memory hand stages from one side to the other. Thread blocks that share the
+// Barriers in shared memory pass stages between the warpgroups. Thread blocks that share the
 // inputs leave partial sums, which quant_cuda_add_partials adds in order.
 
 #include "fragment.cuh"
@@ -19,9 +19,9 @@ constexpr int GROUP = 128;   // threads of a warpgroup
 constexpr int WORKERS = 2;   // warpgroups that multiply
 constexpr int THREADS = (1 + WORKERS) * GROUP;
 constexpr int WARPS = GROUP / 32;
-constexpr int BATCH = 4;     // loads of x that a lane has under way, in two batches
-constexpr int PITCH = 20;    // of a row of sums; lanes of a warp meet no bank twice
-// What a warpgroup asks for has to be what another gave back, or it waits for ever: a thread block
+constexpr int BATCH = 4;     // loads of x that a lane has in flight, in two batches
+constexpr int PITCH = 20;    // of a row of sums; lanes of a warp have no bank conflict
+// A warpgroup can only get registers that another released, or it waits forever. A thread block
 // starts with the most for each thread that 65536 registers allow, in multiples of eight.
 constexpr int BRINGER_REGISTERS = 56, WORKER_REGISTERS = 224;
 static_assert(BRINGER_REGISTERS + WORKERS * WORKER_REGISTERS <=
@@ -38,7 +38,7 @@ struct Sizes {
   static constexpr int BYTES = STAGES * STAGE * 16 + SUMS * 4 + 2 * STAGES * 8;
 };
 
-// What a thread block works on: blocks first, first + stride, ...
+// The work of a thread block: blocks first, first + stride, ...
 struct Work {
   int rows, inputs, columns, shift, first_row, first, stride, blocks;
 
@@ -46,7 +46,7 @@ struct Work {
   __device__ int block(int step) const { return first + step * stride; }
 };
 
-// The first warpgroup: x to shared memory, a stage after another as they fall free.
+// The first warpgroup: copies x to shared memory, each stage as soon as it is free.
 template <int BITS, typename T>
 __device__ __forceinline__ void bring(uint4* shared, barrier_t* full, barrier_t* empty,
                                       const T* x, const Work& work) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void bring(uint4* shared, barrier_t* full, barrier_t*
       barrier_wait(&empty[stage], (step / Size::STAGES + 1) % 2);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      // Lane 8j + r names the place of matrix j's row r.
+      // Lane 8j + r has the address of row r of matrix j.
       const int chunk = part * 4 + lane / 8;
       const int row = first + i * 8 + lane % 8;
       store_matrices(&shared[stage * Size::STAGE + chunk * ROWS + row], now[i]);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void bring(uint4* shared, barrier_t* full, barrier_t*
   }
 }
 
-// What a lane of a worker reads of the weight: 16 columns for each of TILES products.
+// The weights that a lane of a worker reads: 16 columns for each of TILES products.
 template <int BITS, int TILES>
 struct Weight {
   const uint32_t* words;
@@ -112,7 +112,7 @@ struct Weight {
     }
   }
 
-  // Scales are zero where there is nothing to scale.
+  // Scales are zero for columns and inputs past the last.
   __device__ void load(Grid (&grids)[TILES][2], int input, const Work& work) const {
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
@@ -125,7 +125,7 @@ struct Weight {
   }
 };
 
-// The numbers of one run of 32 inputs as A operands, for its first and its last 16.
+// The dequantized values of one run of 32 inputs as A operands, for its first and its last 16.
 template <int BITS, typename T>
 __device__ __forceinline__ void scaled_run(const Piece& piece, int run, const Grid (&grid)[2],
                                            uint32_t (&a)[2][4]) {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void multiply(const uint4* shared, barrier_t* full, b
       }
       wgmma_commit();
       wgmma_wait<1>();
-      // What came before this run has been read, the stage before this one with it.
+      // All runs before this one have been read, and with them the stage before this one.
       if (run == 0 && step > 0 && threadIdx.x % 32 == 0)
         barrier_arrive(&empty[(step - 1) % Size::STAGES]);
     }
@@ -259,7 +259,7 @@ template <int BITS, typename T, int TILES>
 int launch(const void* x, const void* words, const void* table, const float* bias, void* y,
            float* partial, int rows, int inputs, int outputs, int columns, int shift, int splits,
            cudaStream_t stream) {
-  // Each thread block has inputs, or its sums would never be set.
+  // Each thread block needs inputs, or its sums would never be written.
   if (splits < 1 || splits > layout::block_count<BITS>(inputs)) return cudaErrorInvalidValue;
   constexpr int bytes = Sizes<BITS>::BYTES;
   const auto kernel = wgmma_gemm<BITS, T, TILES>;
@@ -306,7 +306,7 @@ EXPORT int quant_cuda_wgmma(int bits, int type, const void* x, const void* words
                      outputs, columns, shift, splits, stream);
 }
 
-// Whether the library holds it.
+// Whether the library was built with it.
 EXPORT int quant_cuda_has_wgmma() {
 #if defined(QUANT_CUDA_SM90A) || !defined(__CUDACC__)
   return 1;
