@@ -1,5 +1,5 @@
-"""Builds the compiled code beside the package: for CPUs if there is a C++ compiler, for GPUs if there
-is nvcc. Without either the package works, but slower."""
+"""Builds the compiled code beside the package: for CPUs if there is a C++ compiler, for GPUs if
+there is nvcc. Without either the package works, but slower."""
 
 import os
 import platform
@@ -31,8 +31,8 @@ AVX512 = [
     *(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
     "-mprefer-vector-width=512",
 ]
-# GCC otherwise moves all multiplications of a loop's body before all additions, and their results do
-# not fit the registers.
+# GCC otherwise moves all multiplications of a loop's body before all additions, and their results
+# do not fit the registers.
 IN_ORDER = ["-fno-tree-ter"]
 # +------------------------------------------------------------------------------------------------+
 # | The order of the objects matters. The files share headers, so several objects define the same  |
