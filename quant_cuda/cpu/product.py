@@ -50,7 +50,15 @@ def matmul(
         return traced(x, weight, bias, int8, instruction_set)
     bias = bias if bias is None else bias.detach().float().contiguous()
     data, plan = weight.tensors
-    return _product(x, data, plan, bias, weight.out_features, int8, instruction_set)
+    return _product(
+        x,
+        data,
+        plan,
+        bias,
+        out_features=weight.out_features,
+        int8=int8,
+        instruction_set=instruction_set,
+    )
 
 
 def traced(

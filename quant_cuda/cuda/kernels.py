@@ -247,7 +247,8 @@ def _plain(
     partial = x.new_empty((splits, *y.shape))
     tensors = (x, weight.qweight, weight.scales, weight.zeros, weight.g_idx, partial)
     group_size = group_length(weight.in_features, weight.group_size)
-    kernel(launch, weight.bits, *tensors, *x.shape, weight.out_features, group_size, splits)
+    sizes = (*x.shape, weight.out_features, group_size, splits)
+    kernel(launch, weight.bits, *tensors, *sizes)
     _add_partials(launch, partial, _float32(bias), y)
     return y
 

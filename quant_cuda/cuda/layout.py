@@ -232,16 +232,16 @@ def _to_tiles(qweight: Tensor, bits: int, inputs: int) -> Tensor:
     padded = _pad(qweight, blocks * BLOCK_WORDS // TILE, _padded(qweight.shape[1]))
     per_run = bits // 4  # words of a lane in a run of 32 inputs
     # block, run, lane t, word, tile, half, lane g  ->  tile, block, half, g, t, run, word
-    split = _interleave(padded, bits).view(blocks, 4 // per_run, 4, per_run, -1, 2, 8)
-    return split.permute(4, 0, 5, 6, 2, 1, 3).reshape(-1, blocks, BLOCK_WORDS).contiguous()
+    split = _interleave(padded, bits).view((blocks, 4 // per_run, 4, per_run, -1, 2, 8))
+    return split.permute((4, 0, 5, 6, 2, 1, 3)).reshape(-1, blocks, BLOCK_WORDS).contiguous()
 
 
 def _from_tiles(words: Tensor, bits: int, inputs: int) -> Tensor:
     """Undo `_to_tiles`, but for the padding of columns."""
     tiles, blocks, _ = words.shape
     per_run = bits // 4
-    split = words.view(tiles, blocks, 2, 8, 4, 4 // per_run, per_run)
-    rows = split.permute(1, 5, 4, 6, 0, 2, 3).reshape(blocks * BLOCK_WORDS // TILE, tiles * TILE)
+    split = words.view((tiles, blocks, 2, 8, 4, 4 // per_run, per_run))
+    rows = split.permute((1, 5, 4, 6, 0, 2, 3)).reshape(blocks * BLOCK_WORDS // TILE, tiles * TILE)
     return _deinterleave(rows, bits)[: inputs * bits // 32]
 
 

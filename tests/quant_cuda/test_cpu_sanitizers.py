@@ -23,7 +23,7 @@ from helpers.products import packed, activations, assert_as_good_as_naive
 from quant_cuda.cpu import half_matmul, layout
 from quant_cuda.cpu.decoder_block import Block, run
 from gptq.config import ORDERS, QuantConfig
-from gptq.solver import solve
+from gptq.solver.solve import solve
 random.seed(int(sys.argv[2]))
 torch.set_num_threads(2)
 for trial in range(60):
