@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""The exceptions for mistakes that a user can correct."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,22 @@ class UserError(ValueError):
 
     The command lines print it without a traceback and exit with code 2.
     """
+
+
+class SettingError(UserError):
+    """A setting of QuantConfig that cannot work.
+
+    The message names the field, for a Python caller; the command lines print `problem` after the
+    field's flag instead.
+    """
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        """problem: what is wrong and what to do; the message continues with it after the value."""
+        # All arguments, so that the exception can be pickled.
+        super().__init__(field, value, problem)
+        self.field = field
+        self.value = value
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.value} {self.problem}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptq.config import FORMATS
 from gptq.errors import UserError
 from gptq.files.opening import LazyTensors, Read
 from quant_cuda.packing import BITS, pack_zeros, unpack, words_for
@@ -19,7 +20,6 @@ from quant_cuda.weight import group_count
 
 # Sizes that quantizers offer, tried in this order where a file does not say which it used.
 GROUP_SIZES = (128, 64, 32, 16, 256, 512, 1024)
-FORMATS = ("gptq", "gptq_v2")
 # Tensors by which other layouts are known, and what to call them.
 _OTHER_LAYOUTS = {
     ".B": "in the marlin layout",

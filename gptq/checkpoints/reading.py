@@ -14,7 +14,7 @@ from gptq.blockwise.source import to_todays_names
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.weight_files import open_packed_weights
 from gptq.checkpoints.layouts import Packed, PackedLayer, group_size, normal_form
-from gptq.errors import UserError
+from gptq.errors import SettingError, UserError
 from gptq.files.opening import LazyTensors, check_sums, open_tensors
 from gptq.models import ModelSpec
 from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
@@ -105,10 +105,13 @@ def place(
             stacklevel=2,
         )
     said_bits, said_size = _integer(path, settings, "bits"), _integer(path, settings, "group_size")
-    for flag, given, said in (("--wbits", bits, said_bits), ("--groupsize", group_size, said_size)):
+    for field, given, said in (
+        ("bits", bits, said_bits),
+        ("group_size", group_size, said_size),
+    ):
         if None not in (given, said) and given != said:
-            raise UserError(
-                f"{flag} {given} disagrees with {path}, which says {said}; leave it out"
+            raise SettingError(
+                field, given, f"disagrees with {path}, which says {said}; leave it out"
             )
     # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
     mixed = bool(settings.get("dynamic"))

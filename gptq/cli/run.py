@@ -1,4 +1,4 @@
-"""The command lines `llama.py` and `bloom.py`: arguments to one QuantConfig and a few calls."""
+"""Quantizing and running models: from the arguments to one QuantConfig and a few calls."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING
 from gptq import torchrun
 from gptq.cli.arguments import (
     DEFAULT_NAME,
-    check_agreement,
     check_flags,
     default_name,
-    given_settings,
     join_optional_values,
     parser,
-    quant_config,
-    spelled,
 )
-from gptq.config import QuantConfig
+from gptq.cli.command import report
+from gptq.cli.settings import WBITS, check_agreement, quant_config, settings_from, spelled
+from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
 
@@ -35,32 +33,30 @@ if TYPE_CHECKING:
     from gptq.blockwise.source import ModelSource
     from gptq.pipeline.report import LayerReport, Report
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 DEFAULT_NEW_TOKENS = 128
+# Architectures with a script of their own, named after them.
+SCRIPTS = ("llama", "bloom")
 
 
-def main(spec: ModelSpec, argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def main(spec: ModelSpec | None = None, argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    spec: the one architecture to accept; None: any, as the model's config.json says.
+    argv: without the program's name; None: this process's.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         # parse_args would not let a flag stand between MODEL and DATASET.
-        _run(spec, parser(spec).parse_intermixed_args(join_optional_values(words)))
-    except UserError as error:
-        if torchrun.rank() == 0:
-            print("error:", *str(error).splitlines(), file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt as stop:
-        if torchrun.rank() == 0:
-            print("\n" + ": ".join(("interrupted", *map(str, stop.args))), file=sys.stderr)
-        return EXIT_INTERRUPTED
+        _run(spec, parser(spec).parse_intermixed_args(join_optional_values(argv)))
+    except (UserError, KeyboardInterrupt) as stop:
+        return report(stop)
     return 0
 
 
-def _run(spec: ModelSpec, arguments: argparse.Namespace) -> None:
+def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
     evaluating = arguments.eval or arguments.eval_data is not None
     running = arguments.text is not None or arguments.chat or arguments.benchmark is not None
-    quantizing = arguments.load is None and arguments.wbits not in (None, 16)
+    quantizing = arguments.load is None and arguments.wbits not in (None, FULL_MODEL)
     check_flags(arguments, quantizing)
     if not (quantizing or evaluating or running):
         raise UserError(
@@ -76,38 +72,46 @@ def _run(spec: ModelSpec, arguments: argparse.Namespace) -> None:
     from gptq.blockwise.source import open_model
 
     source = open_model(arguments.model, weights=quantizing)
-    kind = source.spec.model_type
-    if kind != spec.model_type:
-        raise UserError(f"{arguments.model}: is a {kind} model; use {kind}.py")
+    _check_architecture(arguments.model, source.spec, spec)
     opened = None if config else _open(arguments, arguments.load)
-    # What comes after hours of work is read before them, so that it cannot fail after them.
-    material = _material(arguments, source) if evaluating or running else None
+    # Tokenizer and texts are read before hours of quantizing, so that they cannot fail after.
+    inputs = _read_inputs(arguments, source) if evaluating or running else None
     with tempfile.TemporaryDirectory() as scratch:
-        report = None
+        result = None
         if config:
-            report = _quantize(arguments, config, source.name, Path(scratch))
-            opened = _open(arguments, report.written[0]) if material else None
-        found = _evaluate(opened, material) if opened and material else {}
-        if report and arguments.report is not None and torchrun.rank() == 0:
+            result = _quantize(arguments, config, source.name, Path(scratch))
+            opened = _open(arguments, result.written[0]) if inputs else None
+        perplexities = _evaluate(opened, inputs) if opened and inputs else {}
+        if result and arguments.report is not None and torchrun.rank() == 0:
             from gptq.cli.html_report import write_page
 
-            print(write_page(Path(arguments.report), source.name, spec, report, found))
-        if opened and material and running:
-            _use(arguments, opened, material)
+            folder = Path(arguments.report)
+            print(write_page(folder, source.name, source.spec, result, perplexities))
+        if opened and inputs and running:
+            _use(arguments, opened, inputs)
+
+
+def _check_architecture(model: str, actual: ModelSpec, accepted: ModelSpec | None) -> None:
+    """Raise UserError for a model that another script takes."""
+    kind = actual.model_type
+    if accepted is not None and kind != accepted.model_type:
+        command = f"{kind}.py" if kind in SCRIPTS else "python -m gptq"
+        raise UserError(f"{model}: is a {kind} model; use {command}")
 
 
 @dataclass(frozen=True)
-class _Material:
+class _Inputs:
     """What the model is to be run on."""
 
     tokenizer: PreTrainedTokenizerBase
     windows: dict[str, Tensor]
     """For perplexity, by data set: int64 (n, seqlen)."""
-    timed: Tensor | None
+    benchmark: Tensor | None
     """For the benchmark: int64 (tokens,)."""
 
 
-def _material(arguments: argparse.Namespace, source: ModelSource) -> _Material:
+def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
+    """Read the tokenizer and every text. Raises UserError for what cannot be read or is short."""
     from gptq.api import window_length
     from gptq.data.windows import evaluation_windows
 
@@ -119,42 +123,32 @@ def _material(arguments: argparse.Namespace, source: ModelSource) -> _Material:
     windows = {
         name: evaluation_windows(name, tokenizer, seqlen, arguments.eval_windows) for name in names
     }
-    timed, count = None, arguments.benchmark
+    benchmark, count = None, arguments.benchmark
     if count is not None:
         limit = getattr(source.config, "max_position_embeddings", None)
         if limit is not None and count > limit:
             raise UserError(f"--benchmark {count} exceeds the {limit} positions of {source.name}")
-        timed = evaluation_windows(arguments.dataset, tokenizer, count, 1)[0]
-    return _Material(tokenizer, windows, timed)
+        benchmark = evaluation_windows(arguments.dataset, tokenizer, count, 1)[0]
+    return _Inputs(tokenizer, windows, benchmark)
 
 
 def _quantize(
     arguments: argparse.Namespace, config: QuantConfig, name: str, scratch: Path
 ) -> Report:
-    """Quantize and show what came of it."""
-    from rich.console import Console
+    """Quantize, and print the tables of the report.
 
+    name: of the model. scratch: where the model is written if the arguments name no output.
+    """
     from gptq.api import DEFAULT_NSAMPLES, quantize
-    from gptq.checkpoints.compatibility import facts, lines
-    from gptq.cli.console import layer_table, progress_bar, totals_table
-    from gptq.cli.html_report import PAGE
-    from gptq.files.atomic import check_writable
-    from gptq.pipeline.journal import finished_blocks
+    from gptq.cli.console import progress_bar
 
-    paths = {
-        "save": _output(arguments.save, name, config, ".pt"),
-        "save_safetensors": _output(arguments.save_safetensors, name, config, ".safetensors"),
-        "save_dir": None if arguments.save_dir is None else Path(arguments.save_dir),
-    }
-    if arguments.report is not None:
-        check_writable(Path(arguments.report) / PAGE)
-    kept = any(paths.values())
-    if not kept:
-        paths["save"] = scratch / default_name(name, config, ".pt")
+    outputs = _outputs(arguments, name, config)
+    journal = next(filter(None, outputs.values()), None)
+    if journal is None:
+        outputs["save"] = scratch / default_name(name, config, ".pt")
+    leader = torchrun.rank() == 0
     done = 0
-    follows = torchrun.rank() > 0
-    with contextlib.ExitStack() as held:
-        show = None if follows else held.enter_context(progress_bar("quantizing"))
+    with progress_bar("quantizing") if leader else contextlib.nullcontext() as show:
 
         def step(layer: LayerReport, total: int) -> None:
             nonlocal done
@@ -163,11 +157,11 @@ def _quantize(
                 show(done, total, f"block {layer.block} {layer.name}")
 
         try:
-            report = quantize(
+            result = quantize(
                 arguments.model,
                 arguments.dataset,
                 config,
-                **paths,
+                **outputs,
                 format=arguments.format,
                 quantize_embeddings=arguments.quantize_embeddings,
                 nsamples=arguments.nsamples or DEFAULT_NSAMPLES,
@@ -179,28 +173,64 @@ def _quantize(
                 max_memory=arguments.max_memory,
                 progress=step,
             )
-        except (KeyboardInterrupt, UserError) as error:
-            blocks = finished_blocks(next(filter(None, paths.values()))) if kept else 0
-            if not (blocks and done):
+        except (KeyboardInterrupt, UserError) as stop:
+            hint = _resume_hint(journal) if done else None
+            if hint is None:
                 raise
-            hint = f"{blocks} finished blocks are kept; add --resume to the same command to go on"
-            if isinstance(error, UserError):
-                raise UserError(f"{error}; {hint}") from error
+            if isinstance(stop, UserError):
+                raise UserError(f"{stop}; {hint}") from stop
             raise KeyboardInterrupt(hint) from None
-    if follows:
-        return report
-    console = Console()
-    console.print(layer_table(report))
-    console.print(totals_table(report))
-    if paths["save_dir"] is not None:
-        print("\n".join(lines(facts(paths["save_dir"]))))
-    return report
+    if leader:
+        _print_result(result, outputs["save_dir"])
+    return result
 
 
-def _output(given: str | None, name: str, config: QuantConfig, suffix: str) -> Path | None:
-    if given is None:
+def _outputs(
+    arguments: argparse.Namespace, name: str, config: QuantConfig
+) -> dict[str, Path | None]:
+    """The paths to write, by the arguments of `gptq.quantize`."""
+    from gptq.cli.html_report import PAGE
+    from gptq.files.atomic import check_writable
+
+    def path(argument: str | None, suffix: str) -> Path | None:
+        if argument is None:
+            return None
+        return default_name(name, config, suffix) if argument == DEFAULT_NAME else Path(argument)
+
+    if arguments.report is not None:
+        check_writable(Path(arguments.report) / PAGE)
+    return {
+        "save": path(arguments.save, ".pt"),
+        "save_safetensors": path(arguments.save_safetensors, ".safetensors"),
+        "save_dir": None if arguments.save_dir is None else Path(arguments.save_dir),
+    }
+
+
+def _resume_hint(journal: Path | None) -> str | None:
+    """What to do to continue a run that was stopped; None if none of it is kept.
+
+    journal: the output that the journal lies next to.
+    """
+    from gptq.pipeline.journal import finished_blocks
+
+    blocks = 0 if journal is None else finished_blocks(journal)
+    if not blocks:
         return None
-    return default_name(name, config, suffix) if given == DEFAULT_NAME else Path(given)
+    return f"{blocks} finished blocks are kept; add --resume to the same command to go on"
+
+
+def _print_result(result: Report, folder: Path | None) -> None:
+    """Print the tables of a run, and which programs read the folder that it wrote."""
+    from rich.console import Console
+
+    from gptq.checkpoints.compatibility import facts, lines
+    from gptq.cli.console import layer_table, totals_table
+
+    console = Console()
+    console.print(layer_table(result))
+    console.print(totals_table(result))
+    if folder is not None:
+        print("\n".join(lines(facts(folder))))
 
 
 def _open(arguments: argparse.Namespace, checkpoint: str | Path | None) -> Opened:
@@ -215,46 +245,45 @@ def _open(arguments: argparse.Namespace, checkpoint: str | Path | None) -> Opene
         device=arguments.device,
         dtype=arguments.dtype,
     )
-    given = given_settings(arguments)
+    settings = settings_from(arguments)
     if opened.checkpoint is not None:
-        check_agreement(given, opened.checkpoint.settings, opened.checkpoint.path)
+        check_agreement(settings, opened.checkpoint.settings, opened.checkpoint.path)
         return opened
-    for field, value in given.items():
+    for field, value in settings.items():
         if field != "bits":
             raise UserError(
-                f"{spelled(field, value)} is for a quantized model: it needs --wbits 2, 3, 4 or "
-                "8, or --load"
+                f"{spelled(field, value)} is for a quantized model: it needs {WBITS}, or --load"
             )
     return opened
 
 
-def _evaluate(opened: Opened, material: _Material) -> dict[str, float]:
+def _evaluate(opened: Opened, inputs: _Inputs) -> dict[str, float]:
     """Print perplexities and return them by data set."""
     from gptq.api import perplexity
     from gptq.cli.console import progress_bar
 
-    found = {}
-    for dataset, windows in material.windows.items():
+    perplexities = {}
+    for dataset, windows in inputs.windows.items():
         name = Path(dataset).name
         with progress_bar(f"evaluating {name}") as show:
             value = perplexity(opened, windows, show)
         count, seqlen = windows.shape
         print(f"perplexity {name} {value:.4f} ({count} x {seqlen} tokens)")
-        found[name] = value
-    return found
+        perplexities[name] = value
+    return perplexities
 
 
-def _use(arguments: argparse.Namespace, opened: Opened, material: _Material) -> None:
-    """What needs the whole model in memory."""
+def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None:
+    """Load the whole model; time it, write on from a prompt, answer lines."""
     from transformers import TextStreamer
 
     from gptq.api import load_weights
     from gptq.inference.generate import chat, text
 
-    model, tokenizer = load_weights(opened), material.tokenizer
+    model, tokenizer = load_weights(opened), inputs.tokenizer
     new_tokens = arguments.max_new_tokens or DEFAULT_NEW_TOKENS
-    if material.timed is not None:
-        _benchmark(model, material.timed, arguments.check)
+    if inputs.benchmark is not None:
+        _benchmark(model, inputs.benchmark, arguments.check)
     if arguments.text is not None:
         print(arguments.text + text(model, tokenizer, arguments.text, new_tokens))
     if arguments.chat:

@@ -1,0 +1,120 @@
+"""The flags of a quantization's settings, as QuantConfig declares them."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptq.config import BITS, DEFAULTS, QUALITIES, SETTINGS, QuantConfig, Setting
+from gptq.errors import SettingError, UserError
+
+WBITS = f"--wbits {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
+"""What asks for a quantized model, as words of a message."""
+
+
+def add_settings(group: argparse._ArgumentGroup) -> None:
+    """Add every flag that sets a setting. A flag that is not given is None."""
+    for field, setting in SETTINGS.items():
+        if setting.flag is not None:
+            group.add_argument(
+                setting.flag, **_options(setting, DEFAULTS[field]), help=_help(field, setting)
+            )
+        if setting.shorthand is not None:
+            group.add_argument(
+                setting.shorthand.flag,
+                action="store_true",
+                default=None,
+                help=setting.shorthand.help,
+            )
+
+
+def _options(setting: Setting, default: object) -> dict[str, Any]:
+    """How argparse reads a flag, which follows from the default's type."""
+    if default is True:
+        return {"action": argparse.BooleanOptionalAction}
+    if default is False:
+        return {"action": "store_true", "default": None}
+    options: dict[str, Any] = {"type": type(default)}
+    if setting.choices:
+        return {**options, "choices": (*setting.choices, *setting.more_choices)}
+    return {**options, "metavar": "N" if isinstance(default, int) else "SHARE"}
+
+
+def _help(field: str, setting: Setting) -> str:
+    default, text = DEFAULTS[field], setting.default_text
+    if isinstance(default, bool):
+        return f"{setting.help} (default)" if default else setting.help
+    text = str(default) if text is None else text
+    return f"{setting.help} (default: {text})" if text else setting.help
+
+
+def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the flags set, by the field of QuantConfig; no defaults.
+
+    Raises UserError for two flags that set one field differently.
+    """
+    settings = {}
+    for field, setting in SETTINGS.items():
+        value = None if setting.flag is None else _value(arguments, setting.flag)
+        short = setting.shorthand
+        if short is not None and _value(arguments, short.flag):
+            if value not in (None, short.value):
+                raise UserError(
+                    f"{short.flag} and {setting.flag} {value} disagree; give one of them"
+                )
+            value = short.value
+        if value is not None:
+            settings[field] = value
+    return settings
+
+
+def _value(arguments: argparse.Namespace, flag: str) -> Any:
+    return getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+
+
+def quant_config(arguments: argparse.Namespace) -> QuantConfig:
+    """The settings that the flags set, defaults for what they leave open."""
+    nearest = {"scale_search": "minmax"} if arguments.nearest else {}
+    fixed = {} if arguments.percdamp is None else {"adaptive_damp": False}
+    quality = QUALITIES[arguments.quality or "default"]
+    return QuantConfig(**{**nearest, **fixed, **quality, **settings_from(arguments)})
+
+
+def check_agreement(
+    settings: Mapping[str, object], stored: Mapping[str, object], path: Path
+) -> None:
+    """Raise SettingError for a flag that a checkpoint contradicts.
+
+    settings: as from `settings_from`. stored: the keys of quantize_config.json; a setting that it
+    does not have agrees with every flag.
+    """
+    meta = stored.get("meta")
+    declared: dict[str, object] = {
+        field: stored.get(setting.stored_as)
+        for field, setting in SETTINGS.items()
+        if setting.stored_as is not None
+    }
+    # The last word is this package's own, under `meta`: damp_percent is capped, for one.
+    declared |= meta if isinstance(meta, dict) else {}
+    for field, value in settings.items():
+        if field == "order" and field not in declared and "desc_act" in stored:
+            # Other tools store only whether columns were solved in act-order.
+            agrees = (value == "act") == bool(stored["desc_act"])
+            answer = f"desc_act {stored['desc_act']}"
+        else:
+            agrees = declared.get(field) in (None, value)
+            answer = f"{field} {declared.get(field)}"
+        if not agrees:
+            problem = f"disagrees with {path}, which says {answer}; leave it out"
+            raise SettingError(field, value, problem)
+
+
+def spelled(field: str, value: object) -> str:
+    """The flag that sets a field to a value; the field's name if there is none."""
+    setting = SETTINGS[field]
+    flag, short = setting.flag, setting.shorthand
+    if flag is None:
+        return short.flag if short is not None and value == short.value else f"{field} {value}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag.removeprefix('--')}"
+    return f"{flag} {value}"
