@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from gptq.checkpoints.compatibility import facts, lines
 from gptq.checkpoints.layouts import FORMATS, PackedLayer
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.checkpoints.writing import QUANTIZER, SHARD_BYTES, fill_folder, header, write_pt
+from gptq.cli.command import Parser, report_error
+from gptq.config import BITS
 from gptq.device import half_dtype
 from gptq.errors import UserError
 from gptq.files.atomic import check_writable, whole_file, whole_folder
@@ -28,7 +29,6 @@ from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
 from quant_cuda.reference import rows
 
-EXIT_BAD_INPUT = 2
 DENSE = "dense"
 # Outputs whose weights are unpacked at a time.
 _CHUNK = 8192
@@ -351,16 +351,10 @@ def _same(layer: PackedLayer, before: Tensor, after: Tensor, tolerance: float) -
 # The command line ----------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
-    command = _Parser(
+    command = Parser(
         prog="python -m gptq.convert",
         description="Write a quantized checkpoint in another form, and compare the two.",
-        allow_abbrev=False,
     )
     add = command.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or folder of any era")
@@ -377,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="leave a packed embedding and head packed (default: in files, not in folders)",
     )
-    add("--wbits", type=int, choices=(2, 3, 4, 8), help="where CHECKPOINT does not say")
+    add("--wbits", type=int, choices=BITS, help="where CHECKPOINT does not say")
     add("--groupsize", type=int, metavar="N", help="where CHECKPOINT does not say")
     return command
 
@@ -395,9 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             group_size=given.groupsize,
             quantize_embeddings=given.quantize_embeddings,
         )
-    except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except (UserError, KeyboardInterrupt) as stop:
+        return report_error(stop)
     print(f"{given.out}: {count} layers, the same weights as in {given.checkpoint}")
     if given.format != DENSE and Path(given.out).is_dir():
         print("\n".join(lines(facts(Path(given.out)))))

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptq.checkpoints.writing import has_chat_template
+from gptq.cli.command import report_error
 from gptq.errors import UserError
 
-EXIT_BAD_INPUT = 2
 NEEDED = "serving needs more packages: pip install 'belle-gptq[serve]'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words and not words[0].startswith("-"):
-            check_folder(Path(words[0]))
-        _serve(words)
-    except UserError as error:
-        print("error:", error, file=sys.stderr)
-        return EXIT_BAD_INPUT
+        if argv and not argv[0].startswith("-"):
+            check_folder(Path(argv[0]))
+        _serve(argv)
+    except (UserError, KeyboardInterrupt) as stop:
+        return report_error(stop)
     return 0
 
 
@@ -38,7 +37,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _serve(words: list[str]) -> None:
+def _serve(argv: list[str]) -> None:
     try:
         import typer
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -55,7 +54,7 @@ def _serve(words: list[str]) -> None:
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     app = typer.Typer(add_completion=False)
     app.command(name="python -m gptq.serve")(Serve)
-    app(words, standalone_mode=False)
+    app(argv, standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def report(stop: UserError | KeyboardInterrupt) -> int:
+def report_error(stop: UserError | KeyboardInterrupt) -> int:
     """Print in one line why a command ends; returns its exit code.
 
     Of several processes that torchrun started, only the first prints.

@@ -19,7 +19,7 @@ from gptq.cli.arguments import (
     join_optional_values,
     parser,
 )
-from gptq.cli.command import report
+from gptq.cli.command import report_error
 from gptq.cli.settings import WBITS, check_agreement, quant_config, settings_from, spelled
 from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
@@ -49,7 +49,7 @@ def main(spec: ModelSpec | None = None, argv: Sequence[str] | None = None) -> in
         # parse_args would not let a flag stand between MODEL and DATASET.
         _run(spec, parser(spec).parse_intermixed_args(join_optional_values(argv)))
     except (UserError, KeyboardInterrupt) as stop:
-        return report(stop)
+        return report_error(stop)
     return 0
 
 
@@ -189,8 +189,6 @@ def _outputs(
     arguments: argparse.Namespace, name: str, config: QuantConfig
 ) -> dict[str, Path | None]:
     """The paths to write, by the arguments of `gptq.quantize`."""
-    from gptq.cli.html_report import PAGE
-    from gptq.files.atomic import check_writable
 
     def path(argument: str | None, suffix: str) -> Path | None:
         if argument is None:
@@ -198,6 +196,9 @@ def _outputs(
         return default_name(name, config, suffix) if argument == DEFAULT_NAME else Path(argument)
 
     if arguments.report is not None:
+        from gptq.cli.html_report import PAGE
+        from gptq.files.atomic import check_writable
+
         check_writable(Path(arguments.report) / PAGE)
     return {
         "save": path(arguments.save, ".pt"),

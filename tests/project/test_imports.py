@@ -32,6 +32,7 @@ OURS["gptq.api"] = (*OURS["gptq.inference"], "gptq.inference", "gptq.pipeline")
 OURS["gptq.hf"] = OURS["gptq.api"]
 OURS["gptq.cli"] = (*OURS["gptq.api"], "gptq.api", "gptq.hf")
 OURS["gptq.convert"] = OURS["gptq.serve"] = (*OURS["gptq.cli"], "gptq.cli")
+OURS["gptq.__main__"] = ("gptq.cli",)
 SCRIPTS = (*OURS["gptq.serve"], "gptq.convert", "gptq.serve")
 OURS["llama"] = OURS["bloom"] = OURS["benchmarks"] = SCRIPTS
 
@@ -56,6 +57,7 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "gptq.cli": ("torch", "transformers", "rich", "jinja2"),
     "gptq.convert": ("torch", "transformers"),
     "gptq.serve": ("transformers", "huggingface_hub", "typer"),
+    "gptq.__main__": (),
     "llama": (),
     "bloom": (),
 }
