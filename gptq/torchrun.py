@@ -4,13 +4,13 @@ import os
 
 
 def size() -> int:
-    """How many processes share the run."""
-    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    return int(os.environ["WORLD_SIZE"]) if named else 1
+    """How many processes share the run: the world size."""
+    under_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
 
 
 def rank() -> int:
-    """Which of them this is. The first, 0, alone prints and writes."""
+    """Which of them this is. Only the first, 0, prints and writes."""
     return int(os.environ["RANK"]) if size() > 1 else 0
 
 

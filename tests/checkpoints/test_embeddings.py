@@ -208,7 +208,7 @@ def test_what_cannot_be_packed():
         pack_rows("x", torch.full((32, 32), torch.nan), QuantConfig())
     with pytest.raises(UserError, match="use --plain"):
         pack_rows("x", torch.ones(32, 30), QuantConfig())
-    with pytest.raises(UserError, match="--embedding-bits 5"):
+    with pytest.raises(UserError, match=r"^embedding_bits 5 is not possible"):
         QuantConfig(embedding_bits=5)
 
 

@@ -97,8 +97,8 @@ def refused(folder, checkpoint, message, **flags):
 
 
 def test_flags_that_disagree(llama_dir, made, state, tmp_path):
-    refused(llama_dir, made / "m.pt", "--wbits 8 disagrees with .*says 4", bits=8)
-    refused(llama_dir, made / "m.pt", "--groupsize 64 disagrees with .*says 32", group_size=64)
+    refused(llama_dir, made / "m.pt", r"^bits 8 disagrees with .*says 4", bits=8)
+    refused(llama_dir, made / "m.pt", r"^group_size 64 disagrees with .*says 32", group_size=64)
     path = saved(state, tmp_path / "plain.pt")
     refused(llama_dir, path, "holds 4-bit weights, not 8-bit", bits=8)
     refused(llama_dir, path, "has 2 groups of 64 inputs, not what groups of 64 give", group_size=64)

@@ -1,4 +1,4 @@
-"""Words in every order, help, and words that make no sense together."""
+"""Arguments in every order, help, and arguments that make no sense together."""
 
 import os
 import re
@@ -39,9 +39,9 @@ def parse(line):
 @pytest.mark.parametrize("flags", ["", "--wbits 4", "--sym --wbits 4"])
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_flags_and_positionals_in_any_order(line, save, save_safetensors, flags, place):
-    words = {"first": f"{flags} {line}", "last": f"{line} {flags}"}
-    words["middle"] = line.replace("MODEL", f"MODEL {flags}")
-    parsed = parse(words[place])
+    lines = {"first": f"{flags} {line}", "last": f"{line} {flags}"}
+    lines["middle"] = line.replace("MODEL", f"MODEL {flags}")
+    parsed = parse(lines[place])
     assert (parsed.model, parsed.dataset) == ("MODEL", "c4")
     assert (parsed.save, parsed.save_safetensors) == (save, save_safetensors)
     assert parsed.wbits == (4 if flags else None)
@@ -122,7 +122,7 @@ def test_help_names_every_flag(capsys):
         ("MODEL c4 --eval --dtype int8", "--dtype: invalid choice"),
     ],
 )
-def test_words_that_make_no_sense(line, message, tmp_path, monkeypatch, capsys):
+def test_arguments_that_make_no_sense(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(LLAMA, line.split()) == 2
     out, err = capsys.readouterr()
@@ -132,5 +132,5 @@ def test_words_that_make_no_sense(line, message, tmp_path, monkeypatch, capsys):
 
 
 def test_needs_are_of_flags_that_exist():
-    known = {flag for action in parser(LLAMA)._actions for flag in action.option_strings}
-    assert known.issuperset([*NEEDS, *(flag for flags in NEEDS.values() for flag in flags)])
+    flags = {flag for action in parser(LLAMA)._actions for flag in action.option_strings}
+    assert flags.issuperset([*NEEDS, *(flag for needed in NEEDS.values() for flag in needed)])

@@ -65,8 +65,8 @@ def test_every_weight_and_byte_is_in_one_part(made):
         assert inner["q_proj"] == 2 * 64 * 64
         assert inner["k_proj"] == 2 * 64 * 32
     assert bits == pytest.approx(8 * size / weights)
-    for part, count, each, held in rows:
-        assert each == pytest.approx(8 * held / count), part
+    for part, count, each, size_of_part in rows:
+        assert each == pytest.approx(8 * size_of_part / count), part
     # 4 bits, a scale of 16 and a zero point of 4 for 64 inputs, 32 for each input's group.
     name = "q_proj" if spec.model_type == "llama" else "dense"
     each = {part: each for part, _, each, _ in rows}[name]
@@ -102,9 +102,9 @@ def test_the_page(made):
     assert not page.fetched
     assert "url(" not in text
     assert "@import" not in text
-    said = "".join(page.texts)
-    assert "<My & model>" in said
-    assert "12.346" in said
+    text_shown = "".join(page.texts)
+    assert "<My & model>" in text_shown
+    assert "12.346" in text_shown
     assert text.count("<i style=") == len(report.layers)
     for layer in report.layers:
         assert f"block {layer.block} {layer.name}: {layer.loss:.2e}" in text
@@ -114,16 +114,16 @@ def test_the_page(made):
 
 def test_the_flag(llama_dir, text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = [str(llama_dir), str(text_file), "--wbits", "4", "--nearest", "--seqlen", "32"]
+    argv = [str(llama_dir), str(text_file), "--wbits", "4", "--nearest", "--seqlen", "32"]
     torch.manual_seed(0)
-    words += ["--report", "page", "--save", "m.pt", "--eval", "--eval-windows", "2"]
-    assert main(SPECS["llama"], words) == 0
+    argv += ["--report", "page", "--save", "m.pt", "--eval", "--eval-windows", "2"]
+    assert main(SPECS["llama"], argv) == 0
     printed = capsys.readouterr().out
     value = re.search(r"perplexity words.txt ([\d.]+)", printed)[1]
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     shown = re.search(r"<b>([\d.]+)</b><span>perplexity, words.txt</span>", page)[1]
     assert float(shown) == pytest.approx(float(value), abs=6e-4)
     (tmp_path / "file").touch()
-    assert main(SPECS["llama"], [*words[:-6], "file", "--save", "n.pt"]) == 2
+    assert main(SPECS["llama"], [*argv[:-6], "file", "--save", "n.pt"]) == 2
     assert "file" in capsys.readouterr().err
     assert not (tmp_path / "n.pt").exists()

@@ -40,9 +40,9 @@ def here(tmp_path, monkeypatch):
 def run(capsys):
     """Runs a command line that must work; returns what it printed."""
 
-    def call(*words, spec=LLAMA):
+    def call(*argv, spec=LLAMA):
         capsys.readouterr()
-        code = main(spec, [str(word) for word in words])
+        code = main(spec, [str(argument) for argument in argv])
         out, err = capsys.readouterr()
         assert (code, err) == (0, "")
         return out
@@ -54,9 +54,9 @@ def run(capsys):
 def refused(capsys):
     """Runs a command line that must end with one line and exit code 2; returns the line."""
 
-    def call(message, *words, spec=LLAMA):
+    def call(message, *argv, spec=LLAMA):
         capsys.readouterr()
-        code = main(spec, [str(word) for word in words])
+        code = main(spec, [str(argument) for argument in argv])
         out, err = capsys.readouterr()
         assert code == 2, out + err
         assert re.fullmatch(r"error: [^\n]+\n", err), err
@@ -84,10 +84,10 @@ def made(llama_dir, text_file, tmp_path_factory):
     return folder
 
 
-def command(script, *words, cwd, **kwargs):
+def command(script, *argv, cwd, **kwargs):
     """A real process, as a user starts it."""
     return subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, words)],
+        [sys.executable, ROOT / script, *map(str, argv)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -114,8 +114,8 @@ def test_bare_save_in_a_process(llama_dir, text_file, made, tmp_path):
 
 
 def test_evaluation_without_saving(here, run, bloom_dir, text_file):
-    words = [bloom_dir, text_file, *QUANTIZE, "--eval", "--eval-windows", "5"]
-    out = run(*words, spec=BLOOM)
+    argv = [bloom_dir, text_file, *QUANTIZE, "--eval", "--eval-windows", "5"]
+    out = run(*argv, spec=BLOOM)
     assert re.search(r"^perplexity words\.txt [1-9]\d*\.\d{4} \(5 x 32 tokens\)$", out, re.M)
     assert os.listdir(here) == []
 
@@ -133,15 +133,15 @@ def test_default_name_where_the_model_is_the_current_folder(run, bloom_dir, tmp_
 
 
 def test_every_form_in_folders_that_are_made(here, run, made, llama_dir, text_file):
-    words = ["--save", "a/x.pt", "--save_safetensors", "b/c/y.safetensors", "--save-dir", "d/e"]
-    out = run(*words, llama_dir, text_file, *QUANTIZE)
-    assert all(name in out for name in words[1::2])
+    argv = ["--save", "a/x.pt", "--save_safetensors", "b/c/y.safetensors", "--save-dir", "d/e"]
+    out = run(*argv, llama_dir, text_file, *QUANTIZE)
+    assert all(name in out for name in argv[1::2])
     assert (here / "a/x.pt").read_bytes() == (made / "m.pt").read_bytes()
-    for found, expected in (
+    for written, expected in (
         ("b/c/y.safetensors", "m.safetensors"),
         ("d/e/model.safetensors", "dir/model.safetensors"),
     ):
-        tensors = load_file(here / found)
+        tensors = load_file(here / written)
         assert all(torch.equal(tensors[n], t) for n, t in load_file(made / expected).items())
 
 
@@ -149,21 +149,28 @@ def test_flags_become_settings(here, run, llama_dir, text_file):
     flags = "--sym --act-order --static-groups --no-true-sequential --percdamp 0.02"
     more = "--error-feedback 0.25 --scale-search mse --quality best --refine 1 --save-dir d"
     run(llama_dir, text_file, *QUANTIZE, *flags.split(), *more.split())
-    said = json.loads((here / "d" / "quantize_config.json").read_text())
-    assert (said["bits"], said["group_size"], said["sym"]) == (4, 32, True)
-    assert (said["static_groups"], said["true_sequential"]) == (True, False)
-    assert said["damp_percent"] == 0.02
-    assert (said["meta"]["order"], said["meta"]["scale_search"]) == ("act", "mse")
-    assert said["meta"]["error_feedback"] == 0.25
-    assert (said["meta"]["sweeps"], said["meta"]["refine"]) == (QUALITIES["best"]["sweeps"], 1)
-    assert said["meta"]["dataset"] == "words.txt"
+    settings = json.loads((here / "d" / "quantize_config.json").read_text())
+    assert (settings["bits"], settings["group_size"], settings["sym"]) == (4, 32, True)
+    assert (settings["static_groups"], settings["true_sequential"]) == (True, False)
+    assert settings["damp_percent"] == 0.02
+    assert (settings["meta"]["order"], settings["meta"]["scale_search"]) == ("act", "mse")
+    assert settings["meta"]["error_feedback"] == 0.25
+    assert (settings["meta"]["sweeps"], settings["meta"]["refine"]) == (
+        QUALITIES["best"]["sweeps"],
+        1,
+    )
+    assert settings["meta"]["dataset"] == "words.txt"
 
 
 def test_fast_leaves_out_what_takes_time(here, run, llama_dir, text_file):
     run(llama_dir, text_file, *QUANTIZE, "--quality", "fast", "--save-dir", "d")
-    said = json.loads((here / "d" / "quantize_config.json").read_text())["meta"]
-    assert (said["error_feedback"], said["adaptive_damp"], said["refine"]) == (0.0, False, 0)
-    assert said["scale_search"] == "hessian"
+    settings = json.loads((here / "d" / "quantize_config.json").read_text())["meta"]
+    assert (settings["error_feedback"], settings["adaptive_damp"], settings["refine"]) == (
+        0.0,
+        False,
+        0,
+    )
+    assert settings["scale_search"] == "hessian"
 
 
 @torch.no_grad()
@@ -177,12 +184,12 @@ def direct_perplexity(model, windows):
 
 @pytest.mark.parametrize("form", ["m.pt", "m.safetensors", "dir", "full", "full 16", "itself"])
 def test_evaluation(form, run, made, llama_dir, text_file):
-    words, model = [llama_dir, text_file, "--load", made / form], llama_dir
+    argv, model = [llama_dir, text_file, "--load", made / form], llama_dir
     if form.startswith("full"):
-        words = [llama_dir, text_file, *(["--wbits", 16] if "16" in form else [])]
+        argv = [llama_dir, text_file, *(["--wbits", 16] if "16" in form else [])]
     elif form == "itself":
-        words = [made / "dir", text_file]
-    out = run(*words, *EVALUATE)
+        argv = [made / "dir", text_file]
+    out = run(*argv, *EVALUATE)
     printed = float(re.fullmatch(r"perplexity words\.txt (\S+) \(5 x 32 tokens\)\n", out)[1])
     if form.startswith("full"):
         model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval()
@@ -206,8 +213,8 @@ def test_text(run, made, llama_dir):
     model, tokenizer = gptq.load(llama_dir, made / "m.pt")
     encoded = tokenizer("the cat sat", return_tensors="pt", return_token_type_ids=False)
     expected = model.generate(**encoded, max_new_tokens=6, do_sample=False, pad_token_id=1)
-    words = [llama_dir, "--load", made / "m.pt", "--text", "the cat sat", "--max-new-tokens", 6]
-    assert run(*words) == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+    argv = [llama_dir, "--load", made / "m.pt", "--text", "the cat sat", "--max-new-tokens", 6]
+    assert run(*argv) == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
 
 
 TEMPLATE = "{{ '<s>' }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[reply]"
@@ -237,12 +244,12 @@ def test_chat(template, run, made, llama_dir, tmp_path, monkeypatch):
 
 
 def test_benchmark(run, made, llama_dir, text_file):
-    words = [llama_dir, text_file, "--load", made / "m.pt", "--benchmark", 8]
-    plain = run(*words)
+    argv = [llama_dir, text_file, "--load", made / "m.pt", "--benchmark", 8]
+    plain = run(*argv)
     assert re.fullmatch(
         r"median \d+\.\d\d ms a token, \d+\.\d\d tokens/s\npeak resident memory \d+ MiB\n", plain
     )
-    checked = run(*words, "--check").splitlines()[-1]
+    checked = run(*argv, "--check").splitlines()[-1]
     printed = float(re.fullmatch(r"perplexity of these 8 tokens (\S+)", checked)[1])
     model, tokenizer = gptq.load(llama_dir, made / "m.pt")
     tokens = torch.tensor(tokenizer(text_file.read_text()).input_ids[:8])
@@ -260,16 +267,18 @@ def test_nearest_needs_no_dataset(here, run, llama_dir):
 
 def test_interrupted_and_resumed_is_byte_for_byte_the_same(run, tmp_path, text_file):
     model = make_model(tmp_path / "Deep", llama_config(num_hidden_layers=12))
-    words = [model, text_file, *QUANTIZE]
-    process = command("llama.py", *words, "--save", "x.pt", cwd=tmp_path)
+    argv = [model, text_file, *QUANTIZE]
+    process = command("llama.py", *argv, "--save", "x.pt", cwd=tmp_path)
     first = tmp_path / "x.pt.journal" / "block-0000.safetensors"
     while not first.exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     code, out, err = finished(process)
     assert (code, out) == (130, "")
-    said = r"interrupted: \d+ finished blocks are kept; add --resume to the same command to go on\n"
-    assert re.fullmatch(said, err.split("\n", 1)[1])
+    expected = (
+        r"interrupted: \d+ finished blocks are kept; add --resume to the same command to go on\n"
+    )
+    assert re.fullmatch(expected, err.split("\n", 1)[1])
     assert not (tmp_path / "x.pt").exists()
     done = len(list(first.parent.glob("block-*")))
     assert 1 <= done < 12
@@ -278,10 +287,10 @@ def test_interrupted_and_resumed_is_byte_for_byte_the_same(run, tmp_path, text_f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gptq.pipeline.blocks.solve", lambda *a: solved.append(1) or solve(*a))
         patch.chdir(tmp_path)
-        run(*words, "--save", "x.pt", "--resume")
+        run(*argv, "--save", "x.pt", "--resume")
         # Four groups of layers a block, of the blocks that were not finished.
         assert len(solved) == 4 * (12 - done)
-        run(*words, "--save", "whole.pt", "--resume")
+        run(*argv, "--save", "whole.pt", "--resume")
     assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["Deep", "whole.pt", "x.pt"]
 
@@ -300,8 +309,8 @@ def test_no_advice_to_resume_where_nothing_can_be(
     }[where]
     monkeypatch.setattr(target, stop)
     save = [] if where == "no output" else ["--save"]
-    words = [llama_dir, text_file, *QUANTIZE, "--eval", *save]
-    assert main(LLAMA, list(map(str, words))) == 130
+    argv = [llama_dir, text_file, *QUANTIZE, "--eval", *save]
+    assert main(LLAMA, list(map(str, argv))) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
@@ -337,9 +346,9 @@ class TestBadModels:
         )
 
     def test_bloom_and_llama_mixed_up(self, refused, bloom_dir, llama_dir, text_file):
-        words = [text_file, *QUANTIZE, *SAVE]
-        refused("is a bloom model; use bloom.py", bloom_dir, *words)
-        refused("is a llama model; use llama.py", llama_dir, *words, spec=BLOOM)
+        argv = [text_file, *QUANTIZE, *SAVE]
+        refused("is a bloom model; use bloom.py", bloom_dir, *argv)
+        refused("is a llama model; use llama.py", llama_dir, *argv, spec=BLOOM)
 
     def test_a_shard_cut_short(self, refused, copy, text_file):
         path = copy / "model.safetensors"
@@ -383,12 +392,12 @@ class TestBadModels:
 
     def test_settings_for_the_full_model(self, refused, llama_dir, text_file):
         refused("--sym is for a quantized model", llama_dir, text_file, "--eval", "--sym")
-        words = [llama_dir, text_file, "--eval", "--wbits", 16, "--groupsize", 32]
-        refused("--groupsize 32 is for a quantized", *words)
+        argv = [llama_dir, text_file, "--eval", "--wbits", 16, "--groupsize", 32]
+        refused("--groupsize 32 is for a quantized", *argv)
 
     def test_a_device_that_is_not_there(self, refused, llama_dir, text_file):
-        words = [llama_dir, text_file, *QUANTIZE, *SAVE]
-        refused("--device warp:3 cannot be used.*--device cpu", *words, "--device", "warp:3")
+        argv = [llama_dir, text_file, *QUANTIZE, *SAVE]
+        refused("--device warp:3 cannot be used.*--device cpu", *argv, "--device", "warp:3")
 
 
 # Bad input: text -----------------------------------------------------------------------------
@@ -435,8 +444,8 @@ class TestBadCheckpoints:
     @pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
     def test_cut_short(self, name, refused, made, llama_dir, text_file, tmp_path):
         (tmp_path / name).write_bytes((made / name).read_bytes()[:-1000])
-        words = [llama_dir, text_file, "--load", tmp_path / name]
-        refused(f"{name} is cut short", *words, *EVALUATE)
+        argv = [llama_dir, text_file, "--load", tmp_path / name]
+        refused(f"{name} is cut short", *argv, *EVALUATE)
 
     def test_with_code(self, refused, llama_dir, text_file, tmp_path):
         class Bomb:
@@ -444,13 +453,13 @@ class TestBadCheckpoints:
                 return (open, (str(tmp_path / "ran"), "w"))
 
         torch.save({"model.layers.0.mlp.up_proj.qweight": Bomb()}, tmp_path / "m.pt")
-        words = [llama_dir, text_file, "--load", tmp_path / "m.pt"]
-        refused("m.pt holds code", *words, *EVALUATE)
+        argv = [llama_dir, text_file, "--load", tmp_path / "m.pt"]
+        refused("m.pt holds code", *argv, *EVALUATE)
         assert not (tmp_path / "ran").exists()
 
     def test_of_another_model(self, refused, made, bloom_dir, text_file):
-        words = [bloom_dir, text_file, "--load", made / "m.pt", *EVALUATE]
-        refused("m.pt: its packed layers are another model's", *words, spec=BLOOM)
+        argv = [bloom_dir, text_file, "--load", made / "m.pt", *EVALUATE]
+        refused("m.pt: its packed layers are another model's", *argv, spec=BLOOM)
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -469,13 +478,13 @@ class TestBadCheckpoints:
         ],
     )
     def test_flags_that_disagree(self, flags, message, refused, made, llama_dir, text_file):
-        words = [llama_dir, text_file, "--load", made / "m.pt"]
-        refused(message, *words, *EVALUATE, *flags.split())
+        argv = [llama_dir, text_file, "--load", made / "m.pt"]
+        refused(message, *argv, *EVALUATE, *flags.split())
 
     def test_flags_that_agree(self, run, made, llama_dir, text_file):
-        words = [llama_dir, text_file, "--load", made / "m.pt", *EVALUATE]
+        argv = [llama_dir, text_file, "--load", made / "m.pt", *EVALUATE]
         flags = "--wbits 4 --groupsize 32 --order gar --true-sequential --percdamp 0.01"
-        assert run(*words, *flags.split(), "--scale-search", "hessian") == run(*words)
+        assert run(*argv, *flags.split(), "--scale-search", "hessian") == run(*argv)
 
     def test_a_quantized_folder_and_its_own_settings(self, refused, made, text_file):
         refused("--wbits 16 disagrees", made / "dir", text_file, *EVALUATE, "--wbits", 16)
@@ -488,13 +497,13 @@ class TestBadCheckpoints:
     def test_files_of_other_tools(
         self, desc_act, wrong, right, run, refused, made, llama_dir, text_file, tmp_path
     ):
-        said = json.dumps({"bits": 4, "group_size": 32, "desc_act": desc_act, "sym": False})
+        settings = json.dumps({"bits": 4, "group_size": 32, "desc_act": desc_act, "sym": False})
         path = tmp_path / "m.safetensors"
-        save_file(load_file(made / "m.safetensors"), path, {"quantize_config": said})
-        words = [llama_dir, text_file, "--load", path, *EVALUATE]
-        refused(f"--order .* disagrees with .*says desc_act {desc_act}", *words, *wrong)
+        save_file(load_file(made / "m.safetensors"), path, {"quantize_config": settings})
+        argv = [llama_dir, text_file, "--load", path, *EVALUATE]
+        refused(f"--order .* disagrees with .*says desc_act {desc_act}", *argv, *wrong)
         # Nothing is said of how scales were found.
-        run(*words, *right, "--scale-search", "mse")
+        run(*argv, *right, "--scale-search", "mse")
 
 
 # Bad input: outputs --------------------------------------------------------------------------
@@ -507,18 +516,18 @@ def full_disk(*_args, **_kwargs):
 class TestBadOutputs:
     def test_paths(self, here, refused, llama_dir, text_file):
         (here / "file").touch()
-        words = [llama_dir, text_file, *QUANTIZE]
-        refused("file/x.pt: cannot be written", *words, "--save", "file/x.pt")
-        refused("nowhere/x.pt: cannot be written", *words, "--save", "/proc/nowhere/x.pt")
+        argv = [llama_dir, text_file, *QUANTIZE]
+        refused("file/x.pt: cannot be written", *argv, "--save", "file/x.pt")
+        refused("nowhere/x.pt: cannot be written", *argv, "--save", "/proc/nowhere/x.pt")
         (here / "x.pt").mkdir()
-        refused("x.pt: is a folder", *words, "--save", "x.pt")
+        refused("x.pt: is a folder", *argv, "--save", "x.pt")
         assert sorted(os.listdir(here)) == ["file", "x.pt"]
 
     def test_a_folder_of_something_else(self, here, refused, llama_dir, text_file):
         (here / "mine").mkdir()
         (here / "mine" / "precious").touch()
-        words = [llama_dir, text_file, *QUANTIZE, "--save-dir", "mine"]
-        refused("mine: exists and is no quantized checkpoint", *words)
+        argv = [llama_dir, text_file, *QUANTIZE, "--save-dir", "mine"]
+        refused("mine: exists and is no quantized checkpoint", *argv)
         assert os.listdir(here / "mine") == ["precious"]
         assert os.listdir(here) == ["mine"]
 
@@ -527,25 +536,25 @@ class TestBadOutputs:
     )
     def test_a_full_disk(self, target, here, refused, run, monkeypatch, llama_dir, text_file, made):
         (here / "x.pt").write_text("older")
-        words = [llama_dir, text_file, *QUANTIZE, "--save", "x.pt"]
+        argv = [llama_dir, text_file, *QUANTIZE, "--save", "x.pt"]
         with monkeypatch.context() as patch:
             patch.setattr(target, full_disk)
-            refused(r"cannot be written \(No space left on device\); free space", *words)
+            refused(r"cannot be written \(No space left on device\); free space", *argv)
         assert (here / "x.pt").read_text() == "older"
         assert not list(here.rglob("*.partial"))
-        run(*words, "--resume")
+        run(*argv, "--resume")
         assert (here / "x.pt").read_bytes() == (made / "m.pt").read_bytes()
 
     def test_an_earlier_run_is_not_overwritten(
         self, here, refused, run, monkeypatch, llama_dir, text_file
     ):
-        words = [llama_dir, text_file, *QUANTIZE, "--save", "x.pt"]
+        argv = [llama_dir, text_file, *QUANTIZE, "--save", "x.pt"]
         with monkeypatch.context() as patch:
             patch.setattr("gptq.checkpoints.writing.write_state_dict", full_disk)
-            refused("No space left", *words)
-        refused("x.pt.journal: holds 2 finished blocks.* add --resume", *words)
-        refused("differs in bits", *words, "--resume", "--wbits", 8)
-        run(*words, "--resume")
+            refused("No space left", *argv)
+        refused("x.pt.journal: holds 2 finished blocks.* add --resume", *argv)
+        refused("differs in bits", *argv, "--resume", "--wbits", 8)
+        run(*argv, "--resume")
 
     def test_resume_without_anything_to_resume(self, here, run, made, llama_dir, text_file):
         run(llama_dir, text_file, *QUANTIZE, "--save", "x.pt", "--resume")
@@ -558,8 +567,8 @@ def test_an_error_in_a_process_is_one_line(bloom_dir, text_file, tmp_path):
     name = "transformer.h.1.mlp.dense_h_to_4h.weight"
     state[name][0, 0] = float("inf")
     save_file(state, model / "model.safetensors", {"format": "pt"})
-    words = [model, text_file, *QUANTIZE, "--save", "out.pt"]
-    code, out, err = finished(command("bloom.py", *words, cwd=tmp_path))
+    argv = [model, text_file, *QUANTIZE, "--save", "out.pt"]
+    code, out, err = finished(command("bloom.py", *argv, cwd=tmp_path))
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"error: {name}: holds NaN [^\n]+\n", err)
     assert not (tmp_path / "out.pt").exists()

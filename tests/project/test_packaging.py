@@ -125,6 +125,31 @@ def test_every_module_is_installed(installed):
     assert not {path.suffix for path in installed.rglob("*")} & {".h", ".cpp", ".cu", ".cuh"}
 
 
+def test_the_template_of_the_page_is_installed(installed, tmp_path):
+    code = "from gptq.cli.html_report import _template as t; print(t().filename)"
+    file = installed / "gptq" / "cli" / "report.html.jinja"
+    assert run(installed, code, tmp_path) == f"{file}\n"
+    assert file.read_bytes() == (ROOT / file.relative_to(installed)).read_bytes()
+
+
+def test_the_command_is_installed(installed, tmp_path):
+    """`gptq` runs, and so does `python -m gptq`; neither needs torch to say its version."""
+    no_torch = tmp_path / "none"
+    no_torch.mkdir()
+    (no_torch / "torch.py").write_text("raise ImportError('torch was imported')")
+    path = os.pathsep.join(map(str, (no_torch, installed)))
+    for command in ([str(installed / "bin" / "gptq")], [sys.executable, "-m", "gptq"]):
+        done = subprocess.run(
+            [*command, "--version"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, f"gptq {gptq.__version__}\n"), done.stderr
+
+
 def test_metadata(installed):
     (info,) = installed.glob("*.dist-info")
     assert info.name == f"belle_gptq-{gptq.__version__}.dist-info"
