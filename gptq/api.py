@@ -151,7 +151,8 @@ def open_full(
     """A model to quantize, its weights still on disk. Raises UserError for a quantized one."""
     source = model if isinstance(model, ModelSource) else open_model(model)
     if source.quantized:
-        raise UserError(f"{model}: is quantized already; give the full model")
+        name = source.folder if isinstance(model, ModelSource) else model
+        raise UserError(f"{name}: is quantized already; give the full model")
     where = pick_device(device)
     kind = calibration_dtype(dtype, where, source.config.dtype)
     return BlockwiseModel.from_source(source, where, kind)

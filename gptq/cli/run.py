@@ -71,16 +71,16 @@ def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
     # The heavy imports wait until the command line makes sense.
     from gptq.blockwise.source import open_model
 
-    source = open_model(arguments.model, weights=quantizing)
+    source = open_model(arguments.model, weights=arguments.load is None)
     _check_architecture(arguments.model, source.spec, spec)
-    opened = None if config else _open(arguments, arguments.load)
+    opened = None if config else _open(arguments, source, arguments.load)
     # Tokenizer and texts are read before hours of quantizing, so that they cannot fail after.
     inputs = _read_inputs(arguments, source) if evaluating or running else None
     with tempfile.TemporaryDirectory() as scratch:
         result = None
         if config:
-            result = _quantize(arguments, config, source.name, Path(scratch))
-            opened = _open(arguments, result.written[0]) if inputs else None
+            result = _quantize(arguments, config, source, Path(scratch))
+            opened = _open(arguments, source, result.written[0]) if inputs else None
         perplexities = _evaluate(opened, inputs) if opened and inputs else {}
         if result and arguments.report is not None and torchrun.rank() == 0:
             from gptq.cli.html_report import write_page
@@ -133,19 +133,33 @@ def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
 
 
 def _quantize(
-    arguments: argparse.Namespace, config: QuantConfig, name: str, scratch: Path
+    arguments: argparse.Namespace, config: QuantConfig, source: ModelSource, scratch: Path
 ) -> Report:
     """Quantize, and print the tables of the report.
 
-    name: of the model. scratch: where the model is written if the arguments name no output.
+    scratch: where the model is written if the arguments name no output.
     """
-    from gptq.api import DEFAULT_NSAMPLES, quantize
+    from gptq import api
     from gptq.cli.console import progress_bar
 
-    outputs = _outputs(arguments, name, config)
-    journal = next(filter(None, outputs.values()), None)
+    paths = _paths(arguments, source.name, config)
+    journal = next(filter(None, paths.values()), None)
     if journal is None:
-        outputs["save"] = scratch / default_name(name, config, ".pt")
+        paths["save"] = scratch / default_name(source.name, config, ".pt")
+    outputs = api.Outputs(
+        **paths, format=arguments.format, quantize_embeddings=arguments.quantize_embeddings
+    )
+    job = api.Job(
+        config,
+        outputs,
+        arguments.dataset,
+        nsamples=arguments.nsamples or api.DEFAULT_NSAMPLES,
+        seqlen=arguments.seqlen,
+        seed=arguments.seed or 0,
+        resume=arguments.resume,
+        max_memory=arguments.max_memory,
+    )
+    model = api.open_full(source, arguments.device, arguments.dtype)
     leader = torchrun.rank() == 0
     done = 0
     with progress_bar("quantizing") if leader else contextlib.nullcontext() as show:
@@ -157,22 +171,7 @@ def _quantize(
                 show(done, total, f"block {layer.block} {layer.name}")
 
         try:
-            result = quantize(
-                arguments.model,
-                arguments.dataset,
-                config,
-                **outputs,
-                format=arguments.format,
-                quantize_embeddings=arguments.quantize_embeddings,
-                nsamples=arguments.nsamples or DEFAULT_NSAMPLES,
-                seqlen=arguments.seqlen,
-                seed=arguments.seed or 0,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                resume=arguments.resume,
-                max_memory=arguments.max_memory,
-                progress=step,
-            )
+            result = api.run(model, job, step)
         except (KeyboardInterrupt, UserError) as stop:
             hint = _resume_hint(journal) if done else None
             if hint is None:
@@ -181,14 +180,12 @@ def _quantize(
                 raise UserError(f"{stop}; {hint}") from stop
             raise KeyboardInterrupt(hint) from None
     if leader:
-        _print_result(result, outputs["save_dir"])
+        _print_result(result, outputs.save_dir)
     return result
 
 
-def _outputs(
-    arguments: argparse.Namespace, name: str, config: QuantConfig
-) -> dict[str, Path | None]:
-    """The paths to write, by the arguments of `gptq.quantize`."""
+def _paths(arguments: argparse.Namespace, name: str, config: QuantConfig) -> dict[str, Path | None]:
+    """The paths to write, by the fields of `api.Outputs`."""
 
     def path(argument: str | None, suffix: str) -> Path | None:
         if argument is None:
@@ -234,16 +231,17 @@ def _print_result(result: Report, folder: Path | None) -> None:
         print("\n".join(lines(facts(folder))))
 
 
-def _open(arguments: argparse.Namespace, checkpoint: str | Path | None) -> Opened:
+def _open(
+    arguments: argparse.Namespace, source: ModelSource, checkpoint: str | Path | None
+) -> Opened:
     """The full or quantized model, its weights still on disk."""
-    from gptq.api import open_weights
+    from gptq.inference.loading import open_blockwise, open_weights
 
     opened = open_weights(
-        arguments.model,
+        open_blockwise(source, device=arguments.device),
         checkpoint,
         bits=arguments.wbits,
         group_size=arguments.groupsize,
-        device=arguments.device,
         dtype=arguments.dtype,
     )
     settings = settings_from(arguments)

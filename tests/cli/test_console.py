@@ -9,7 +9,7 @@ from rich.console import Console
 from gptq.cli.console import layer_table, progress_bar, size_of, totals_table
 from gptq.config import QuantConfig
 from gptq.models import BLOOM, LLAMA
-from gptq.pipeline.blocks import LayerReport, Report
+from gptq.pipeline.report import LayerReport, Report
 
 
 def a_report(names=("a", "b"), written=()):
