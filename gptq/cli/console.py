@@ -64,7 +64,7 @@ def layer_table(report: Report) -> Table:
     for heading in ("loss", "rounding", "rows\nrounded", "damp", "seconds"):
         table.add_column(heading, justify="right", overflow="fold", vertical="bottom")
     for layer in report.layers:
-        table.add_row(
+        cells = (
             str(layer.block),
             layer.name,
             f"{layer.loss:.3e}",
@@ -73,6 +73,7 @@ def layer_table(report: Report) -> Table:
             f"{layer.damp:g}",
             f"{layer.seconds:.2f}",
         )
+        table.add_row(*cells)
     return table
 
 
