@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gptq.checkpoints.names import PACKED_FORMATS
 from gptq.config import EMBEDDING_BITS, ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
@@ -14,7 +15,6 @@ from gptq.models import ModelSpec
 # Flags whose value may be left out: the next word is theirs only if it ends like this.
 OPTIONAL_VALUES = {"--save": ".pt", "--save_safetensors": ".safetensors"}
 DEFAULT_NAME = ""
-FORMATS = ("gptq", "gptq_v2")
 OUTPUTS = ("--save", "--save_safetensors", "--save-dir")
 # Flags that do nothing unless one of the others is there.
 NEEDS = {
@@ -177,7 +177,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add("--save-dir", metavar="DIR", help="write a Hugging Face folder")
     add(
         "--format",
-        choices=FORMATS,
+        choices=PACKED_FORMATS,
         help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
     )
     add(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import gptq
 from gptq import convert
+from gptq.checkpoints import gptq_format
 from gptq.errors import UserError
 
 
@@ -183,9 +184,9 @@ def test_what_cannot_be(dirs, tmp_path):
 def test_a_written_file_that_differs_is_noticed(dirs, tmp_path, monkeypatch):
     made = write(dirs["llama"], "v1", 4, 32)
     path = saved(made.state, tmp_path / "old.pt")
-    right = convert.pack_zeros
+    right = gptq_format.pack_zeros
     monkeypatch.setattr(
-        convert, "pack_zeros", lambda zeros, bits, offset: right(zeros % 3 + 2, bits, offset)
+        gptq_format, "pack_zeros", lambda zeros, bits, offset: right(zeros % 3 + 2, bits, offset)
     )
     with pytest.raises(RuntimeError, match="not written as it was read"):
         convert.convert(path, tmp_path / "new", model=dirs["llama"])
