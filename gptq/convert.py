@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     print(f"{arguments.out}: {count} layers, the same weights as in {arguments.checkpoint}")
     if Path(arguments.out).is_dir():
-        print(*folder_lines(Path(arguments.out)), sep="\n")
+        for line in folder_lines(Path(arguments.out)):
+            print(line)
     return 0
 
 

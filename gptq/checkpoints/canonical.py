@@ -96,11 +96,10 @@ def lazy(entries: Mapping[str, Entry]) -> LazyTensors:
     )
 
 
-def layer_entries(canonical: Canonical, layer: PackedLayer) -> Entries:
+def layer_entries(tensors: LazyTensors, layer: str) -> Entries:
     """A packed layer's tensors, by the last part of their names."""
     keys = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    tensors, name = canonical.tensors, layer.name
-    return {key: entry(tensors, f"{name}.{key}") for key in keys if f"{name}.{key}" in tensors}
+    return {key: entry(tensors, f"{layer}.{key}") for key in keys if f"{layer}.{key}" in tensors}
 
 
 def with_modules(tensors: LazyTensors, modules: Mapping[str, Entries]) -> LazyTensors:
@@ -136,8 +135,7 @@ def from_blocks(
         groups = packed.shape(f"{name}.scales")[0]
         sizes = (linear.in_features, linear.out_features)
         layer = PackedLayer(name, *sizes, settings.bits, groups, settings.group_size)
-        keys = ("qweight", "qzeros", "scales", "g_idx", "bias")
-        own = {key: entry(packed, f"{name}.{key}") for key in keys if f"{name}.{key}" in packed}
+        own = layer_entries(packed, name)
         own["qzeros"] = own["qzeros"]._replace(read=partial(_zeros, packed, layer, 1))
         layers.append(layer)
         modules[name] = own

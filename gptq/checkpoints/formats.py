@@ -1,6 +1,7 @@
 """Every format that a quantized model is written in, as one table.
 
-A new format is a module of this package, a row of FORMATS, and its name in `names`.
+A new format is a module of this package and a row of FORMATS; if a folder can have it, also its
+name in `names`.
 """
 
 from collections.abc import Callable, Mapping
@@ -83,8 +84,14 @@ def container_of(target: Path) -> str:
 
 
 def default_format(canonical: Canonical, container: str) -> str:
-    """ "gptq", which every program reads, for `.pt` and symmetric models; else "gptq_v2"."""
-    return "gptq" if canonical.settings.sym or container == ".pt" else "gptq_v2"
+    """ "gptq", which every program reads, for `.pt` and symmetric models; else "gptq_v2".
+
+    For a container that neither has, the first format that has it.
+    """
+    name = "gptq" if canonical.settings.sym or container == ".pt" else "gptq_v2"
+    if container in FORMATS[name].containers:
+        return name
+    return next(name for name, it in FORMATS.items() if container in it.containers)
 
 
 def write(
@@ -105,8 +112,8 @@ def write(
     container = container_of(target) if container is None else container
     if container not in row.containers:
         raise UserError(
-            f"{target}: format {name} is not written to a {container} but to a "
-            f"{' or '.join(row.containers)}"
+            f"{target}: format {name} is written to a {' or '.join(row.containers)}, not to a "
+            f"{container}; give another name or --format"
         )
     for layer in canonical.layers:
         reason = row.refuses(canonical, layer)

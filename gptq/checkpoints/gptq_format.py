@@ -43,7 +43,7 @@ def tensors(canonical: Canonical, zero_offset: int) -> LazyTensors:
     """
     modules = {}
     for layer in canonical.layers:
-        entries = layer_entries(canonical, layer)
+        entries = layer_entries(canonical.tensors, layer.name)
         zeros = partial(_zeros, canonical, layer, zero_offset)
         entries["qzeros"] = entries["qzeros"]._replace(read=zeros)
         for key in ("scales", "bias"):

@@ -1,6 +1,4 @@
-"""Names of the formats in `formats.FORMATS`, for code that must not load torch."""
+"""Names of formats, for code that must not load torch; `formats.FORMATS` has the formats."""
 
-# Formats that keep weights packed. A test holds this and the table together.
-PACKED_FORMATS = ("gptq", "gptq_v2")
-# A full model in 16 bits.
-DENSE = "dense"
+# What `--format` of a quantization takes. A test holds it and `formats.folder_formats` together.
+FOLDER_FORMATS = ("gptq", "gptq_v2")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptq import __version__
@@ -35,7 +35,7 @@ class Settings:
     static_groups: object = False
     dynamic: object = None
     """GPTQModel's exceptions for some layers, as it writes them."""
-    meta: Mapping[str, object] | None = None
+    meta: Mapping[str, object] = field(default_factory=dict)
     """Anything else worth remembering, which readers ignore."""
 
 
@@ -96,7 +96,7 @@ def quantize_config(settings: Settings, layout: str, embedding_bits: int) -> dic
         "static_groups": settings.static_groups,
         **dynamic,
         "meta": {
-            **(settings.meta or {}),
+            **settings.meta,
             "quantizer": [QUANTIZER],
             "embedding_bits": embedding_bits,
         },

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptq.checkpoints.names import PACKED_FORMATS
+from gptq.checkpoints.names import FOLDER_FORMATS
 from gptq.config import EMBEDDING_BITS, ORDERS, QUALITIES, SCALE_SEARCHES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
@@ -177,7 +177,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add("--save-dir", metavar="DIR", help="write a Hugging Face folder")
     add(
         "--format",
-        choices=PACKED_FORMATS,
+        choices=FOLDER_FORMATS,
         help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
     )
     add(

@@ -1,4 +1,4 @@
-"""Conversion from any era to any form: what is read again is the same model."""
+"""Conversion from any layout to any format: what is read again is the same model."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def check(logits: torch.Tensor, folder: Path, checkpoint: Path | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "era", "bits", "size", "sym", "out", "layout"),
+    ("arch", "stored", "bits", "size", "sym", "out", "layout"),
     [
         ("llama", "float_zeros", 3, -1, False, "m.pt", "gptq"),
         ("llama", "float_zeros", 4, -1, True, "folder", "gptq"),
@@ -54,13 +54,13 @@ def check(logits: torch.Tensor, folder: Path, checkpoint: Path | None) -> None:
         ("llama", "v1", 4, 32, True, "folder", "gptq"),
     ],
 )
-def test_era_to_era(arch, era, bits, size, sym, out, layout, dirs, tmp_path):
-    made = write(dirs[arch], era, bits, size, sym=sym, act=era[0] == "v")
+def test_layout_to_format(arch, stored, bits, size, sym, out, layout, dirs, tmp_path):
+    made = write(dirs[arch], stored, bits, size, sym=sym, act=stored[0] == "v")
     said = {"quantize_config": json.dumps({"bits": bits, "checkpoint_format": "gptq_v2"})}
-    made.state._metadata = said if era == "v2" else {}
+    made.state._metadata = said if stored == "v2" else {}
     torch.save(made.state, tmp_path / "old.pt")
     target = tmp_path / out
-    asked = layout if (era, sym, out) == ("v2", False, "folder") else None
+    asked = layout if (stored, sym, out) == ("v2", False, "folder") else None
     count = convert.convert(tmp_path / "old.pt", target, model=dirs[arch], format=asked)
     assert count == len(made.layers)
     check(made.logits, dirs[arch], target)
@@ -69,7 +69,7 @@ def test_era_to_era(arch, era, bits, size, sym, out, layout, dirs, tmp_path):
         check(made.logits, target, None)
         assert (said["checkpoint_format"], said["format"], said["sym"]) == (layout, layout, sym)
         assert (said["bits"], said["group_size"]) == (bits, size)
-        assert said["desc_act"] == (era[0] == "v")
+        assert said["desc_act"] == (stored[0] == "v")
         assert said["meta"]["quantizer"] == [f"belle-gptq:{gptq.__version__}"]
         state = load_file(target / "model.safetensors")
         assert ("lm_head.weight" in state) == (arch == "llama")
