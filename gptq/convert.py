@@ -86,26 +86,26 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     command = _Parser(
         prog="python -m gptq.convert",
-        description="Write a quantized checkpoint in another form, and compare the two.",
+        description="Write a quantized checkpoint in another format, and compare the two.",
         allow_abbrev=False,
     )
     add = command.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or folder of any tool")
     add("out", metavar="OUT", help="a .pt or .safetensors file, or else a folder")
-    add("--model", help="folder or hub name of the model, where CHECKPOINT is a file")
+    add("--model", help="folder or hub name of the model, if CHECKPOINT is a file")
     add(
         "--format",
         choices=tuple(FORMATS),
         help="zero points of gptq or gptq_v2, or a full model of 16 bits "
-        "(default: gptq for .pt and what is symmetric, else gptq_v2)",
+        "(default: gptq for .pt and symmetric models, else gptq_v2)",
     )
     add(
         "--quantize-embeddings",
         action=argparse.BooleanOptionalAction,
         help="leave a packed embedding and head packed (default: in files, not in folders)",
     )
-    add("--wbits", type=int, choices=(2, 3, 4, 8), help="where CHECKPOINT does not say")
-    add("--groupsize", type=int, metavar="N", help="where CHECKPOINT does not say")
+    add("--wbits", type=int, choices=(2, 3, 4, 8), help="if CHECKPOINT does not say")
+    add("--groupsize", type=int, metavar="N", help="if CHECKPOINT does not say")
     return command
 
 

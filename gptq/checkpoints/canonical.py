@@ -85,10 +85,12 @@ Entries = dict[str, Entry]
 
 
 def entry(tensors: LazyTensors, name: str) -> Entry:
+    """One of `tensors`, still unread."""
     return Entry(partial(tensors.__getitem__, name), tensors.shape(name), tensors.dtype(name))
 
 
 def lazy(entries: Mapping[str, Entry]) -> LazyTensors:
+    """Tensors by their full names."""
     return LazyTensors(
         {name: it.read for name, it in entries.items()},
         shapes={name: it.shape for name, it in entries.items()},
@@ -158,6 +160,7 @@ def from_checkpoint(
 
 
 def _layer(module: PreTrainedModel, checkpoint: Checkpoint, layer: PackedLayer) -> Entries:
+    """A packed layer's tensors, with `g_idx` also if the checkpoint has none."""
     tensors, name = checkpoint.tensors, layer.name
     part = module.get_submodule(name)
     assert isinstance(part, PackedModule)

@@ -1,6 +1,6 @@
 """Packed layers in the layouts of all GPTQ tools, recognised by their tensors and normalised.
 
-In the normal form a layer has `qweight`, `qzeros` and `scales`, and where it needs them `g_idx` and
+In the normal form a layer has `qweight`, `qzeros` and `scales`, and if it needs them `g_idx` and
 `bias`, all as docs/format.md defines them.
 """
 

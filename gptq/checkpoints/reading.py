@@ -296,7 +296,7 @@ def _check_all_placed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def _has_bias(tensors: Mapping[str, Tensor], name: str, module: nn.Module) -> bool:
     if module.bias is not None:
         return True
-    # Early tools wrote a bias for every layer, of zeros where the model has none.
+    # Early tools wrote a bias for every layer, of zeros if the model has none.
     return f"{name}.bias" in tensors and bool(tensors[f"{name}.bias"].any())
 
 

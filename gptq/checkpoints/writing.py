@@ -26,7 +26,7 @@ BELLE_TEMPLATE = (
 SHARD_BYTES = 5_000_000_000
 # The key of CONTAINERS for folders; files have their ending.
 FOLDER = "folder"
-# Copied into a Hugging Face folder as they are, from where the model came from.
+# Copied from the model's folder as they are.
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
