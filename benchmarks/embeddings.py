@@ -43,7 +43,9 @@ def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
     packed = pack_rows("x", weight, bits, sym=False)
     words, zeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
     inputs = weight.shape[1]
-    stored = PackedWeight(words, zeros, scales, None, bits, EMBEDDING_GROUP, inputs, zero_offset=0)
+    stored = PackedWeight(
+        words, zeros, scales, None, bits, EMBEDDING_GROUP, in_features=inputs, zero_offset=0
+    )
     return dequantize(stored, torch.float32).T
 
 

@@ -3,6 +3,7 @@
 Each function returns a new record; tensors are read, converted and freed one at a time.
 """
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -152,11 +153,21 @@ def from_checkpoint(
 
     Settings say what the checkpoint says; `measure` brings them up to date.
     """
+    source = _with_ties(source, module.config.tie_word_embeddings)
     modules = {layer.name: _layer(module, checkpoint, layer) for layer in checkpoint.layers}
     stored = _unpacked(source, module, checkpoint.path, checkpoint.tensors)
     settings = from_declared(checkpoint.settings, checkpoint.bits, checkpoint.group_size)
     tensors = with_modules(stored, modules)
     return Canonical(source, checkpoint.path, tensors, checkpoint.layers, settings)
+
+
+def _with_ties(source: ModelSource, tied: bool) -> ModelSource:
+    """The source, whose configuration says whether the checkpoint's head is the embedding's."""
+    if source.config.tie_word_embeddings == tied:
+        return source
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = tied
+    return replace(source, config=config)
 
 
 def _layer(module: PreTrainedModel, checkpoint: Checkpoint, layer: PackedLayer) -> Entries:

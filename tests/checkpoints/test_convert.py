@@ -143,6 +143,17 @@ def test_shards(dirs, tmp_path):
     check(made.logits, dirs["tied"], tmp_path / "whole.pt")
 
 
+@pytest.mark.parametrize("format", ["gptq", "dense"])
+def test_a_head_of_its_own_that_the_configuration_ties(format, dirs, tmp_path):
+    made = write(dirs["tied"], "v1", 4, 32)
+    head = torch.randn(made.state["lm_head.weight"].shape).half()
+    path = saved({**made.state, "lm_head.weight": head}, tmp_path / "old.pt")
+    convert.convert(path, tmp_path / "new", model=dirs["tied"], format=format)
+    assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")["lm_head.weight"], head)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
 def test_exceptions_for_some_layers_are_kept(dirs, tmp_path):
     made = write(dirs["llama"], "v1", 4, 32, other={"down_proj": 8})
     said = {"bits": 4, "group_size": 32, "dynamic": {"+:.*down_proj": {"bits": 8}}}
