@@ -19,7 +19,7 @@ from benchmarks.common.assets import model_path, text_path
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
-from gptq.config import EMBEDDING_BITS, QuantConfig
+from gptq.config import EMBEDDING_BITS
 from gptq.data.windows import evaluation_windows
 from gptq.errors import UserError
 from gptq.files.opening import LazyTensors
@@ -40,9 +40,12 @@ def rounded(source: ModelSource, bits: int) -> LazyTensors:
 
 def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
     weight = tensors[name]
-    packed = pack_rows("x", weight, QuantConfig(embedding_bits=bits))
+    packed = pack_rows("x", weight, bits, sym=False)
     words, zeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
-    stored = PackedWeight(words, zeros, scales, None, bits, EMBEDDING_GROUP, weight.shape[1])
+    inputs = weight.shape[1]
+    stored = PackedWeight(
+        words, zeros, scales, None, bits, EMBEDDING_GROUP, in_features=inputs, zero_offset=0
+    )
     return dequantize(stored, torch.float32).T
 
 

@@ -1,7 +1,7 @@
 """The two calls most people need: quantize a model into a file, and load it again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gptq.blockwise import empty_model
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
-from gptq.checkpoints import writing
-from gptq.checkpoints.layouts import FORMATS
+from gptq.checkpoints.canonical import from_blocks
+from gptq.checkpoints.embeddings import pack_embeddings
+from gptq.checkpoints.formats import default_format, folder_formats, write
+from gptq.checkpoints.settings import from_config
+from gptq.checkpoints.writing import FOLDER
 from gptq.config import QuantConfig
 from gptq.data.windows import calibration_windows, text_fingerprint
 from gptq.device import (
@@ -53,9 +55,9 @@ class Outputs:
     def __post_init__(self) -> None:
         if not self.paths:
             raise UserError("nothing to write: give save=, save_safetensors= or save_dir=")
-        if self.format not in (None, *FORMATS):
+        if self.format not in (None, *folder_formats()):
             raise UserError(
-                f"format {self.format!r} is not known; choose one of {', '.join(FORMATS)}"
+                f"format {self.format!r} is not known; choose one of {', '.join(folder_formats())}"
             )
         for path in self.paths:
             check_writable(path, folder=path is self.save_dir)
@@ -198,20 +200,20 @@ def run(
 
 def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, object]) -> None:
     """Write every output from the journal's blocks."""
-    source, config, outputs = model.source, job.config, job.outputs
-    tensors = writing.assemble(source, journal)
+    config, outputs = job.config, job.outputs
+    settings = from_config(config, meta)
+    plain = from_blocks(model.source, model.module, journal.tensors(), settings)
     if outputs.save_dir is not None:
-        inside = config if outputs.quantize_embeddings else replace(config, embedding_bits=16)
-        some = writing.with_embeddings(source, tensors, inside)
-        writing.write_folder(outputs.save_dir, source, some, inside, meta, outputs.format)
-    if outputs.save is not None or outputs.save_safetensors is not None:
-        tensors = writing.with_embeddings(source, tensors, config)
-        settings = writing.settings(config, meta)
-    if outputs.save is not None:
-        tied = empty_model.tied(source.config, source.spec, tensors)
-        writing.write_pt(outputs.save, tensors, settings, tied)
-    if outputs.save_safetensors is not None:
-        writing.write_safetensors(outputs.save_safetensors, tensors, settings)
+        bits = config.embedding_bits if outputs.quantize_embeddings else 16
+        packed = pack_embeddings(plain, bits)
+        name = outputs.format or default_format(packed, FOLDER)
+        write(packed, outputs.save_dir, name, container=FOLDER)
+    files = {".pt": outputs.save, ".safetensors": outputs.save_safetensors}
+    if any(files.values()):
+        packed = pack_embeddings(plain, config.embedding_bits)
+        for container, path in files.items():
+            if path is not None:
+                write(packed, path, "gptq", container=container)
 
 
 def _activation_cache(

@@ -14,8 +14,6 @@ ORDERS = ("gar", "natural", "act")
 SCALE_SEARCHES = ("hessian", "mse", "minmax")
 METHODS = ("gptq", "rtn")
 EMBEDDING_BITS = (4, 8, 16)
-FORMATS = ("gptq", "gptq_v2")
-"""Conventions of stored zero points; here so that a command line knows them without torch."""
 # What `--quality` stands for: the closer the model, the more time, from the same calibration text.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"error_feedback": 0.0, "adaptive_damp": False, "refine": 0},

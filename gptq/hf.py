@@ -14,7 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from gptq.blockwise.empty_model import replace
 from gptq.blockwise.source import to_todays_names
-from gptq.checkpoints.reading import Checkpoint, folder_settings, place
+from gptq.checkpoints.reading import Checkpoint, place
+from gptq.checkpoints.settings import folder_settings
 from gptq.errors import UserError
 from gptq.files.opening import open_tensors
 from gptq.inference import cpu_decode

@@ -1,4 +1,4 @@
 """Quantized models in files: reading every known layout, writing each format.
 
-It does not know how the integers were found.
+It must not know how the integers were chosen, nor who runs the model.
 """

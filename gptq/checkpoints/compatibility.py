@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import cast
 
 from gptq.checkpoints.reading import open_checkpoint
+from gptq.checkpoints.settings import folder_settings
 
 
 @dataclass(frozen=True)
 class Written:
-    """What of a folder decides who loads it."""
+    """The properties of a folder that decide who loads it."""
 
     bits: int
     group_size: int
@@ -71,7 +72,7 @@ def _whole_groups(folder: Written, sizes: tuple[int, ...]) -> str:
     return f"--groupsize {fitting[0] if fitting else -1}"
 
 
-# What each wants is in docs/format.md, and its tests hold the two together.
+# docs/format.md says what each program reads; a test holds the two together.
 READERS: dict[str, Callable[[Written], Iterator[str]]] = {
     "GPTQModel": _gptqmodel,
     "AutoGPTQ": _autogptq,
@@ -83,36 +84,42 @@ OURS = ("this package", "transformers with gptq.hf.register()")
 
 
 def facts(path: Path) -> Written:
-    """What a folder that `--save-dir` wrote says of itself and its headers tell."""
+    """Of a folder in format gptq or gptq_v2, by its settings and the headers of its files."""
     tensors, settings = open_checkpoint(path)
     meta = settings.get("meta")
     embeddings = isinstance(meta, dict) and meta.get("embedding_bits", 16) != 16
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     bits, group_size = cast(int, settings["bits"]), cast(int, settings["group_size"])
     sizes = {
-        (words * 32 // bits, outputs)
-        for words, outputs in (tensors.shape(f"{name}.qweight") for name in names)
+        (packed_words * 32 // bits, outputs)
+        for packed_words, outputs in (tensors.shape(f"{name}.qweight") for name in names)
     }
     sym, layout = settings["sym"] is True, str(settings["format"])
     return Written(bits, group_size, sym, layout, frozenset(sizes), embeddings)
 
 
 def lines(folder: Written) -> list[str]:
-    """Who loads it, and for the others what it would take: a line for each answer."""
+    """Which programs load it, and which flags the others need: a line for each answer."""
     if folder.embeddings:
         return [
             f"format {folder.layout}: loads in {', '.join(OURS)}",
             f"for {', '.join(READERS)}: leave out --quantize-embeddings",
         ]
-    wanted: dict[str, list[str]] = defaultdict(list)
-    able = list(OURS)
+    needed: dict[str, list[str]] = defaultdict(list)
+    loads_in = list(OURS)
     for reader, check in READERS.items():
         flags = " ".join(dict.fromkeys(check(folder)))
         if flags:
-            wanted[flags].append(reader)
+            needed[flags].append(reader)
         else:
-            able.append(reader)
+            loads_in.append(reader)
     return [
-        f"format {folder.layout}: loads in {', '.join(able)}",
-        *(f"for {', '.join(readers)}: quantize with {flags}" for flags, readers in wanted.items()),
+        f"format {folder.layout}: loads in {', '.join(loads_in)}",
+        *(f"for {', '.join(readers)}: quantize with {flags}" for flags, readers in needed.items()),
     ]
+
+
+def folder_lines(folder: Path) -> list[str]:
+    """`lines` of a written folder; none for a full model and other formats than GPTQ's."""
+    is_gptq = folder_settings(folder).get("quant_method") == "gptq"
+    return lines(facts(folder)) if is_gptq else []

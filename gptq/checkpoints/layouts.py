@@ -1,6 +1,6 @@
-"""Packed layers as each tool stored them, told from the tensors and brought to one form.
+"""Packed layers in the layouts of all GPTQ tools, recognised by their tensors and normalised.
 
-In the normal form a layer has `qweight`, `qzeros` and `scales`, and where it needs them `g_idx` and
+In the normal form a layer has `qweight`, `qzeros` and `scales`, and if it needs them `g_idx` and
 `bias`, all as docs/format.md defines them.
 """
 
@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq.config import FORMATS
 from gptq.errors import UserError
 from gptq.files.opening import LazyTensors, Read
 from quant_cuda.packing import BITS, pack_zeros, unpack, words_for
 from quant_cuda.weight import group_count
 
-# Sizes that quantizers offer, tried in this order where a file does not say which it used.
+# Sizes that quantizers offer, tried in this order if a file does not declare its own.
 GROUP_SIZES = (128, 64, 32, 16, 256, 512, 1024)
-# Tensors by which other layouts are known, and what to call them.
+# Values of checkpoint_format that can be read.
+READABLE = ("gptq", "gptq_v2")
+# Endings of tensor names by which other layouts are recognised, and what to call them.
 _OTHER_LAYOUTS = {
     ".B": "in the marlin layout",
     ".q_weight": "in the EXL2 layout",
@@ -31,7 +32,7 @@ _CONVERT = "give the checkpoint in GPTQ's own format, as the tool that made it c
 
 
 @dataclass(frozen=True)
-class PackedLayer:
+class StoredLayer:
     """One packed layer, as its tensors' shapes describe it."""
 
     name: str
@@ -42,13 +43,21 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
+class PackedLayer(StoredLayer):
+    """A packed layer whose group size is known."""
+
+    group_size: int
+    """Inputs that share a scale; -1 is one group of all."""
+
+
+@dataclass(frozen=True)
 class Packed:
     """A checkpoint in the normal form."""
 
     tensors: LazyTensors
-    layers: tuple[PackedLayer, ...]
+    layers: tuple[StoredLayer, ...]
     zero_offset: int
-    """1 where `qzeros` hold the zero point less 1 ("gptq"), 0 where as it is ("gptq_v2")."""
+    """1 if `qzeros` hold the zero points less 1 ("gptq"), 0 if as they are ("gptq_v2")."""
     lost_zeros: int
     """Zero points that the tool which wrote the file destroyed; they read as 0."""
     as_stored: bool
@@ -61,18 +70,18 @@ def normal_form(
     settings: Mapping[str, object],
     sizes: Mapping[str, tuple[int, int]],
 ) -> Packed:
-    """Recognise what wrote the tensors and read them as today's.
+    """Recognise the layout of the tensors and normalise it.
 
-    path: named in messages only. settings: what the file says of itself, maybe nothing.
-    sizes: (in_features, out_features) of the linear layers that may be packed, by name.
-    Reads every zero point and scale once. Raises UserError for layouts that are not GPTQ's, shapes
-    and types that cannot be, and numbers that show the file to be damaged.
+    path: named in messages only. settings: what the file declares, maybe nothing.
+    sizes: (in_features, out_features) of the layers that may be packed, by name.
+    Reads every zero point and scale once. Raises UserError for layouts that are not GPTQ's, for
+    shapes and types that do not go together, and for values that show the file to be damaged.
     """
     check_layout(path, tensors, settings)
     names = [name for name in sizes if f"{name}.qweight" in tensors]
     layers = tuple(_layer(path, name, sizes[name], tensors) for name in names)
     floating = {layer.name for layer in layers if f"{layer.name}.qzeros" not in tensors}
-    changes = _modern_reads(path, layers, tensors)
+    changes = _normal_reads(path, layers, tensors)
     tensors = tensors.changed(changes)
     ranges = {}
     for layer in layers:
@@ -93,14 +102,14 @@ def normal_form(
 
 
 def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object]) -> None:
-    """Raise UserError where a checkpoint is known not to be in a layout of GPTQ's."""
+    """Raise UserError for a checkpoint in a layout that is not GPTQ's."""
     method = settings.get("quant_method", "gptq")
     layout = settings.get("checkpoint_format", settings.get("format"))
     if method == "auto-round" and "gptq" in str(settings.get("packing_format")):
         layout = "gptq"
     elif method != "gptq":
         raise UserError(f"{path}: says it is quantized by {method!r}, not by GPTQ; {_CONVERT}")
-    if layout not in (None, *FORMATS):
+    if layout not in (None, *READABLE):
         raise UserError(f"{path}: says its format is {layout!r}; {_CONVERT}")
     dtype = settings.get("pack_dtype", "int32")
     if dtype != "int32":
@@ -113,30 +122,30 @@ def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object
 
 def group_size(
     path: Path,
-    layers: Iterable[PackedLayer],
-    given: int | None,
+    layers: Iterable[StoredLayer],
+    declared: int | None,
     tensors: Mapping[str, Tensor],
 ) -> int:
     """The inputs that share a scale, from every layer's number of groups.
 
-    given: as the file or the caller says; checked.
-    Raises UserError where no size explains all layers.
+    declared: by the file or the caller; checked.
+    Raises UserError if no size explains all layers.
     """
     layers = list(layers)
 
     def fits(size: int) -> bool:
         return all(group_count(layer.inputs, size) == layer.groups for layer in layers)
 
-    if given is not None:
-        if given != -1 and given < 1:
-            raise UserError(f"{path}: says group_size is {given}, which cannot be")
-        if not fits(given):
-            odd = next(s for s in layers if group_count(s.inputs, given) != s.groups)
+    if declared is not None:
+        if declared != -1 and declared < 1:
+            raise UserError(f"{path}: says group_size is {declared}, which cannot be")
+        if not fits(declared):
+            odd = next(s for s in layers if group_count(s.inputs, declared) != s.groups)
             raise UserError(
                 f"{path}: {odd.name} has {odd.groups} groups of {odd.inputs} inputs, not what "
-                f"groups of {given} give; leave --groupsize out or correct it"
+                f"groups of {declared} give; leave --groupsize out or correct it"
             )
-        return given
+        return declared
     if fits(-1):
         return -1
     # Each group but the last is full, so that group 0 shows the size, whatever the order.
@@ -154,7 +163,7 @@ def group_size(
 # One layer -----------------------------------------------------------------------------------
 
 
-def _layer(path: Path, name: str, size: tuple[int, int], tensors: LazyTensors) -> PackedLayer:
+def _layer(path: Path, name: str, size: tuple[int, int], tensors: LazyTensors) -> StoredLayer:
     inputs, outputs = size
     zeros = "qzeros" if f"{name}.qzeros" in tensors else "zeros"
     for key in ("scales", zeros):
@@ -178,7 +187,7 @@ def _layer(path: Path, name: str, size: tuple[int, int], tensors: LazyTensors) -
     if bits is None or qweight[1] != outputs:
         raise UserError(f"{path}: {name}.qweight {_misfit(qweight, inputs, outputs)}")
     column = zeros == "zeros" and scales == (outputs, 1)
-    layer = PackedLayer(name, inputs, outputs, bits, 1 if column else scales[0])
+    layer = StoredLayer(name, inputs, outputs, bits, 1 if column else scales[0])
     expected = {
         "scales": scales if column else (layer.groups, outputs),
         zeros: scales if zeros == "zeros" else (layer.groups, words_for(outputs, bits)),
@@ -214,10 +223,10 @@ def _misfit(shape: tuple[int, ...], inputs: int, outputs: int) -> str:
     )
 
 
-def _modern_reads(
-    path: Path, layers: tuple[PackedLayer, ...], tensors: LazyTensors
+def _normal_reads(
+    path: Path, layers: tuple[StoredLayer, ...], tensors: LazyTensors
 ) -> dict[str, Read | None]:
-    """What has to be read in another way than it is stored."""
+    """Tensors that are converted when they are read, to the normal form."""
     changes: dict[str, Read | None] = {}
     for layer in layers:
         g_idx = f"{layer.name}.g_idx"
@@ -225,16 +234,18 @@ def _modern_reads(
             changes[f"{layer.name}.qzeros"] = partial(_packed_zeros, path, layer, tensors)
             changes[f"{layer.name}.zeros"] = None
             if tensors.shape(f"{layer.name}.scales")[0] != layer.groups:
-                changes[f"{layer.name}.scales"] = partial(_turned, tensors, f"{layer.name}.scales")
+                changes[f"{layer.name}.scales"] = partial(
+                    _transposed, tensors, f"{layer.name}.scales"
+                )
         if g_idx in tensors and layer.groups > 1 and not bool(tensors[g_idx].any()):
-            # Some tools write zeros where groups are runs of neighbours.
+            # Some tools write zeros if groups are runs of neighbours.
             changes[g_idx] = None
         elif g_idx in tensors and tensors.dtype(g_idx) != torch.int32:
             changes[g_idx] = partial(_narrowed, tensors, g_idx)
     return changes
 
 
-def _turned(tensors: LazyTensors, name: str) -> Tensor:
+def _transposed(tensors: LazyTensors, name: str) -> Tensor:
     return tensors[name].T.contiguous()
 
 
@@ -242,7 +253,7 @@ def _narrowed(tensors: LazyTensors, name: str) -> Tensor:
     return tensors[name].clamp(-1, 2**31 - 1).to(torch.int32)
 
 
-def _packed_zeros(path: Path, layer: PackedLayer, tensors: LazyTensors) -> Tensor:
+def _packed_zeros(path: Path, layer: StoredLayer, tensors: LazyTensors) -> Tensor:
     """`qzeros` as "gptq_v2" has them, from floating zero * scale."""
     scaled = tensors[f"{layer.name}.zeros"].double()
     zeros = scaled / tensors[f"{layer.name}.scales"].double()
@@ -251,14 +262,14 @@ def _packed_zeros(path: Path, layer: PackedLayer, tensors: LazyTensors) -> Tenso
     in_range = bool(((whole >= 0) & (whole < 2**layer.bits)).all())
     if not in_range or bool(((zeros - whole).abs() > 0.01).any()):
         raise UserError(f"{path}: {layer.name}.zeros are not zero points times scales; {_CONVERT}")
-    turned = whole.T if tensors.shape(f"{layer.name}.scales")[0] != layer.groups else whole
-    return pack_zeros(turned.to(torch.int64), layer.bits, zero_offset=0)
+    transposed = whole.T if tensors.shape(f"{layer.name}.scales")[0] != layer.groups else whole
+    return pack_zeros(transposed.to(torch.int64), layer.bits, zero_offset=0)
 
 
 # Zero points ---------------------------------------------------------------------------------
 
 
-def _check_scales(path: Path, layer: PackedLayer, tensors: LazyTensors) -> None:
+def _check_scales(path: Path, layer: StoredLayer, tensors: LazyTensors) -> None:
     if not bool(torch.isfinite(tensors[f"{layer.name}.scales"]).all()):
         raise UserError(
             f"{path}: {layer.name}.scales hold NaN or infinity; the file is damaged, copy or "
@@ -266,19 +277,19 @@ def _check_scales(path: Path, layer: PackedLayer, tensors: LazyTensors) -> None:
         )
 
 
-def _fields(layer: PackedLayer, tensors: LazyTensors) -> Tensor:
+def _fields(layer: StoredLayer, tensors: LazyTensors) -> Tensor:
     """The stored zero points, uint8 (out, groups)."""
     words = tensors[f"{layer.name}.qzeros"]
     return unpack(words.T.contiguous(), layer.bits, layer.outputs)
 
 
 def _zero_offset(
-    ranges: Mapping[PackedLayer, tuple[int, int]], settings: Mapping[str, object]
+    ranges: Mapping[StoredLayer, tuple[int, int]], settings: Mapping[str, object]
 ) -> int:
-    """What the fields, whose least and greatest are given, lack to be zero points."""
+    """What is to be added to stored fields. ranges: each layer's least and greatest field."""
     label, sym = settings.get("checkpoint_format", settings.get("format")), settings.get("sym")
-    # A symmetric zero point is known, so that its fields tell which way they are stored, whatever
-    # the label says: tools have mixed the two up.
+    # A symmetric zero point is known, so that its fields tell how they are stored, whatever the
+    # label says: tools have mixed the two up.
     if sym is True or (sym is None and label is None):
         for offset in (0, 1):
             middles = {layer: 2 ** (layer.bits - 1) - offset for layer in ranges}
@@ -287,7 +298,7 @@ def _zero_offset(
     return 0 if label == "gptq_v2" else 1
 
 
-def _lost_zeros(layer: PackedLayer, tensors: LazyTensors) -> int:
+def _lost_zeros(layer: StoredLayer, tensors: LazyTensors) -> int:
     """Fields of all ones above another one in their word.
 
     A zero point of 0 was stored as -1, whose sign bits ran over all higher fields of the word.
@@ -297,7 +308,7 @@ def _lost_zeros(layer: PackedLayer, tensors: LazyTensors) -> int:
     return int((ones[1:] & ones[:-1])[per_word].sum())
 
 
-def _without_underflow(layer: PackedLayer, tensors: LazyTensors) -> Tensor:
-    """`qzeros` as "gptq_v2" has them, where fields of all ones stand for zero points of 0."""
+def _without_underflow(layer: StoredLayer, tensors: LazyTensors) -> Tensor:
+    """`qzeros` as "gptq_v2" has them, if fields of all ones mean zero points of 0."""
     zeros = (_fields(layer, tensors).to(torch.int64) + 1) % 2**layer.bits
     return pack_zeros(zeros.T, layer.bits, zero_offset=0)

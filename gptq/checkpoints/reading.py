@@ -1,10 +1,10 @@
-"""Quantized checkpoints: what is in one, and how it takes its place in a model."""
+"""Opening a quantized checkpoint of any tool, and replacing a model's layers by packed ones."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,14 +13,12 @@ from gptq.blockwise.empty_model import replace
 from gptq.blockwise.source import to_todays_names
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.weight_files import open_packed_weights
-from gptq.checkpoints.layouts import Packed, PackedLayer, group_size, normal_form
+from gptq.checkpoints.layouts import Packed, PackedLayer, StoredLayer, group_size, normal_form
+from gptq.checkpoints.settings import SETTINGS_KEY, declared_integer, folder_settings, parse
 from gptq.errors import SettingError, UserError
 from gptq.files.opening import LazyTensors, check_sums, open_tensors
 from gptq.models import ModelSpec
 from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
-
-CONFIG_NAME = "quantize_config.json"
-SETTINGS_KEY = "quantize_config"
 
 
 @dataclass(frozen=True)
@@ -29,17 +27,31 @@ class Checkpoint:
 
     path: Path
     tensors: LazyTensors
-    """In the normal form of `eras`."""
+    """In the normal form of `layouts`."""
     layers: tuple[PackedLayer, ...]
     bits: int
-    """Of the layers that say nothing else; a file can name exceptions."""
+    """Of the layers that are no exceptions; a file can declare some."""
     group_size: int
     """Likewise."""
     zero_offset: int
+    """1 if `qzeros` hold the zero points less 1 ("gptq"), 0 if as they are ("gptq_v2")."""
     settings: Mapping[str, object]
-    """What the file says of itself, in the words of quantize_config.json; empty if nothing."""
+    """What the file declares, by the keys of quantize_config.json; empty if nothing."""
     as_stored: bool
     """Whether the file's own tensors are in the normal form already."""
+
+
+def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
+    """Tensors and settings of a file or folder, as they are stored."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
+    if not path.is_dir():
+        opened = open_tensors([path])
+        check_sums(path)
+        declared = opened.metadata.get(SETTINGS_KEY)
+        # A file that declares nothing may lie in a folder whose configuration does.
+        return opened, folder_settings(path.parent) if declared is None else parse(path, declared)
+    return open_packed_weights(path), folder_settings(path)
 
 
 def attach(
@@ -49,19 +61,19 @@ def attach(
     bits: int | None = None,
     group_size: int | None = None,
 ) -> Checkpoint:
-    """Open a `.pt`, `.safetensors` or Hugging Face folder and make room for it in `model`.
+    """Open a `.pt`, `.safetensors` or Hugging Face folder and replace the layers it has packed.
 
-    model: without weights, from `skeleton.build`; a QuantLinear takes the place of every linear
-        layer that the checkpoint has packed. Of the weights only scales and zero points are read.
-    bits, group_size: taken from the file where it says them, else from its tensors' shapes.
-    Raises UserError where an argument disagrees with the file, nothing tells, or the file holds
+    model: without weights, from `empty_model.build`. A QuantLinear replaces every linear layer that
+        is packed. Of the weights only scales and zero points are read.
+    bits, group_size: only for files that do not declare them; else told from tensors' shapes.
+    Raises UserError if an argument disagrees with the file, if nothing tells, or if the file holds
     tensors that the model has no place for.
     """
     raw, settings = open_checkpoint(path)
     tensors = raw.renamed(to_todays_names(spec))
     config, tensors = resolve_ties(model.config, spec, tensors)
     model.config.tie_word_embeddings = config.tie_word_embeddings
-    checkpoint = place(model, path, tensors, settings, bits, group_size)
+    checkpoint = place(model, path, tensors, settings, bits=bits, group_size=group_size)
     _check_all_placed(model, checkpoint)
     return checkpoint
 
@@ -71,85 +83,60 @@ def place(
     path: Path,
     tensors: LazyTensors,
     settings: Mapping[str, object],
+    *,
     bits: int | None = None,
     group_size: int | None = None,
     keep_bias: bool = False,
 ) -> Checkpoint:
-    """Put a QuantLinear or QuantEmbedding, on the meta device, in the place of every packed layer.
+    """Replace every packed layer by a QuantLinear or QuantEmbedding on the meta device.
 
     A head that is tied to a packed embedding becomes a TiedHead.
 
     tensors: by the model's own names. keep_bias: give every layer that has a bias in the file one,
-        also where it is all zeros and the model has none.
+        also if it is all zeros and the model has none.
     Raises UserError as `attach`.
     """
     places = _places(model)
-    ends = _ends(model, places)
     packed = normal_form(path, tensors, settings, {name: _size(m) for name, m in places.items()})
+    ends = _ends(model, places)
     inner = tuple(layer for layer in packed.layers if layer.name not in ends)
-    # Heads and embeddings can have the same names in models that have nothing else in common.
-    others = not inner and any(
-        name.endswith(".qweight") and name.removesuffix(".qweight") not in places
-        for name in tensors
-    )
-    if others or not packed.layers:
-        raise UserError(
-            f"{path}: "
-            + ("its packed layers are another model's" if others else "holds no packed weights")
-            + "; give a checkpoint that was made from this model"
-        )
+    _check_any_packed(path, packed, inner, tensors, places)
     if packed.lost_zeros:
         warnings.warn(
             f"{path}: the tool that wrote it destroyed {packed.lost_zeros} zero points, which are "
             "read as 0; quantize the model again",
             stacklevel=2,
         )
-    said_bits, said_size = _integer(path, settings, "bits"), _integer(path, settings, "group_size")
-    for field, given, said in (
-        ("bits", bits, said_bits),
-        ("group_size", group_size, said_size),
-    ):
-        if None not in (given, said) and given != said:
-            raise SettingError(
-                field, given, f"disagrees with {path}, which says {said}; leave it out"
-            )
+    bits = _agreed(path, settings, "bits", bits)
+    group_size = _agreed(path, settings, "group_size", group_size)
+    # An embedding and a head may have bits and groups of their own, which nothing declares.
+    inner = inner or packed.layers
     # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
     mixed = bool(settings.get("dynamic"))
-    # An embedding and a head may have their own, which nothing else says.
-    inner = inner or packed.layers
-    base_bits = _bits(path, inner, bits if said_bits is None else said_bits, mixed)
-    base_size, group_sizes = _group_sizes(
-        path, packed, inner, group_size if said_size is None else said_size, mixed
-    )
-    for layer in packed.layers:
+    base_bits = _bits(path, inner, bits, mixed)
+    base_size, layers = _with_group_sizes(path, packed, inner, group_size, mixed)
+    for layer in layers:
         _check_g_idx(path, layer, packed.tensors)
-        module = places[layer.name]
-        if isinstance(module, nn.Embedding):
-            _put_embedding(model, layer, packed, group_sizes[layer.name])
+        if isinstance(places[layer.name], nn.Embedding):
+            _replace_embedding(model, layer, packed.zero_offset)
             continue
-        quantized = QuantLinear(
-            layer.inputs,
-            layer.outputs,
-            layer.bits,
-            group_sizes[layer.name],
-            groups=layer.groups,
-            bias=(keep_bias and f"{layer.name}.bias" in tensors)
-            or _has_bias(packed.tensors, layer.name, module),
-            g_idx=f"{layer.name}.g_idx" in packed.tensors,
-            zero_offset=packed.zero_offset,
-            device="meta",
-        )
-        replace(model, layer.name, quantized)
+        linear = cast(nn.Linear, places[layer.name])
+        bias = keep_bias and f"{layer.name}.bias" in tensors
+        bias = bias or _has_bias(packed.tensors, layer.name, linear)
+        replace(model, layer.name, _quant_linear(layer, packed, bias))
     return Checkpoint(
         path,
         packed.tensors,
-        packed.layers,
+        layers,
         base_bits,
         base_size,
         packed.zero_offset,
-        settings,
-        packed.as_stored,
+        settings=settings,
+        as_stored=packed.as_stored,
     )
+
+
+# Replacing layers ----------------------------------------------------------------------------
 
 
 def _places(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
@@ -171,17 +158,29 @@ def _ends(model: PreTrainedModel, places: Mapping[str, nn.Module]) -> set[str]:
     return {name for name, m in places.items() if isinstance(m, nn.Embedding) or m is head}
 
 
-def _put_embedding(
-    model: PreTrainedModel, layer: PackedLayer, packed: Packed, group_size: int
-) -> None:
+def _quant_linear(layer: PackedLayer, packed: Packed, bias: bool) -> QuantLinear:
+    return QuantLinear(
+        layer.inputs,
+        layer.outputs,
+        layer.bits,
+        layer.group_size,
+        groups=layer.groups,
+        bias=bias,
+        g_idx=f"{layer.name}.g_idx" in packed.tensors,
+        zero_offset=packed.zero_offset,
+        device="meta",
+    )
+
+
+def _replace_embedding(model: PreTrainedModel, layer: PackedLayer, zero_offset: int) -> None:
     head, tied = model.get_output_embeddings(), model.config.tie_word_embeddings
     embedding = QuantEmbedding(
         layer.outputs,
         layer.inputs,
         layer.bits,
-        group_size,
+        layer.group_size,
         groups=layer.groups,
-        zero_offset=packed.zero_offset,
+        zero_offset=zero_offset,
         dtype=model.dtype,
         device="meta",
     )
@@ -195,59 +194,22 @@ def _put_embedding(
     replace(model, layer.name, embedding)
 
 
-def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
-    """Tensors and settings of a file or folder, as they are stored."""
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
-    if not path.is_dir():
-        opened = open_tensors([path])
-        check_sums(path)
-        said = opened.metadata.get(SETTINGS_KEY)
-        # A folder's configuration tells of its files, for what they do not say themselves.
-        return opened, folder_settings(path.parent) if said is None else _parse(path, said)
-    return open_packed_weights(path), folder_settings(path)
+# Bits and group sizes ------------------------------------------------------------------------
 
 
-def folder_settings(folder: Path) -> dict[str, object]:
-    """What a folder's quantize_config.json, or else its config.json, says; empty if nothing."""
-    for name in (CONFIG_NAME, "quant_config.json", "config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            settings = _parse(file, file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as text; copy it again") from error
-        if name == "config.json":
-            inner = settings.get("quantization_config", {})
-            if not isinstance(inner, dict):
-                raise UserError(f"{file}: its quantization_config is no JSON object; copy it again")
-            settings = inner
-        if settings:
-            return settings
-    return {}
+def _agreed(
+    path: Path, settings: Mapping[str, object], key: str, argument: int | None
+) -> int | None:
+    """What the file declares, else the argument. Raises UserError if they disagree."""
+    declared = declared_integer(path, settings, key)
+    if None not in (argument, declared) and argument != declared:
+        raise SettingError(
+            key, argument, f"disagrees with {path}, which says {declared}; leave it out"
+        )
+    return argument if declared is None else declared
 
 
-def _parse(path: Path, text: object) -> dict[str, object]:
-    try:
-        parsed = json.loads(text if isinstance(text, str) else "")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its settings are not JSON ({error}); make it again") from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path}: its settings are not a JSON object; make it again")
-    return parsed
-
-
-def _integer(path: Path, settings: Mapping[str, object], key: str) -> int | None:
-    value = settings.get(key)
-    if value is None:
-        return None
-    if type(value) is not int:
-        raise UserError(f"{path}: says {key} is {value!r}, which is not a whole number")
-    return value
-
-
-def _bits(path: Path, layers: tuple[PackedLayer, ...], bits: int | None, mixed: bool) -> int:
+def _bits(path: Path, layers: tuple[StoredLayer, ...], bits: int | None, mixed: bool) -> int:
     if bits is None:
         return layers[0].bits
     for layer in layers:
@@ -256,24 +218,54 @@ def _bits(path: Path, layers: tuple[PackedLayer, ...], bits: int | None, mixed: 
     return bits
 
 
-def _group_sizes(
-    path: Path, packed: Packed, inner: tuple[PackedLayer, ...], size: int | None, mixed: bool
-) -> tuple[int, dict[str, int]]:
-    """The group size of the inner layers, and each layer's."""
-    sizes = {}
+def _with_group_sizes(
+    path: Path, packed: Packed, inner: tuple[StoredLayer, ...], size: int | None, mixed: bool
+) -> tuple[int, tuple[PackedLayer, ...]]:
+    """The group size of the inner layers, and all layers with their own."""
     if not mixed:
         size = group_size(path, inner, size, packed.tensors)
-        sizes = {layer.name: size for layer in inner}
+    layers = []
     for layer in packed.layers:
-        if layer.name in sizes:
-            continue
-        # An end has groups of its own, of which a size like the others' could miscount.
-        given = size if layer in inner else None
-        try:
-            sizes[layer.name] = group_size(path, [layer], given, packed.tensors)
-        except UserError:
-            sizes[layer.name] = group_size(path, [layer], None, packed.tensors)
-    return (sizes[inner[0].name] if size is None else size), sizes
+        # An embedding's or head's own groups could be miscounted by a size like the others'.
+        own = size if layer in inner else None
+        if mixed or layer not in inner:
+            own = _own_group_size(path, layer, own, packed.tensors)
+        assert own is not None
+        layers.append(PackedLayer(**vars(layer), group_size=own))
+    base = next(layer.group_size for layer in layers if layer.name == inner[0].name)
+    return (base if size is None else size), tuple(layers)
+
+
+def _own_group_size(
+    path: Path, layer: StoredLayer, declared: int | None, tensors: LazyTensors
+) -> int:
+    try:
+        return group_size(path, [layer], declared, tensors)
+    except UserError:
+        return group_size(path, [layer], None, tensors)
+
+
+# Checks --------------------------------------------------------------------------------------
+
+
+def _check_any_packed(
+    path: Path,
+    packed: Packed,
+    inner: tuple[StoredLayer, ...],
+    tensors: LazyTensors,
+    places: Mapping[str, nn.Module],
+) -> None:
+    # Heads and embeddings can have the same names in models that have nothing else in common.
+    others = not inner and any(
+        name.endswith(".qweight") and name.removesuffix(".qweight") not in places
+        for name in tensors
+    )
+    if others or not packed.layers:
+        raise UserError(
+            f"{path}: "
+            + ("its packed layers are another model's" if others else "holds no packed weights")
+            + "; give a checkpoint that was made from this model"
+        )
 
 
 def _check_g_idx(path: Path, layer: PackedLayer, tensors: LazyTensors) -> None:
@@ -303,7 +295,7 @@ def _check_all_placed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def _has_bias(tensors: Mapping[str, Tensor], name: str, module: nn.Module) -> bool:
     if module.bias is not None:
         return True
-    # Early tools wrote a bias for every layer, of zeros where the model has none.
+    # Early tools wrote a bias for every layer, of zeros if the model has none.
     return f"{name}.bias" in tensors and bool(tensors[f"{name}.bias"].any())
 
 

@@ -1,31 +1,20 @@
-"""Put finished blocks and the rest of the model together, and write it whole."""
+"""What a model is written into: a `.pt`, a `.safetensors`, or a Hugging Face folder."""
 
 import json
 import shutil
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from gptq import __version__
-from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints.embeddings import with_packed
-from gptq.checkpoints.reading import CONFIG_NAME, SETTINGS_KEY
-from gptq.config import QuantConfig
+from gptq.checkpoints.settings import CONFIG_NAME, SETTINGS_KEY
 from gptq.device import half_dtype
 from gptq.errors import UserError
 from gptq.files.atomic import whole_file, whole_folder
-from gptq.files.opening import LazyTensors, Read, Shape
+from gptq.files.opening import LazyTensors
 from gptq.files.safetensors_file import nbytes, shards, write_tensors
 from gptq.files.torch_file import write_state_dict
-from gptq.pipeline.journal import Journal
-from quant_cuda.packing import pack_zeros, unpack_zeros
 
-QUANTIZER = f"belle-gptq:{__version__}"
 # What generate.chat_prompt writes, for programs that ask the tokenizer.
 BELLE_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -33,8 +22,11 @@ BELLE_TEMPLATE = (
     "{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
 )
+# More than this in a folder goes into several files with an index.
 SHARD_BYTES = 5_000_000_000
-# Copied into a Hugging Face folder as they are, from where the model came from.
+# The key of CONTAINERS for folders; files have their ending.
+FOLDER = "folder"
+# Copied from the model's folder as they are.
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -47,143 +39,89 @@ TOKENIZER_FILES = (
 )
 
 
-def settings(
-    config: QuantConfig, meta: Mapping[str, object], v2: bool = False
-) -> dict[str, object]:
-    """The keys of quantize_config.json as its readers know them.
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What is written: a model as some format lays it out."""
 
-    v2: zero points are stored as they are ("gptq_v2") instead of less 1 ("gptq").
-    meta: anything else worth remembering, under `meta` where readers ignore it.
-    """
-    layout = "gptq_v2" if v2 else "gptq"
-    own = {key: value for key, value in config.to_dict().items() if key not in _STANDARD}
-    return {
-        "quant_method": "gptq",
-        "bits": config.bits,
-        "group_size": config.group_size,
-        "desc_act": config.needs_g_idx,
-        "sym": config.sym,
-        "checkpoint_format": layout,
-        "format": layout,
-        "pack_dtype": "int32",
-        "lm_head": config.embedding_bits < 16,
-        # transformers refuses shares of 1 and more; the true one is under `meta`.
-        "damp_percent": min(config.percdamp, 0.99),
-        "true_sequential": config.true_sequential,
-        "static_groups": config.static_groups,
-        "meta": {"quantizer": [QUANTIZER], **own, **meta},
-    }
+    source: ModelSource
+    """The configuration and the tokenizer."""
+    tensors: LazyTensors
+    """Without those that share another's memory."""
+    settings: Mapping[str, object] | None
+    """What the files say of themselves, as in quantize_config.json; None for a full model."""
+    tied: Mapping[str, str]
+    """More names, each with the one of `tensors` that it shares memory with."""
+    shard_bytes: int = SHARD_BYTES
 
 
-_STANDARD = ("bits", "group_size", "sym", "true_sequential", "static_groups")
-
-
-def assemble(source: ModelSource, journal: Journal) -> LazyTensors:
-    """Every tensor of the quantized model, under Hugging Face's names and in their order.
-
-    None is in memory before it is asked for. What is not quantized is stored in the model's own
-    16-bit type. A tied head is left out.
-    """
-    spec = source.spec
-    model = empty_model.build(source.config, spec, torch.device("cpu"))
-    packed = journal.tensors()
-    prefixes = {name.rpartition(".")[0] for name in packed}
-    tied = empty_model.tied(source.config, spec, source.tensors)
-    kind = half_dtype(source.config.dtype)
-    reads: dict[str, Read] = {}
-    shapes: dict[str, Shape] = {}
-    for name, expected in model.state_dict().items():
-        prefix, _, last = name.rpartition(".")
-        if prefix not in prefixes:
-            if name not in tied:
-                reads[name] = partial(_stored, source, model, name, expected, kind)
-                shapes[name] = tuple(expected.shape)
-        elif last == "weight":
-            for part in _of_layer(packed, prefix):
-                reads[part] = partial(packed.__getitem__, part)
-                shapes[part] = packed.shape(part)
-    dtypes = {name: packed.dtype(name) if name in packed else kind for name in reads}
-    return LazyTensors(reads, shapes=shapes, dtypes=dtypes)
-
-
-def with_embeddings(source: ModelSource, tensors: LazyTensors, config: QuantConfig) -> LazyTensors:
-    """What `assemble` returned, the embedding and head in the bits that the settings ask for."""
-    return with_packed(tensors, source.spec, config) if config.embedding_bits < 16 else tensors
-
-
-def _stored(
-    source: ModelSource, model: PreTrainedModel, name: str, expected: Tensor, kind: torch.dtype
-) -> Tensor:
-    return empty_model.stored(model, source.spec, name, source.tensors, expected).to(kind)
+Container = Callable[[Path, Contents], None]
 
 
 def write_pt(
     path: Path,
     tensors: LazyTensors,
-    said: Mapping[str, object],
+    settings: Mapping[str, object],
     tied: Mapping[str, str] | None = None,
 ) -> None:
     """A plain state dict as GPTQ-for-LLaMa writes it.
 
-    The settings travel in the dict's `_metadata`, which loaders that do not know them ignore.
+    The settings are in the dict's `_metadata`, which loaders that do not know them ignore.
     tied: more names, each with the one of `tensors` whose memory it shares.
     """
     tied = tied or {}
     modules = {name.rpartition(".")[0] for name in (*tensors, *tied)}
     metadata = {
         **{name: {"version": 1} for name in ("", *sorted(modules))},
-        SETTINGS_KEY: json.dumps(said),
+        SETTINGS_KEY: json.dumps(settings),
     }
     with whole_file(path) as temporary:
         write_state_dict(temporary, tensors, tied, metadata)
 
 
-def write_safetensors(path: Path, tensors: LazyTensors, said: Mapping[str, object]) -> None:
-    """The same tensors as safetensors, where tied names have no place; settings in the header."""
+def write_safetensors(
+    path: Path, tensors: LazyTensors, settings: Mapping[str, object] | None
+) -> None:
+    """One safetensors file, with the settings in its header. It cannot hold tied names."""
     with whole_file(path) as temporary:
-        write_tensors(temporary, tensors, list(tensors), header(said))
+        write_tensors(temporary, tensors, list(tensors), header(settings))
 
 
-def header(said: Mapping[str, object]) -> dict[str, str]:
-    """What a safetensors file says of itself."""
-    return {"format": "pt", SETTINGS_KEY: json.dumps(said)}
+def header(settings: Mapping[str, object] | None) -> dict[str, str]:
+    """A safetensors file's metadata. settings: None for a full model."""
+    own = {} if settings is None else {SETTINGS_KEY: json.dumps(settings)}
+    return {"format": "pt", **own}
 
 
-def write_folder(
-    folder: Path,
-    source: ModelSource,
-    tensors: LazyTensors,
-    config: QuantConfig,
-    meta: Mapping[str, object],
-    layout: str | None = None,
-) -> None:
-    """A Hugging Face folder of what `assemble` returned.
-
-    config: with `embedding_bits` as the tensors have them.
-    layout: "gptq" or "gptq_v2"; by default symmetric checkpoints are of format "gptq", which every
-        reader takes, and others "gptq_v2".
-    """
-    v2 = not config.sym if layout is None else layout == "gptq_v2"
-    ends = (source.spec.embed[0], source.spec.head)
-    state = _without_offset(tensors, config, ends) if v2 else tensors
+def write_folder(folder: Path, contents: Contents) -> None:
+    """A Hugging Face folder: weights, both configuration files and the tokenizer's files."""
     with whole_folder(folder) as temporary:
-        fill_folder(temporary, source, state, settings(config, meta, v2))
+        write_weights(temporary, contents)
+        write_configuration(temporary, contents)
+        write_tokenizer(temporary, contents.source)
 
 
-def fill_folder(
-    folder: Path,
-    source: ModelSource,
-    tensors: LazyTensors,
-    said: Mapping[str, object] | None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write weights, both configuration files and the tokenizer into a folder.
+def _write_pt(path: Path, contents: Contents) -> None:
+    write_pt(path, contents.tensors, contents.settings or {}, contents.tied)
 
-    said: the settings of quantize_config.json; None for a full model.
-    shard_bytes: more than this goes into several files with an index.
-    """
-    parts = list(shards(tensors, list(tensors), shard_bytes))
-    about = {"format": "pt"} if said is None else header(said)
+
+def _write_safetensors(path: Path, contents: Contents) -> None:
+    write_safetensors(path, contents.tensors, contents.settings)
+
+
+CONTAINERS: dict[str, Container] = {
+    ".pt": _write_pt,
+    ".safetensors": _write_safetensors,
+    FOLDER: write_folder,
+}
+
+
+# Parts of a folder ---------------------------------------------------------------------------
+
+
+def write_weights(folder: Path, contents: Contents) -> None:
+    """One safetensors file, or several of at most `shard_bytes` with an index."""
+    tensors, about = contents.tensors, header(contents.settings)
+    parts = list(shards(tensors, list(tensors), contents.shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -193,13 +131,21 @@ def fill_folder(
     if len(parts) > 1:
         total = sum(nbytes(tensors, name) for name in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
-    described = _config_of(source)
-    described.pop("quantization_config", None)
-    if said is not None:
-        _write_json(folder / CONFIG_NAME, said)
-        described["quantization_config"] = said
-    _write_json(folder / "config.json", described)
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_configuration(folder: Path, contents: Contents) -> None:
+    """config.json, and for a quantized model quantize_config.json with the same settings."""
+    config = _model_config(contents.source)
+    config.pop("quantization_config", None)
+    if contents.settings is not None:
+        write_json(folder / CONFIG_NAME, contents.settings)
+        config["quantization_config"] = contents.settings
+    write_json(folder / "config.json", config)
+
+
+def write_tokenizer(folder: Path, source: ModelSource) -> None:
+    """The tokenizer's files as they are; a BELLE model without a chat template gets BELLE's."""
     if source.gguf is not None:
         source.tokenizer().save_pretrained(folder)
         return
@@ -214,45 +160,18 @@ def has_chat_template(folder: Path) -> bool:
     """Whether a folder's tokenizer knows how to write a conversation down."""
     file = folder / "tokenizer_config.json"
     try:
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        declared = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file}: is not JSON ({error}); copy it again") from error
-    told = isinstance(said, dict) and bool(said.get("chat_template"))
-    return told or any(folder.glob("chat_template.*"))
+    has = isinstance(declared, dict) and bool(declared.get("chat_template"))
+    return has or any(folder.glob("chat_template.*"))
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _of_layer(packed: LazyTensors, prefix: str) -> list[str]:
-    keys = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    return [f"{prefix}.{key}" for key in keys if f"{prefix}.{key}" in packed]
-
-
-def _without_offset(
-    tensors: LazyTensors, config: QuantConfig, ends: tuple[str, str]
-) -> LazyTensors:
-    """Zero points of the "gptq" format, stored less 1, as "gptq_v2" stores them.
-
-    ends: names of the embedding and the head, whose bits are their own.
-    """
-    changes: dict[str, Read | None] = {}
-    for name in tensors:
-        layer, _, kind = name.rpartition(".")
-        if kind == "qzeros":
-            bits = config.embedding_bits if layer in ends else config.bits
-            changes[name] = partial(_zeros_v2, tensors, name, bits)
-    return tensors.changed(changes)
-
-
-def _zeros_v2(tensors: LazyTensors, name: str, bits: int) -> Tensor:
-    out_features = tensors.shape(name.removesuffix("qzeros") + "scales")[1]
-    zeros = unpack_zeros(tensors[name], bits, out_features, zero_offset=1)
-    return pack_zeros(zeros, bits, zero_offset=0)
-
-
-def _config_of(source: ModelSource) -> dict[str, object]:
+def _model_config(source: ModelSource) -> dict[str, object]:
     """config.json as it was, since transformers would rewrite keys that other readers need.
 
     Only the type is changed, to that of the weights as they are written.

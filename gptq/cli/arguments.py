@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptq import __version__
+from gptq.checkpoints.names import FOLDER_FORMATS
 from gptq.cli.command import Parser
 from gptq.cli.settings import WBITS, add_settings
-from gptq.config import FORMATS, FULL_MODEL, QUALITIES, QuantConfig
+from gptq.config import FULL_MODEL, QUALITIES, QuantConfig
 from gptq.errors import UserError
 from gptq.models import SPECS, ModelSpec
 
@@ -122,7 +123,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add("--save-dir", metavar="DIR", help="write a Hugging Face folder")
     add(
         "--format",
-        choices=FORMATS,
+        choices=FOLDER_FORMATS,
         help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
     )
     add(

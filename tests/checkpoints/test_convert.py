@@ -1,4 +1,4 @@
-"""Conversion from any era to any form: what is read again is the same model."""
+"""Conversion from any layout to any format: what is read again is the same model."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import gptq
 from gptq import convert
+from gptq.checkpoints import gptq_format
 from gptq.errors import UserError
 
 
@@ -41,7 +42,7 @@ def check(logits: torch.Tensor, folder: Path, checkpoint: Path | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "era", "bits", "size", "sym", "out", "layout"),
+    ("arch", "stored", "bits", "size", "sym", "out", "layout"),
     [
         ("llama", "float_zeros", 3, -1, False, "m.pt", "gptq"),
         ("llama", "float_zeros", 4, -1, True, "folder", "gptq"),
@@ -53,13 +54,13 @@ def check(logits: torch.Tensor, folder: Path, checkpoint: Path | None) -> None:
         ("llama", "v1", 4, 32, True, "folder", "gptq"),
     ],
 )
-def test_era_to_era(arch, era, bits, size, sym, out, layout, dirs, tmp_path):
-    made = write(dirs[arch], era, bits, size, sym=sym, act=era[0] == "v")
+def test_layout_to_format(arch, stored, bits, size, sym, out, layout, dirs, tmp_path):
+    made = write(dirs[arch], stored, bits, size, sym=sym, act=stored[0] == "v")
     said = {"quantize_config": json.dumps({"bits": bits, "checkpoint_format": "gptq_v2"})}
-    made.state._metadata = said if era == "v2" else {}
+    made.state._metadata = said if stored == "v2" else {}
     torch.save(made.state, tmp_path / "old.pt")
     target = tmp_path / out
-    asked = layout if (era, sym, out) == ("v2", False, "folder") else None
+    asked = layout if (stored, sym, out) == ("v2", False, "folder") else None
     count = convert.convert(tmp_path / "old.pt", target, model=dirs[arch], format=asked)
     assert count == len(made.layers)
     check(made.logits, dirs[arch], target)
@@ -68,7 +69,7 @@ def test_era_to_era(arch, era, bits, size, sym, out, layout, dirs, tmp_path):
         check(made.logits, target, None)
         assert (said["checkpoint_format"], said["format"], said["sym"]) == (layout, layout, sym)
         assert (said["bits"], said["group_size"]) == (bits, size)
-        assert said["desc_act"] == (era[0] == "v")
+        assert said["desc_act"] == (stored[0] == "v")
         assert said["meta"]["quantizer"] == [f"belle-gptq:{gptq.__version__}"]
         state = load_file(target / "model.safetensors")
         assert ("lm_head.weight" in state) == (arch == "llama")
@@ -142,6 +143,17 @@ def test_shards(dirs, tmp_path):
     check(made.logits, dirs["tied"], tmp_path / "whole.pt")
 
 
+@pytest.mark.parametrize("format", ["gptq", "dense"])
+def test_a_head_of_its_own_that_the_configuration_ties(format, dirs, tmp_path):
+    made = write(dirs["tied"], "v1", 4, 32)
+    head = torch.randn(made.state["lm_head.weight"].shape).half()
+    path = saved({**made.state, "lm_head.weight": head}, tmp_path / "old.pt")
+    convert.convert(path, tmp_path / "new", model=dirs["tied"], format=format)
+    assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")["lm_head.weight"], head)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
 def test_exceptions_for_some_layers_are_kept(dirs, tmp_path):
     made = write(dirs["llama"], "v1", 4, 32, other={"down_proj": 8})
     said = {"bits": 4, "group_size": 32, "dynamic": {"+:.*down_proj": {"bits": 8}}}
@@ -183,9 +195,9 @@ def test_what_cannot_be(dirs, tmp_path):
 def test_a_written_file_that_differs_is_noticed(dirs, tmp_path, monkeypatch):
     made = write(dirs["llama"], "v1", 4, 32)
     path = saved(made.state, tmp_path / "old.pt")
-    right = convert.pack_zeros
+    right = gptq_format.pack_zeros
     monkeypatch.setattr(
-        convert, "pack_zeros", lambda zeros, bits, offset: right(zeros % 3 + 2, bits, offset)
+        gptq_format, "pack_zeros", lambda zeros, bits, offset: right(zeros % 3 + 2, bits, offset)
     )
     with pytest.raises(RuntimeError, match="not written as it was read"):
         convert.convert(path, tmp_path / "new", model=dirs["llama"])

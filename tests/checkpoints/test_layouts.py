@@ -1,4 +1,4 @@
-"""Checkpoints of every era and tool, built bit by bit, hold the model they were made from."""
+"""Checkpoints of every layout and tool, built bit by bit, hold the model they were made from."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def check(made: Fixture, folder: Path, checkpoint: Path | None = None, **flags):
     model = load(folder, checkpoint, **flags)
     with torch.no_grad():
         logits = model(PROBE, use_cache=False).logits
-    # Embeddings and norms of later eras are stored in float16, as the models of the tests are.
+    # Embeddings and norms of later tools are stored in float16, as the models of the tests are.
     torch.testing.assert_close(logits, made.logits, rtol=1e-3, atol=1e-3)
     return model
 
@@ -56,7 +56,7 @@ def refused(folder: Path, checkpoint: Path | None, message: str, **flags) -> Non
     assert "\n" not in str(caught.value)
 
 
-# Every era at all widths, and both architectures at several.
+# Every layout at all widths, and both architectures at several.
 CASES = [
     *[("float_zeros", bits, -1, False) for bits in (3, 4, 2, 8)],
     *[("without_g_idx", bits, 128, False) for bits in (4, 3, 8, 2)],
@@ -67,17 +67,17 @@ BOTH = [case for case in CASES if case[1] == 4]
 
 
 @pytest.mark.parametrize(
-    ("arch", "era", "bits", "size", "act"),
+    ("arch", "layout", "bits", "size", "act"),
     [
         *[(("llama", "bloom")[i % 2], *case) for i, case in enumerate(CASES)],
         *[(("bloom", "llama")[CASES.index(case) % 2], *case) for case in BOTH],
     ],
 )
-def test_every_era(dirs, arch, bits, era, size, act, tmp_path):
+def test_every_layout(dirs, arch, bits, layout, size, act, tmp_path):
     # Only floating zeros and v2 can hold a zero point of 0.
-    least = 0 if era in ("float_zeros", "v2") else 1
-    made = write(dirs[arch], era, bits, size, act=act, least_zero=least)
-    if era == "v2":
+    least = 0 if layout in ("float_zeros", "v2") else 1
+    made = write(dirs[arch], layout, bits, size, act=act, least_zero=least)
+    if layout == "v2":
         said = {"bits": bits, "group_size": size, "checkpoint_format": "gptq_v2"}
         path = tmp_path / "m.safetensors"
         state = {name: tensor for name, tensor in made.state.items() if name != "lm_head.weight"}
@@ -260,17 +260,17 @@ def test_a_folder_that_gptqmodel_made():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("era", "label"), [("v1", "gptq_v2"), ("v2", "gptq")])
-def test_a_symmetric_file_with_the_wrong_label(era, label, bits, dirs, tmp_path):
+@pytest.mark.parametrize(("layout", "label"), [("v1", "gptq_v2"), ("v2", "gptq")])
+def test_a_symmetric_file_with_the_wrong_label(layout, label, bits, dirs, tmp_path):
     """A symmetric zero point is known, so that its fields tell how they are stored."""
-    made = write(dirs["llama"], era, bits, sym=True)
+    made = write(dirs["llama"], layout, bits, sym=True)
     said = {**AUTOGPTQ, "bits": bits, "sym": True, "checkpoint_format": label}
     folder = folder_of(
         dirs, "llama", made, tmp_path / "m", "model.safetensors", quantize_config=said
     )
     model = check(made, folder)
     offsets = {m.zero_offset for m in model.modules() if isinstance(m, QuantLinear)}
-    assert offsets == {1 if era == "v1" else 0}
+    assert offsets == {1 if layout == "v1" else 0}
 
 
 def test_a_symmetric_file_without_a_label(dirs, tmp_path):

@@ -1,7 +1,8 @@
 """Checkpoints as other tools wrote them, built bit by bit; nothing here uses the product's code.
 
-`rounded` puts every linear layer of a small model on a grid; each function of `ERAS` lays one such
-layer out as a tool did. The model with the rounded weights is the oracle of what should be read.
+`rounded` puts every linear layer of a small model on a grid; each function of `LAYOUTS` lays one
+such layer out as a tool did. The model with the rounded weights is the oracle of what should be
+read.
 """
 
 from collections import OrderedDict
@@ -112,7 +113,7 @@ def v2(layer: Layer) -> dict[str, Tensor]:
     return {**v1(layer), "qzeros": words(layer.zero.T, layer.bits).T.contiguous()}
 
 
-ERAS: Mapping[str, Callable[[Layer], dict[str, Tensor]]] = {
+LAYOUTS: Mapping[str, Callable[[Layer], dict[str, Tensor]]] = {
     "float_zeros": float_zeros,
     "without_g_idx": without_g_idx,
     "v1": v1,
@@ -131,7 +132,7 @@ class Fixture:
 
 def write(
     folder: Path,
-    era: str,
+    layout: str,
     bits: int = 4,
     size: int = 64,
     sym: bool = False,
@@ -140,7 +141,7 @@ def write(
     other: Mapping[str, int] | None = None,
     probe: bool = True,
 ) -> Fixture:
-    """The model of `folder` as a tool of that era would have written it.
+    """The model of `folder` as a tool of that layout would have written it.
 
     other: bits of some layers, by the ends of their names. probe: whether to run the model, whose
         vocabulary PROBE must fit.
@@ -159,8 +160,8 @@ def write(
         prefix, _, kind = name.rpartition(".")
         if prefix not in layers:
             # The tools before AutoGPTQ kept what they did not pack as they had loaded it.
-            state[name] = tensor if era in ("float_zeros", "without_g_idx") else tensor.half()
+            state[name] = tensor if layout in ("float_zeros", "without_g_idx") else tensor.half()
         elif kind == "weight":
-            packed = ERAS[era](layers[prefix])
+            packed = LAYOUTS[layout](layers[prefix])
             state.update({f"{prefix}.{key}": value for key, value in packed.items()})
     return Fixture(state, logits, layers)

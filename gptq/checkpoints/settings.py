@@ -1,0 +1,150 @@
+"""The settings of a quantized model: quantize_config.json, made and read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptq import __version__
+from gptq.config import QuantConfig
+from gptq.errors import UserError
+
+CONFIG_NAME = "quantize_config.json"
+# The key of a file's own metadata that holds the same, as JSON.
+SETTINGS_KEY = "quantize_config"
+QUANTIZER = f"belle-gptq:{__version__}"
+# Fields of QuantConfig that quantize_config.json has a key of its own for.
+_STANDARD = ("bits", "group_size", "sym", "true_sequential", "static_groups")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was quantized, without the keys of any format."""
+
+    bits: int
+    """Of all packed layers but the embedding, the head and exceptions."""
+    group_size: int
+    """Likewise; -1 is one group of all inputs."""
+    sym: bool
+    """Whether every zero point is 2**(bits-1)."""
+    desc_act: bool
+    """Whether groups are not runs of neighbouring inputs, so that a reader needs g_idx."""
+    # Copied from files, which may hold values of any type.
+    damp_percent: object = 0.01
+    true_sequential: object = True
+    static_groups: object = False
+    dynamic: object = None
+    """GPTQModel's exceptions for some layers, as it writes them."""
+    meta: Mapping[str, object] = field(default_factory=dict)
+    """Anything else worth remembering, which readers ignore."""
+
+
+def from_config(config: QuantConfig, meta: Mapping[str, object]) -> Settings:
+    """Of a run. meta: what it is to remember besides the fields of `config`."""
+    own = {key: value for key, value in config.to_dict().items() if key not in _STANDARD}
+    return Settings(
+        config.bits,
+        config.group_size,
+        config.sym,
+        config.needs_g_idx,
+        # transformers refuses shares of 1 and more; the true one is under `meta`.
+        damp_percent=min(config.percdamp, 0.99),
+        true_sequential=config.true_sequential,
+        static_groups=config.static_groups,
+        meta={"quantizer": [QUANTIZER], **own, **meta},
+    )
+
+
+def from_declared(declared: Mapping[str, object], bits: int, group_size: int) -> Settings:
+    """Of a checkpoint that was read. declared: its quantize_config.json, maybe empty.
+
+    bits, group_size: as its tensors have them. Whether it is symmetric and needs g_idx only its
+    tensors tell for certain, see `canonical.measure`.
+    """
+    meta = declared.get("meta")
+    return Settings(
+        bits,
+        group_size,
+        sym=declared.get("sym") is True,
+        desc_act=declared.get("desc_act") is True,
+        damp_percent=declared.get("damp_percent", Settings.damp_percent),
+        true_sequential=declared.get("true_sequential", Settings.true_sequential),
+        static_groups=declared.get("static_groups", Settings.static_groups),
+        dynamic=declared.get("dynamic"),
+        meta=meta if isinstance(meta, dict) else {},
+    )
+
+
+def quantize_config(settings: Settings, layout: str, embedding_bits: int) -> dict[str, object]:
+    """The keys of quantize_config.json as its readers know them.
+
+    layout: "gptq" or "gptq_v2". embedding_bits: of the embedding and the head; 16 if not packed.
+    """
+    dynamic = {"dynamic": settings.dynamic} if settings.dynamic else {}
+    return {
+        "quant_method": "gptq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "desc_act": settings.desc_act,
+        "sym": settings.sym,
+        "checkpoint_format": layout,
+        "format": layout,
+        "pack_dtype": "int32",
+        "lm_head": embedding_bits < 16,
+        "damp_percent": settings.damp_percent,
+        "true_sequential": settings.true_sequential,
+        "static_groups": settings.static_groups,
+        **dynamic,
+        "meta": {
+            **settings.meta,
+            "quantizer": [QUANTIZER],
+            "embedding_bits": embedding_bits,
+        },
+    }
+
+
+# Reading -------------------------------------------------------------------------------------
+
+
+def folder_settings(folder: Path) -> dict[str, object]:
+    """The content of a folder's quantize_config.json, or else config.json; empty if neither has it.
+
+    Raises UserError for a file that cannot be read.
+    """
+    for name in (CONFIG_NAME, "quant_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            settings = parse(file, file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as text; copy it again") from error
+        if name == "config.json":
+            inner = settings.get("quantization_config", {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{file}: its quantization_config is no JSON object; copy it again")
+            settings = inner
+        if settings:
+            return settings
+    return {}
+
+
+def parse(path: Path, text: object) -> dict[str, object]:
+    """Settings from JSON. path: named in messages. Raises UserError if it is no JSON object."""
+    try:
+        parsed = json.loads(text if isinstance(text, str) else "")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its settings are not JSON ({error}); make it again") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path}: its settings are not a JSON object; make it again")
+    return parsed
+
+
+def declared_integer(path: Path, settings: Mapping[str, object], key: str) -> int | None:
+    """The whole number under `key`, None if it is absent. Raises UserError for another type."""
+    value = settings.get(key)
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise UserError(f"{path}: says {key} is {value!r}, which is not a whole number")
+    return value
