@@ -41,7 +41,7 @@ step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" \
   tests/quant_cuda/test_cuda_sweep.py tests/quant_cuda/test_cuda_refine.py \
   tests/quant_cuda/test_cuda_operator.py tests/quant_cuda/test_cuda_triton.py \
   tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
-  tests/blockwise/test_activations.py || { echo "FAILED: tests on the device"; status=1; }
+  tests/blockwise/test_activation_cache.py || { echo "FAILED: tests on the device"; status=1; }
 
 for tool in memcheck racecheck; do
   echo "compute-sanitizer $tool"
