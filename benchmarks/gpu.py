@@ -36,7 +36,8 @@ from benchmarks.gpu_models import (
 )
 from gptq.config import QuantConfig
 from gptq.files.atomic import whole_file
-from gptq.solver.solve import solve
+from gptq.solver.hessian import Hessian
+from gptq.solver.layer import solve_layer
 from quant_cuda import reference
 from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda import layout, operator
@@ -138,7 +139,7 @@ def solving() -> Iterator[dict[str, Any]]:
             config = QuantConfig(bits=4, group_size=GROUP_SIZE, scale_search=search)
             torch.cuda.synchronize()
             started = perf_counter()
-            solve(W, H, config)
+            solve_layer(W, Hessian(H), config)
             torch.cuda.synchronize()
             shape = {"inputs": inputs, "outputs": outputs, "search": search}
             yield {**shape, "seconds": perf_counter() - started}

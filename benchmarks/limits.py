@@ -26,8 +26,8 @@ from gptq.blockwise import empty_model
 from gptq.blockwise.source import open_model
 from gptq.errors import UserError
 from gptq.models import SPECS
+from gptq.solver.damping import DAMP_FACTORS
 from gptq.solver.grid import search_factors
-from gptq.solver.layer import DAMP_FACTORS
 
 PLAIN: dict[str, Any] = {
     "order": "natural",

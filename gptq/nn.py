@@ -14,7 +14,7 @@ from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import AnyWeight, group_count
 
 if TYPE_CHECKING:
-    from gptq.solver.solve import Solution
+    from gptq.solver.solution import Solution
 
 # Tensors of a packed module that keep their own type whatever the model's.
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
@@ -75,14 +75,14 @@ class PackedModule(nn.Module):
         if self._prepared is not None:
             return quant_cuda.restore(self._prepared)
         return PackedWeight(
-            self.qweight,
-            self.qzeros,
-            self.scales,
-            self._unnatural_g_idx(),
-            self.bits,
-            self.group_size,
-            self.in_features,
-            self.zero_offset,
+            qweight=self.qweight,
+            qzeros=self.qzeros,
+            scales=self.scales,
+            g_idx=self._unnatural_g_idx(),
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            zero_offset=self.zero_offset,
         )
 
     def prepare(self) -> AnyWeight:
@@ -158,13 +158,12 @@ class QuantLinear(PackedModule):
     """One of quant_cuda.available(); None takes the best."""
 
     @classmethod
-    def from_solution(
-        cls, solution: Solution, bits: int, group_size: int, bias: Tensor | None
-    ) -> QuantLinear:
-        """Pack the integers the solver chose, as they are. v1 zero convention."""
-        out_features, in_features = solution.q.shape
-        layer = cls(in_features, out_features, bits, group_size, bias=bias is not None)
-        layer.qweight = pack(solution.q.T, bits)
+    def from_solution(cls, solution: Solution, bias: Tensor | None = None) -> QuantLinear:
+        """Pack the solver's integers as they are, zero points in the v1 convention."""
+        in_features, out_features = solution.q.shape
+        bits, has_bias = solution.bits, bias is not None
+        layer = cls(in_features, out_features, bits, solution.group_size, bias=has_bias)
+        layer.qweight = pack(solution.q, bits)
         layer.qzeros = pack_zeros(solution.zeros, bits, layer.zero_offset)
         layer.scales = solution.scales.contiguous()
         layer.g_idx = solution.g_idx.clone()

@@ -20,9 +20,9 @@ from gptq.pipeline.identity import digest
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.report import LayerReport
 from gptq.pipeline.team import ALONE, Team
-from gptq.solver.hessian import Moments, moments
-from gptq.solver.layer import choose_damp, feed_back
-from gptq.solver.solve import Solution, round_to_nearest, solve
+from gptq.solver.hessian import Hessian, accumulate_hessian
+from gptq.solver.layer import solve_layer
+from gptq.solver.solution import Solution
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -153,21 +153,21 @@ def _solve_block(block: Block, run: _Run, packed: dict[str, Tensor]) -> Iterator
     ahead = activations if config.true_sequential else activations.copy("ahead")
     held_out = HELD_OUT if config.adapts_damp else 0.0
 
-    def statistics(number: int) -> Moments | None:
+    def hessian_of(number: int) -> Hessian | None:
         full = None if run.full is None else advance_past(run.full, full_block, number)
         inputs = advance(ahead, block, number)
-        seen = moments(inputs, full, held_out, config.residual_feedback)
-        return run.team.mean(seen, sum(activations.hidden.sizes()))
+        hessian = accumulate_hessian(inputs, full, held_out, config.residual_feedback)
+        return run.team.mean(hessian, sum(activations.hidden.sizes()))
 
     # If layers are not solved in turn, all inputs are those of the unquantized block.
     numbers = range(len(block.spec.groups))
-    known = None if config.true_sequential else iter([statistics(number) for number in numbers])
+    all_at_once = None if config.true_sequential else iter([hessian_of(it) for it in numbers])
     for number in numbers:
         started = time.perf_counter()
-        seen = statistics(number) if known is None else next(known)
-        if known is None and number:
+        hessian = hessian_of(number) if all_at_once is None else next(all_at_once)
+        if all_at_once is None and number:
             _free_group((block, full_block), number - 1)
-        for report in _solve_group(block, number, seen, run, packed):
+        for report in _solve_group(block, number, hessian, run, packed):
             yield replace(report, seconds=time.perf_counter() - started)
             started = time.perf_counter()
     if config.true_sequential:
@@ -184,61 +184,44 @@ def _free_group(blocks: Iterable[Block], number: int) -> None:
 
 
 def _solve_group(
-    block: Block, number: int, seen: Moments | None, run: _Run, packed: dict[str, Tensor]
+    block: Block, number: int, hessian: Hessian | None, run: _Run, packed: dict[str, Tensor]
 ) -> Iterator[LayerReport]:
-    """Solve layers that share their input, rows stacked: one factorization for all of them."""
+    """Solve layers that share their input, outputs stacked: one factorization for all of them."""
     names = block.spec.groups[number].layers
     layers = [block.linear(name) for name in names]
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
-    solution = _solve(f"{block.name}.{names[0]}", weight, seen, run.config, run.team)
+    own = run.team.outputs(len(weight))
+    if hessian is not None:
+        _check_inputs(f"{block.name}.{names[0]}", hessian)
+        hessian = hessian.outputs(own)
+    solution = run.team.join(solve_layer(weight[own], hessian, run.config), len(weight))
     first = 0
     for name, layer in zip(names, layers, strict=True):
-        rows = solution.rows(first, first + layer.out_features)
+        part = solution.outputs(first, first + layer.out_features)
         first += layer.out_features
-        state = _put(layer, rows, run.config)
+        state = _replace_weight(layer, part)
         packed |= {f"{block.name}.{name}.{key}": tensor for key, tensor in state.items()}
-        yield _report(block.index, name, rows)
+        yield _report(block.index, name, part)
 
 
-def _put(layer: nn.Linear, solution: Solution, config: QuantConfig) -> dict[str, Tensor]:
-    """Give a layer its quantized weight, a new tensor: what later layers see is the stored words.
+def _replace_weight(layer: nn.Linear, solution: Solution) -> dict[str, Tensor]:
+    """Give a layer its dequantized weight, a new tensor: what later layers see is what is stored.
 
     Returns the packed tensors, on the CPU.
     """
     bias = layer.bias if layer.bias is None else layer.bias.to(torch.float16)
-    packed = QuantLinear.from_solution(solution, config.bits, config.group_size, bias)
+    packed = QuantLinear.from_solution(solution, bias)
     weight = dequantize(packed.packed(), layer.weight.dtype).T.contiguous()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return {key: tensor.cpu().contiguous() for key, tensor in packed.state_dict().items()}
 
 
-def _solve(
-    name: str, weight: Tensor, seen: Moments | None, config: QuantConfig, team: Team
-) -> Solution:
-    if seen is None:
-        return round_to_nearest(weight, None, config)
-    H = seen.H
-    if not bool(torch.isfinite(H).all()):
+def _check_inputs(name: str, hessian: Hessian) -> None:
+    if not bool(torch.isfinite(hessian.H).all()):
         raise UserError(
             f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "
             "is needed"
         )
-    if seen.held is not None:
-        config = replace(config, percdamp=choose_damp(H, seen.held, config))
-        seen.held = None  # as large as H, and not needed again
-    return team.by_rows(lambda rows: _solve_rows(weight, rows, seen, config), len(weight))
-
-
-def _solve_rows(weight: Tensor, rows: slice, seen: Moments, config: QuantConfig) -> Solution:
-    """Some rows of a stacked weight; none depends on another."""
-    weight = weight[rows]
-    if config.feeds_back:
-        its = seen if seen.R is None else replace(seen, R=seen.R[rows])
-        missing = its.missing(weight)
-        if missing is not None:
-            weight = feed_back(weight, seen.H, missing, config.error_feedback, config.percdamp)
-        del missing
-    return solve(weight, seen.H, config)
 
 
 def _report(block: int, name: str, solution: Solution) -> LayerReport:

@@ -19,13 +19,21 @@ from torch import Tensor
 
 from gptq import torchrun
 from gptq.errors import UserError
-from gptq.solver.hessian import Moments
-from gptq.solver.solve import Solution
+from gptq.solver.hessian import Hessian
+from gptq.solver.solution import Solution
 
 # Longer than any process computes between two exchanges: one that is silent this long is lost.
 TIMEOUT = timedelta(minutes=30)
-# Where a Solution's tensors have their rows; the rest is the same for all.
-_ROWS = {"q": 0, "scales": 1, "zeros": 1, "loss": 0, "rtn_loss": 0, "energy": 0, "kept_rtn": 0}
+# The axis of outputs in a Solution's tensors; the rest is the same for all.
+_OUTPUT_AXES = {
+    "q": 1,
+    "scales": 1,
+    "zeros": 1,
+    "loss": 0,
+    "rtn_loss": 0,
+    "energy": 0,
+    "kept_rtn": 0,
+}
 T = TypeVar("T")
 
 
@@ -71,33 +79,39 @@ class Team:
             raise UserError(told["error"])
         return told["value"]
 
-    def mean(self, seen: Moments | None, tokens: int) -> Moments | None:
-        """Moments over the tokens of all processes; `seen`: over the `tokens` of this one."""
+    def mean(self, hessian: Hessian | None, tokens: int) -> Hessian | None:
+        """Statistics over the tokens of all processes; `hessian`: over the `tokens` of this one."""
         if self.size == 1:
-            return seen
-        mine = {} if seen is None else {key: it for key, it in vars(seen).items() if it is not None}
+            return hessian
+        parts = vars(hessian) if hessian is not None else {}
+        mine = {name: part for name, part in parts.items() if part is not None}
         # A process without windows learns here what there is to add nothing to.
-        shapes = self.from_leader(lambda: {key: list(it.shape) for key, it in mine.items()})
+        shapes = self.from_leader(lambda: {name: list(it.shape) for name, it in mine.items()})
         if not shapes:
             return None
         with _exchange():
             total = torch.tensor([float(tokens)], dtype=torch.float64, device=self.device)
             dist.all_reduce(total)
-            for key, shape in shapes.items():
-                held = mine.get(key)
-                part = torch.zeros(shape, device=self.device) if held is None else held
+            for name, shape in shapes.items():
+                own = mine.get(name)
+                part = torch.zeros(shape, device=self.device) if own is None else own
                 dist.all_reduce(part.mul_(tokens))
-                mine[key] = part.div_(float(total))
-        return Moments(**mine)
+                mine[name] = part.div_(float(total))
+        return Hessian(**mine)
 
-    def by_rows(self, solve: Callable[[slice], Solution], rows: int) -> Solution:
-        """A layer's solution, of which every process solves a run of its output rows."""
-        if self.size == 1 or rows < self.size:
-            return solve(slice(0, rows))
-        cuts = [rows * rank // self.size for rank in range(self.size + 1)]
-        mine = solve(slice(cuts[self.rank], cuts[self.rank + 1]))
+    def outputs(self, count: int) -> slice:
+        """This process's share of a layer's outputs; all if there are fewer than processes."""
+        if self.size == 1 or count < self.size:
+            return slice(0, count)
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def join(self, mine: Solution, count: int) -> Solution:
+        """The solution of all `count` outputs, of which each process solved its own `outputs`."""
+        if self.size == 1 or count < self.size:
+            return mine
+        cuts = [count * rank // self.size for rank in range(self.size + 1)]
         joined: dict[str, Any] = {}
-        for name, axis in _ROWS.items():
+        for name, axis in _OUTPUT_AXES.items():
             joined[name] = self._join(getattr(mine, name), axis, cuts)
         return replace(mine, **joined)
 

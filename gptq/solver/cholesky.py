@@ -1,6 +1,6 @@
-"""Second moments H of a layer's inputs made fit to solve with, and the factor of their inverse.
+"""The Hessian H made fit to solve with, and the Cholesky factor of its inverse.
 
-Of a wide layer each matrix is hundreds of megabytes: what is not needed is not copied.
+Each matrix of a wide layer is hundreds of megabytes, so that none is copied without need.
 """
 
 import torch
@@ -13,9 +13,10 @@ STRIP = 256
 TRIANGLE = 192
 
 
-def mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
-    """H with an ordinary diagonal for inputs that never fired, and which those are: bool (in,)."""
-    diagonal, dead = mended(H.diagonal())
+def repair_dead(H: Tensor) -> tuple[Tensor, Tensor]:
+    """H with an ordinary diagonal at dead inputs (zero on all tokens), and which those are: bool
+    (in,). H itself is returned if there are none."""
+    diagonal, dead = repaired(H.diagonal())
     if not bool(dead.any()):
         return H, dead
     H = H.clone()
@@ -23,22 +24,22 @@ def mend_dead(H: Tensor) -> tuple[Tensor, Tensor]:
     return H, dead
 
 
-def mended(diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """The diagonal of H (in,) with the mean of the others, or 1, for each zero, and where it had
-    one: bool (in,)."""
+def repaired(diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal of H (in,), each zero replaced by the mean of the others or by 1, and where the
+    zeros were: bool (in,)."""
     dead = diagonal == 0
     ordinary = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
     return torch.where(dead, ordinary, diagonal), dead
 
 
 def mean_live(diagonal: Tensor, dead: Tensor) -> Tensor:
-    """The mean of a mended diagonal (in,) over the inputs that fired, or over all of none."""
+    """The mean of a repaired diagonal (in,) over the live inputs, or over all if none is live."""
     return (diagonal if bool(dead.all()) else diagonal[~dead]).mean()
 
 
 def permuted(H: Tensor, order: Tensor) -> Tensor:
-    """H (n, n) with its rows and columns in another order, n int64: one copy and no more, since of
-    a wide layer each is hundreds of megabytes."""
+    """H (n, n) with its rows and columns in another order, int64 (n,); makes one copy and no
+    more."""
     out = torch.empty_like(H)
     for start in range(0, len(H), STRIP):
         rows = H[order[start : start + STRIP]]

@@ -1,7 +1,7 @@
-"""Second moments of what a group of linear layers receives, summed over calibration tokens."""
+"""The Hessian of a group of linear layers: statistics of its inputs over calibration tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,42 +18,53 @@ class Inputs:
     x: Tensor
     """(batch, seq, in)."""
     residual: Tensor | None
-    """(batch, seq, out): the hidden states that the group's output is added to, where it is."""
+    """(batch, seq, out): the hidden states that the group's output is added to, if it is."""
     product: Tensor | None = None
     """(batch, seq, out): the output without its bias, in a run that is ahead of its layer."""
 
 
 @dataclass
-class Moments:
-    """Second moments of a layer's inputs, means over all tokens, float32 (in, in)."""
+class Hessian:
+    """Statistics of what a group of layers receives: means over tokens, float32 (in, in)."""
 
     H: Tensor
     """Of x x^T, x being the quantized model's inputs."""
-    C: Tensor | None = None
-    """Of (x_full - x) x^T, where the full model runs beside it and R is not known."""
-    held: Tensor | None = None
-    """The part of H, in the same measure, that comes of held-out tokens."""
-    R: Tensor | None = None
+    cross: Tensor | None = None
+    """Of (x_full - x) x^T, if the full-precision model runs beside it and `target` is not known."""
+    held_out: Tensor | None = None
+    """The part of H, as a share of the same mean, that comes from held-out tokens."""
+    target: Tensor | None = None
     """(out, in) of y x^T, y being what the layer's product with x should be: for a layer that
-    writes to the hidden states, in place of C."""
+    writes to the hidden states, in place of `cross`."""
 
-    def missing(self, weight: Tensor) -> Tensor | None:
+    @property
+    def has_target(self) -> bool:
+        """Whether the full-precision model ran beside the quantized one."""
+        return self.cross is not None or self.target is not None
+
+    def outputs(self, outputs: slice) -> "Hessian":
+        """The statistics for some of the layer's outputs; all but `target` are the same."""
+        return self if self.target is None else replace(self, target=self.target[outputs])
+
+    def target_error(self, weight: Tensor) -> Tensor:
         """(out, in), the mean of d x^T, d being what the product of `weight` (out, in) and x lacks
-        of what it should be; None where no full model runs beside it."""
-        if self.R is not None:
-            return self.R - weight.float() @ self.H
-        return None if self.C is None else weight.float() @ self.C
+        of what it should be. Needs `has_target`."""
+        if self.target is not None:
+            return self.target - weight.float() @ self.H
+        assert self.cross is not None
+        return weight.float() @ self.cross
 
 
-def moments(
+def accumulate_hessian(
     inputs: Iterator[Inputs],
-    beside: Iterator[Inputs] | None,
+    full_precision: Iterator[Inputs] | None,
     held_out: float,
     residual_feedback: bool = True,
-) -> Moments | None:
-    """Moments over batches of inputs, and of the full model's where it runs; None of none.
+) -> Hessian | None:
+    """Statistics over batches of inputs, and of the full-precision model's if it runs; None of
+    no batches.
 
-    inputs, beside: x floating (batch, seq, in), the same tokens in both.
+    inputs, full_precision: x floating (batch, seq, in), the same tokens in both.
     held_out: the share of each batch, at its end, whose part of H is kept apart too.
     residual_feedback: whether a layer's product should make up for the error of the hidden states
         that it is added to.
@@ -76,23 +87,23 @@ def moments(
         cut = len(x) - int(held_out * len(x))
         add_upper(total("H", x.shape[1], x), x[:cut])
         if cut < len(x):
-            add_upper(total("held", x.shape[1], x), x[cut:])
-        if beside is not None:
-            full = next(beside)
+            add_upper(total("held_out", x.shape[1], x), x[cut:])
+        if full_precision is not None:
+            full = next(full_precision)
             if full.product is None:
-                add("C", full.x - batch.x, x)
+                add("cross", full.x - batch.x, x)
             elif residual_feedback and full.residual is not None and batch.residual is not None:
-                add("R", full.product + (full.residual - batch.residual), x)
+                add("target", full.product + (full.residual - batch.residual), x)
             else:
-                add("R", full.product, x)
+                add("target", full.product, x)
     if not sums:
         return None
-    if "held" in sums:
-        sums["H"] += sums["held"]
-    for name in ("H", "held"):
+    if "held_out" in sums:
+        sums["H"] += sums["held_out"]
+    for name in ("H", "held_out"):
         if name in sums:
             mirror_upper(sums[name])
-    return Moments(**{name: sum_.div_(tokens) for name, sum_ in sums.items()})
+    return Hessian(**{name: sum_.div_(tokens) for name, sum_ in sums.items()})
 
 
 def multiplied_as(x: Tensor) -> Tensor:

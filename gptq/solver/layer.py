@@ -1,71 +1,85 @@
-"""What calibration decides about a layer before it is solved: its damping, and how far its weight
-is corrected for the errors of quantized layers before it."""
+"""The GPTQ solve of one layer: tensors in, a frozen Solution out.
 
-import math
+For a layer with weight W (out, in) and inputs x, minimise tr((W - Q) H (W - Q)^T) with
+H = mean of x x^T, over Q on a grid. Frantar et al. 2022, arXiv 2210.17323.
+"""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig
-from gptq.solver.cholesky import inverse_factor, mean_live, mend_dead, mended, permuted
-from gptq.solver.solve import column_order
+from gptq.solver.compensation import compensate
+from gptq.solver.damping import choose_damping
+from gptq.solver.grid import Grid, quantize
+from gptq.solver.hessian import Hessian
+from gptq.solver.order import natural_groups
+from gptq.solver.problem import Candidate, Problem, make_problem, quadratic
+from gptq.solver.refine import refine
+from gptq.solver.solution import Solution, keep_better_rows
+from gptq.solver.sweep import static_grids, sweep, sweep_again
 
-# What choose_damp multiplies the damping by, and how many columns it judges by.
-DAMP_FACTORS = (1, 3, 10, 30, 100)
-DAMP_COLUMNS = 96
 
+def solve_layer(weight: Tensor, hessian: Hessian | None, config: QuantConfig) -> Solution:
+    """Quantize one layer, or several that share their input with their outputs stacked.
 
-def choose_damp(H: Tensor, held: Tensor, config: QuantConfig) -> float:
-    """The damping under which a sweep's errors cost least on inputs it is not computed from.
-
-    H: (in, in), sum of a layer's x x^T; held: (in, in), the part of it that judges. Tries
-    `percdamp` and DAMP_FACTORS times as much.
-    With few tokens the small eigenvalues of H are too small, and a solve with little damping puts
-    its errors there. The sweep leaves W - Q = e U, where e_j = r_j / U_jj and r_j is the rounding
-    error of column j. If those are independent and alike, held-out inputs see an error of
-    sum_j (U held U^T)_jj / U_jj^2, up to a factor; no weight has to be quantized to know it.
+    weight: floating (out, in); hessian: statistics of its inputs, whose H (in, in) is float32 or
+        float64; the arithmetic is H's dtype, on H's device. Neither is changed, but `held_out` is
+        taken out. Without a hessian the weight is rounded to nearest.
+    If the Cholesky factorization fails, damping is raised tenfold until it succeeds.
+    Raises ValueError if the weight or H holds NaN or infinity.
     """
-    n = len(H)
-    diagonal, dead = mended(H.diagonal() - held.diagonal())
-    order = column_order(diagonal, config)[0].flip(0)
-    fitted = permuted(H, order).sub_(permuted(held, order))
-    fitted.diagonal().copy_(diagonal[order])
-    place = torch.argsort(order)
-    columns = torch.arange(n % max(1, n // DAMP_COLUMNS), n, max(1, n // DAMP_COLUMNS))
-    columns = columns.to(H.device)
-    unit = torch.zeros(n, len(columns), dtype=H.dtype, device=H.device)
-    unit[columns, torch.arange(len(columns), device=H.device)] = 1
-    mean = mean_live(diagonal, dead)
-
-    def loss(percdamp: float) -> float:
-        L = fitted.T.clone()  # in the layout that LAPACK factors in place
-        L.diagonal().add_(percdamp * mean)
-        failed = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(L, out=(L, failed))
-        if failed:
-            return math.inf
-        # Rows of L^-1, which is U with rows and columns reversed.
-        rows = torch.linalg.solve_triangular(L.T, unit, upper=True)
-        pivots = rows[columns, torch.arange(len(columns), device=H.device)]
-        rows = rows[place]  # held's are in the order that it came in
-        found = float((((held @ rows) * rows).sum(0) / pivots**2).sum())
-        return found if math.isfinite(found) else math.inf
-
-    return min((factor * config.percdamp for factor in DAMP_FACTORS), key=loss)
+    if hessian is None or config.method == "rtn":
+        return round_to_nearest(weight, None if hessian is None else hessian.H, config)
+    if config.adapts_damp and hessian.held_out is not None:
+        config = replace(config, percdamp=choose_damping(hessian.H, hessian.held_out, config))
+        # Freed here, because it is as large as H and nothing needs it any more.
+        hessian.held_out = None
+    if config.feeds_back and hessian.has_target:
+        target_error = hessian.target_error(weight)
+        weight = compensate(weight, hessian.H, target_error, config.error_feedback, config.percdamp)
+        del target_error  # as large as the weight in float32
+    problem, candidate = sweep(make_problem(weight, hessian.H, config))
+    candidate = refine(problem, candidate)
+    candidate = improve(problem, candidate)
+    return keep_better_rows(problem, candidate)
 
 
-def feed_back(W: Tensor, H: Tensor, missing: Tensor, share: float, percdamp: float) -> Tensor:
-    """Correct a weight for the error that quantized layers before it have brought about.
+def improve(problem: Problem, candidate: Candidate) -> Candidate:
+    """The best of more sweeps, each in another order and refined.
 
-    W: floating (out, in); H: (in, in), mean of x x^T over the quantized model's inputs x;
-    missing: (out, in), mean of d x^T, where d is what the layer's output W x lacks of what it
-        should be, given the full model's activations.
-    share: 1 makes up for all of d; a share below 1 shrinks the correction, which few calibration
-        tokens determine poorly.
-    Returns W + share * missing (H + damp)^-1 in H's dtype: for 1, the least-squares solution of
-    asymmetric calibration (Li et al. 2025, GPTAQ, arXiv 2504.02692; LoaQ, arXiv 2509.06297).
+    Each output keeps the candidate with the least error under the damped H.
     """
-    H, dead = mend_dead(H)
-    U, _ = inverse_factor(H, dead, percdamp)
-    missing = missing.to(H.device, H.dtype).masked_fill(dead, 0)
-    return W.to(H.device, H.dtype) + share * (missing @ U.T) @ U
+
+    def loss_of(some: Candidate) -> Tensor:
+        error = some.error(problem.w)
+        return problem.added * error.square().sum(0) + quadratic(problem.hessian, error)
+
+    if problem.config.sweeps == 1:
+        return candidate
+    loss = loss_of(candidate)
+    for turn in range(1, problem.config.sweeps):
+        other = refine(problem, sweep_again(problem, candidate, turn))
+        other_loss = loss_of(other)
+        better = other_loss < loss
+        candidate = replace(
+            candidate,
+            q=torch.where(better, other.q, candidate.q),
+            scales=torch.where(better, other.scales, candidate.scales),
+        )
+        loss = torch.minimum(loss, other_loss)
+    return candidate
+
+
+def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Solution:
+    """Plain rounding of W (out, in) on the grid of each group of inputs.
+
+    H: (in, in) for the losses and for the search "hessian", which falls back to "minmax"
+    without it; the losses are then plain squared errors.
+    """
+    problem = make_problem(W, H, config)
+    scales, zeros = static_grids(problem.w, problem.H, config)
+    groups = natural_groups(len(problem.w), config.group_size).to(scales.device)
+    q = quantize(problem.w, Grid(scales[groups], zeros[groups]), config.bits)
+    return keep_better_rows(problem, Candidate(q, scales, zeros, groups))

@@ -7,82 +7,85 @@ arXiv 2309.01885; scales by least squares: arXiv 2602.02126). No step raises the
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gptq.solver.grid import to_stored
+from gptq.solver.order import by_group
+from gptq.solver.problem import Candidate, Problem
+from quant_cuda.columns import GroupedColumns
 from quant_cuda.cpu import library
+from quant_cuda.cpu import solver as cpu_solver
 from quant_cuda.cuda import kernels
-from quant_cuda.cuda import refine as cuda_refine
+from quant_cuda.cuda import solver as cuda_solver
 
 # Columns of a group whose changes reach the rest of the group by one product.
 PIECE = 128
 
 
-def refine(
-    w: Tensor,
-    H: Tensor,
-    q: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    runs: list[tuple[int, int]],
-    labels: list[int],
-    bits: int,
-    rounds: int,
-) -> tuple[Tensor, Tensor]:
+def refine(problem: Problem, candidate: Candidate) -> Candidate:
+    """The candidate after the rounds of refinement that the settings ask for.
+
+    Zero points stay, and the signs of scales.
+    """
+    config = problem.config
+    if config.refine == 0:
+        return candidate
+    order, runs, labels = by_group(problem.hessian.diagonal(), candidate.g_idx)
+    H, q, scales = problem.damped(order), candidate.q.clone(), candidate.scales.clone()
+    for outputs in problem.strips():
+        columns = GroupedColumns(
+            w=problem.w[order, outputs],
+            H=H,
+            q=q[order, outputs],
+            scales=scales[:, outputs],
+            zeros=candidate.zeros[:, outputs],
+            runs=runs,
+            labels=labels,
+        )
+        q[order, outputs], scales[:, outputs] = refine_columns(columns, config.bits, config.refine)
+    return replace(candidate, q=q, scales=scales)
+
+
+def refine_columns(columns: GroupedColumns, bits: int, rounds: int) -> tuple[Tensor, Tensor]:
     """Lower tr(E^T H E), E = w - dequantized q, by `rounds` passes over all groups.
 
-    w: floating (in, out), columns of W ordered so that each group is a run; H: (in, in), positive
-        definite, in the same order and dtype; q: (in, out) whole numbers, of any dtype; scales,
-        zeros: (groups, out) in w's dtype, scales exactly float16 numbers of either sign.
-    runs: (start, stop) of each group in the order they are visited; labels: each run's group.
-    Returns q and scales anew, in the types given. Zero points stay, and the signs of scales.
-    In compiled code where it was built, for float32; else in torch, as on a GPU where a group is
-    longer than its kernel takes.
+    Returns q (in, out) and scales (groups, out), both new and of the dtypes given. In compiled
+    code if it was built, for float32; else in torch, as on a GPU if a group is longer than the
+    kernel takes.
     """
-    if rounds == 0 or not runs:
-        return q, scales
-    given = (w, H, q, scales, zeros, runs, labels, bits, rounds)
-    compiled = _compiled_for(w, runs)
+    if rounds == 0 or not columns.runs:
+        return columns.q, columns.scales
+    compiled = _compiled_for(columns)
     if compiled is None:
-        return torch_refine(*given)
-    found, scales = compiled(*given)
-    return found.to(q.dtype), scales
+        return torch_refine(columns, bits, rounds)
+    q, scales = compiled(columns, bits=bits, rounds=rounds)
+    return q.to(columns.q.dtype), scales
 
 
-def _compiled_for(
-    w: Tensor, runs: list[tuple[int, int]]
-) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    if w.dtype != torch.float32:
+def _compiled_for(columns: GroupedColumns) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    if columns.w.dtype != torch.float32:
         return None
-    if w.device.type == "cpu" and library.instruction_sets():
-        return library.refine
-    longest = max(stop - start for start, stop in runs)
-    fits = w.device.type == "cuda" and kernels.available() and longest <= cuda_refine.LONGEST
-    return cuda_refine.refine if fits else None
+    if columns.w.device.type == "cpu" and library.instruction_sets():
+        return cpu_solver.refine
+    fits = columns.w.is_cuda and kernels.available() and columns.longest <= cuda_solver.LONGEST
+    return cuda_solver.refine if fits else None
 
 
-def torch_refine(
-    w: Tensor,
-    H: Tensor,
-    q: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    runs: list[tuple[int, int]],
-    labels: list[int],
-    bits: int,
-    rounds: int,
-) -> tuple[Tensor, Tensor]:
-    """`refine` on any device and in any floating type."""
-    scales = scales.clone()
+def torch_refine(columns: GroupedColumns, bits: int, rounds: int) -> tuple[Tensor, Tensor]:
+    """`refine_columns` on any device and in any floating dtype."""
+    w, H, q, zeros = columns.w, columns.H, columns.q, columns.zeros
+    scales = columns.scales.clone()
+    runs_and_labels = list(zip(columns.runs, columns.labels, strict=True))
     group = torch.empty(len(w), dtype=torch.long, device=w.device)
-    for (start, stop), label in zip(runs, labels, strict=True):
+    for (start, stop), label in runs_and_labels:
         group[start:stop] = label
     steps = q.to(w.dtype) - zeros[group]
     gradient = H @ (w - steps * scales[group])
     for _ in range(rounds):
-        for (start, stop), label in zip(runs, labels, strict=True):
+        for (start, stop), label in runs_and_labels:
             run = slice(start, stop)
             scale, zero = scales[label], zeros[label]
             before = steps[run] * scale

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import bloom_config, llama_config, make_model
+from helpers.solving import solve
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,8 +17,7 @@ from gptq.data.windows import calibration_windows
 from gptq.errors import UserError
 from gptq.nn import PackedModule
 from gptq.pipeline.journal import open_journal
-from gptq.solver.layer import choose_damp
-from gptq.solver.solve import solve
+from gptq.solver.damping import choose_damping
 from quant_cuda.reference import dequantize
 
 RUN = {"nsamples": 6, "seqlen": 32}
@@ -118,7 +118,7 @@ def test_damping_is_chosen_on_the_last_quarter_of_the_tokens(llama_dir, text_fil
         whole(calibration_windows(text_file, tokenizer, 6, 32, 0))
     x = torch.cat(seen).reshape(-1, 64)
     H, held = (part.T @ part / len(x) for part in (x[:144], x[144:]))
-    assert report.layers[0].damp == choose_damp(H + held, held, config)
+    assert report.layers[0].damp == choose_damping(H + held, held, config)
     assert len({layer.damp for layer in report.layers}) > 1
 
 

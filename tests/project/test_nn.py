@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from helpers.solving import solve
 
 import quant_cuda
 from gptq.config import QuantConfig
 from gptq.nn import QuantLinear
-from gptq.solver.solve import solve
 
 BITS = (2, 3, 4, 8)
 
@@ -27,7 +27,7 @@ def solved(bits, order="natural", n_in=96, n_out=64, group_size=64):
 def test_forward_is_the_solution_times_x(bits, order, bias):
     solution = solved(bits, order)
     offset = torch.randn(64) if bias else None
-    layer = QuantLinear.from_solution(solution, bits, 64, offset)
+    layer = QuantLinear.from_solution(solution, offset)
     x = torch.randn(2, 5, 96)
     expected = torch.nn.functional.linear(x, solution.dequantize(), offset)
     torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3)
@@ -35,13 +35,13 @@ def test_forward_is_the_solution_times_x(bits, order, bias):
 
 
 def test_groups_of_neighbours_need_no_g_idx_in_the_kernel():
-    assert QuantLinear.from_solution(solved(4, "gar"), 4, 64, None).packed().g_idx is None
-    assert QuantLinear.from_solution(solved(4, "act"), 4, 64, None).packed().g_idx is not None
+    assert QuantLinear.from_solution(solved(4, "gar"), None).packed().g_idx is None
+    assert QuantLinear.from_solution(solved(4, "act"), None).packed().g_idx is not None
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_state_dict_is_the_files_layout(bits):
-    layer = QuantLinear.from_solution(solved(bits), bits, 64, torch.ones(64))
+    layer = QuantLinear.from_solution(solved(bits), torch.ones(64))
     state = layer.state_dict()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
         "qweight": (torch.int32, (3 * bits, 64)),
@@ -57,7 +57,7 @@ def test_state_dict_is_the_files_layout(bits):
 
 def test_loading_into_a_layer_that_has_run():
     first, second = (
-        QuantLinear.from_solution(solved(4, order), 4, 64, None) for order in ("natural", "act")
+        QuantLinear.from_solution(solved(4, order), None) for order in ("natural", "act")
     )
     x = torch.randn(3, 96)
     first(x)
@@ -66,7 +66,7 @@ def test_loading_into_a_layer_that_has_run():
 
 
 def test_copies_and_moves():
-    layer = QuantLinear.from_solution(solved(4, "act"), 4, 64, None)
+    layer = QuantLinear.from_solution(solved(4, "act"), None)
     x = torch.randn(3, 96)
     expected = layer(x)
     torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=0, atol=0)
@@ -75,7 +75,7 @@ def test_copies_and_moves():
 
 
 def test_gradients_reach_the_input():
-    layer = QuantLinear.from_solution(solved(4), 4, 64, None)
+    layer = QuantLinear.from_solution(solved(4), None)
     x = torch.randn(3, 96, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, solved(4).dequantize().sum(0).expand(3, 96))
@@ -88,7 +88,7 @@ def bytes_of(state):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("order", ["natural", "act"])
 def test_prepared_layers_give_back_every_byte(bits, order, tmp_path):
-    layer = QuantLinear.from_solution(solved(bits, order), bits, 64, torch.randn(64))
+    layer = QuantLinear.from_solution(solved(bits, order), torch.randn(64))
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     x = torch.randn(3, 96)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_prepared_layers_give_back_every_byte(bits, order, tmp_path):
 
 def test_a_new_weight_takes_the_place_of_a_prepared_one():
     first, second = (
-        QuantLinear.from_solution(solved(4, order), 4, 64, None) for order in ("natural", "act")
+        QuantLinear.from_solution(solved(4, order), None) for order in ("natural", "act")
     )
     x = torch.randn(3, 96)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_new_weight_takes_the_place_of_a_prepared_one():
 
 
 def test_a_named_backend_and_int8_activations():
-    layer = QuantLinear.from_solution(solved(4), 4, 64, None)
+    layer = QuantLinear.from_solution(solved(4), None)
     x = torch.randn(3, 96)
     exact = layer(x)
     for name in quant_cuda.available():

@@ -1,5 +1,6 @@
 """The compiled sweep against the torch one, which the oracle of test_solver.py holds."""
 
+import functools
 import itertools
 import platform
 import runpy
@@ -10,11 +11,13 @@ import setuptools
 import torch
 from conftest import ROOT
 from helpers.layers import layer
+from helpers.solving import solve
 
 from gptq.config import QuantConfig
-from gptq.solver import solve
 from gptq.solver.grid import to_stored
+from quant_cuda.columns import SweepColumns
 from quant_cuda.cpu import library
+from quant_cuda.cpu import solver as cpu_solver
 
 BUILT = library.instruction_sets()
 
@@ -54,18 +57,16 @@ def test_it_equals_the_torch_sweep(instruction_set, bits, settings, monkeypatch)
     config = QuantConfig(bits=bits, **settings)
     for outputs, inputs in SHAPES:
         W, H = layer(outputs, inputs)
-        sweep = library.sweep
-        monkeypatch.setattr(
-            library, "sweep", lambda *a, sweep=sweep: sweep(*a, instruction_set=instruction_set)
-        )
-        compiled = solve.solve(W, H, config)
-        monkeypatch.setattr(library, "sweep", sweep)
+        with monkeypatch.context() as forced:
+            chosen = functools.partial(cpu_solver.sweep, instruction_set=instruction_set)
+            forced.setattr(cpu_solver, "sweep", chosen)
+            compiled = solve(W, H, config)
         with monkeypatch.context() as without:
             without.setattr(library, "instruction_sets", lambda: ())
-            plain = solve.solve(W, H, config)
+            plain = solve(W, H, config)
         # Sums run in another order: where two roundings are a float apart, either may be taken,
         # and what follows in that row differs; the loss hardly does.
-        rows_alike = (compiled.q == plain.q).all(1).float().mean()
+        rows_alike = (compiled.q == plain.q).all(0).float().mean()
         assert rows_alike > 0.9
         assert (compiled.zeros == plain.zeros).float().mean() > 0.97
         assert float(compiled.loss.sum()) == pytest.approx(float(plain.loss.sum()), rel=0.01)
@@ -76,15 +77,20 @@ def test_threads_share_the_work_and_not_the_result(monkeypatch):
     """The sweep alone: what it is given comes of LAPACK, whose sums may depend on threads."""
     W, H = layer(130, 300)
     calls = []
-    sweep = library.sweep
-    monkeypatch.setattr(library, "sweep", lambda *a: calls.append(a) or sweep(*a))
-    solve.solve(W, H, QuantConfig(group_size=64))
+    sweep = cpu_solver.sweep
+    monkeypatch.setattr(
+        cpu_solver,
+        "sweep",
+        lambda it, **options: calls.append((it, options)) or sweep(it, **options),
+    )
+    solve(W, H, QuantConfig(group_size=64))
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(sweep(*calls[0]))
+            columns, options = calls[0]
+            results.append(sweep(columns, **options))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
@@ -102,16 +108,19 @@ def test_scales_are_rounded_as_float16_is(instruction_set):
     w = torch.stack([-high, 2 * high])  # the range is thrice as much, on three steps
     eye = torch.eye(2)
     labels = torch.zeros(2, dtype=torch.int32)
-    arguments = (w, eye, eye, labels, [(0, 2)], [(0, 2)], None, (), 2, False)
-    _, scales, _ = library.sweep(*arguments, instruction_set)
+    columns = SweepColumns(w, eye, eye, labels, [(0, 2)], [(0, 2)], None)
+    _, scales, _ = cpu_solver.sweep(
+        columns, factors=(), bits=2, sym=False, instruction_set=instruction_set
+    )
     assert torch.equal(scales[0], to_stored(3 * high / 3))
 
 
 def test_an_instruction_set_that_is_not_there():
     w = torch.zeros(4, 2)
     eye = torch.eye(4)
+    columns = SweepColumns(w, eye, eye, torch.zeros(4), [(0, 4)], [(0, 4)], None)
     with pytest.raises(ValueError, match="'none' does not run here"):
-        library.sweep(w, eye, eye, torch.zeros(4), [(0, 4)], [(0, 4)], None, (), 4, False, "none")
+        cpu_solver.sweep(columns, factors=(), bits=4, sym=False, instruction_set="none")
 
 
 @pytest.mark.parametrize("words", [8, 8 * 1024, 8 * 5000])

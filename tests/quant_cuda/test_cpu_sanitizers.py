@@ -23,7 +23,8 @@ from helpers.products import packed, activations, assert_as_good_as_naive
 from quant_cuda.cpu import half_matmul, layout
 from quant_cuda.cpu.decoder_block import Block, run
 from gptq.config import ORDERS, QuantConfig
-from gptq.solver.solve import solve
+from gptq.solver.hessian import Hessian
+from gptq.solver.layer import solve_layer
 random.seed(int(sys.argv[2]))
 torch.set_num_threads(2)
 for trial in range(60):
@@ -75,7 +76,9 @@ for trial in range(40):
     )
     for name in built:
         library.instruction_sets = lambda: (name,)
-        assert solve(torch.randn(outputs, inputs), x.T @ x / 400, config).loss.isfinite().all()
+        hessian = Hessian(x.T @ x / 400)
+        solution = solve_layer(torch.randn(outputs, inputs), hessian, config)
+        assert solution.loss.isfinite().all()
 print("clean")
 """
 

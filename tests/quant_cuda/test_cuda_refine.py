@@ -9,7 +9,8 @@ from helpers.emulated import emulated, on_gpu
 from helpers.refinement import errors, loss, problem
 
 from gptq.solver.refine import torch_refine
-from quant_cuda.cuda import refine
+from quant_cuda.columns import GroupedColumns
+from quant_cuda.cuda.solver import refine
 
 
 @pytest.fixture(params=["emulated", "gpu"])
@@ -29,14 +30,15 @@ def test_the_same_steps(kernels, bits, sym, shape):
     w, H, q, scales, zeros, runs, labels = problem(*shape, bits, sym)
     runs, labels = runs[1:] + runs[:1], labels[1:] + labels[:1]  # the short one is not last
     scales[:, ::3] *= -1  # refinement keeps signs
-    given = (scales, zeros, runs, labels, bits, 3)
-    expected_q, expected_scales = torch_refine(w, H, q, *given)
+    columns = GroupedColumns(w, H, q, scales, zeros, runs, labels)
+    expected_q, expected_scales = torch_refine(columns, bits, 3)
     narrow = [part.float().to(kernels.device) for part in (w, H, q, scales, zeros)]
     kept = [part.clone() for part in narrow]
     results = []
     for order in (0, 1, 2):
         kernels.settle(order, 0)
-        done = refine.launch_refine(kernels.launch(), *narrow, *given[2:])
+        columns = GroupedColumns(*narrow, runs, labels)
+        done = refine(columns, bits=bits, rounds=3, launch=kernels.launch())
         results.append([part.cpu() for part in done])
     assert all(map(torch.equal, narrow, kept)), "nothing given is changed"
     assert all(map(torch.equal, results[0], results[1]))
@@ -55,7 +57,8 @@ def test_every_round_lowers_the_objective(kernels):
     narrow = [part.float().to(kernels.device) for part in (w, H, q, scales, zeros)]
     losses = [loss(H, errors(w, q, scales, zeros, runs, labels))]
     for rounds in (1, 2, 6):
-        done = refine.launch_refine(kernels.launch(), *narrow, runs, labels, 3, rounds)
+        columns = GroupedColumns(*narrow, runs, labels)
+        done = refine(columns, bits=3, rounds=rounds, launch=kernels.launch())
         new_q, new_scales = (part.cpu().double() for part in done)
         assert torch.equal(new_scales, new_scales.half().double()), "scales are float16 numbers"
         assert 0 <= new_q.min() <= new_q.max() <= 7
@@ -68,4 +71,4 @@ def test_every_round_lowers_the_objective(kernels):
 def test_a_group_that_is_too_long():
     w, H, q, scales, zeros, runs, labels = problem(129, 2, 129, 4, False)
     with pytest.raises(ValueError, match="group of 129 columns is too long; the kernel takes 128"):
-        refine.launch_refine(None, w, H, q, scales, zeros, runs, labels, 4, 1)
+        refine(GroupedColumns(w, H, q, scales, zeros, runs, labels), bits=4, rounds=1)

@@ -1,16 +1,19 @@
 """The CUDA kernel of the column sweep against the torch sweep: emulated, and on a GPU."""
 
+import functools
 import itertools
 
 import pytest
 import torch
+from helpers import solving
 from helpers.emulated import emulated
 from helpers.layers import layer
 
 from gptq.config import QuantConfig
-from gptq.solver import solve as solver
-from gptq.solver.sweep import kernel_sweep, torch_sweep
-from quant_cuda.cuda import sweep as cuda_sweep
+from gptq.solver import sweep as solver_sweep
+from gptq.solver.sweep import cuda_sweep, torch_sweep
+from quant_cuda.columns import SweepColumns
+from quant_cuda.cuda import solver as cuda_solver
 
 EXACT = [
     *(
@@ -45,21 +48,19 @@ def by_kernel(request, monkeypatch):
     def solve(W, H, config, order=0):
         kernels.settle(order, 0)
 
-        def sweep(*arguments):
-            return cuda_sweep.launch_sweep(kernels.launch(), *arguments)
-
         with monkeypatch.context() as patch:
-            patch.setattr(cuda_sweep, "sweep", sweep)
-            patch.setattr(solver, "sweep_for", lambda w, config: kernel_sweep)
-            return solver.solve(W, H, config)
+            emulated_sweep = functools.partial(cuda_solver.sweep, launch=kernels.launch())
+            patch.setattr(cuda_solver, "sweep", emulated_sweep)
+            patch.setattr(solver_sweep, "sweep_for", lambda w, config: cuda_sweep)
+            return solving.solve(W, H, config)
 
     return solve
 
 
 def by_torch(W, H, config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "sweep_for", lambda w, config: torch_sweep)
-        return solver.solve(W, H, config)
+        patch.setattr(solver_sweep, "sweep_for", lambda w, config: torch_sweep)
+        return solving.solve(W, H, config)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -80,7 +81,7 @@ def test_searched_grids(by_kernel, bits, settings):
     config = QuantConfig(bits=bits, **settings)
     W, H = layer(64, 200)
     kernel, plain = by_kernel(W, H, config), by_torch(W, H, config)
-    assert (kernel.q == plain.q).all(1).float().mean() > 0.9
+    assert (kernel.q == plain.q).all(0).float().mean() > 0.9
     assert (kernel.zeros == plain.zeros).float().mean() > 0.97
     assert float(kernel.loss.sum()) == pytest.approx(float(plain.loss.sum()), rel=0.01)
     for order in (1, 2):
@@ -91,10 +92,9 @@ def test_searched_grids(by_kernel, bits, settings):
 
 def test_a_block_that_is_too_long(by_kernel):
     eye = torch.eye(200)
+    columns = SweepColumns(eye, eye, eye, torch.zeros(200), [], [(0, 200)], None)
     with pytest.raises(ValueError, match="block of 200 columns is too long; the kernel takes 128"):
-        cuda_sweep.launch_sweep(
-            None, eye, eye, eye, torch.zeros(200), [], [(0, 200)], None, (), 4, False, None
-        )
+        cuda_solver.sweep(columns, factors=(), bits=4, sym=False, find_grid=None)
 
 
 def test_on_a_gpu():
@@ -103,7 +103,7 @@ def test_on_a_gpu():
     for settings in ({}, {"scale_search": "minmax"}, {"order": "act", "group_size": 64}):
         config = QuantConfig(bits=4, **settings)
         W, H = (t.cuda() for t in layer(300, 576))
-        kernel, plain = solver.solve(W, H, config), by_torch(W, H, config)
+        kernel, plain = solving.solve(W, H, config), by_torch(W, H, config)
         # Torch's own update is one rounding there, and the kernel's two.
-        assert (kernel.q == plain.q).all(1).float().mean() > 0.8
+        assert (kernel.q == plain.q).all(0).float().mean() > 0.8
         assert float(kernel.loss.sum()) == pytest.approx(float(plain.loss.sum()), rel=0.01)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptq.solver.cholesky import STRIP, damped, inverse_factor, lower_inverse, mend_dead, permuted
+from gptq.solver.cholesky import STRIP, damped, inverse_factor, lower_inverse, permuted, repair_dead
 
 
 def moment(n: int) -> np.ndarray:
@@ -38,15 +38,15 @@ def test_the_factor_of_the_inverse_in_an_order(n):
     H = moment(n)
     H[2], H[:, 2] = 0, 0
     order = np.random.default_rng(2).permutation(n)
-    mended, dead = mend_dead(torch.from_numpy(H))
-    before = mended.clone()
-    U, damp = inverse_factor(mended, dead, 0.03, torch.from_numpy(order))
+    repaired, dead = repair_dead(torch.from_numpy(H))
+    before = repaired.clone()
+    U, damp = inverse_factor(repaired, dead, 0.03, torch.from_numpy(order))
     assert damp == 0.03
     mean = np.delete(np.diag(H), 2).mean()
     full = H + 0.03 * mean * np.eye(n)
     full[2, 2] += mean
     np.testing.assert_allclose((U.T @ U).numpy(), np.linalg.inv(full)[np.ix_(order, order)])
     assert not bool(U.tril(-1).any())
-    assert torch.equal(mended, before)
-    plain, _ = inverse_factor(mended, dead, 0.03)
+    assert torch.equal(repaired, before)
+    plain, _ = inverse_factor(repaired, dead, 0.03)
     np.testing.assert_allclose((plain.T @ plain).numpy(), np.linalg.inv(full))

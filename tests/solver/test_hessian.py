@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptq.solver import hessian as module
-from gptq.solver.hessian import Inputs, add_upper, mirror_upper, moments
+from gptq.solver.hessian import Inputs, accumulate_hessian, add_upper, mirror_upper
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -35,21 +35,21 @@ def mean_product(left, right):
 def test_means_of_products(features, held_out):
     sizes = [(2, 50), (2, 50), (1, 33)]
     inputs, beside = batches(sizes, features), batches(sizes, features)
-    found = moments(iter(inputs), iter(beside), held_out)
+    found = accumulate_hessian(iter(inputs), iter(beside), held_out)
     x = [batch.x for batch in inputs]
     missing = [full.x - batch.x for full, batch in zip(beside, inputs, strict=True)]
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(found.H.double(), mean_product(x, x), **close)
-    torch.testing.assert_close(found.C.double(), mean_product(missing, x), **close)
+    torch.testing.assert_close(found.cross.double(), mean_product(missing, x), **close)
     assert torch.equal(found.H, found.H.T)
     if not held_out:
-        assert found.held is None
+        assert found.held_out is None
         return
     ends = [batch.flatten(0, 1)[-int(held_out * batch[..., 0].numel()) :, None] for batch in x]
     tokens = sum(batch[..., 0].numel() for batch in x)
     share = sum(map(len, ends)) / tokens
-    torch.testing.assert_close(found.held.double(), mean_product(ends, ends) * share, **close)
-    assert torch.equal(found.held, found.held.T)
+    torch.testing.assert_close(found.held_out.double(), mean_product(ends, ends) * share, **close)
+    assert torch.equal(found.held_out, found.held_out.T)
 
 
 @pytest.mark.parametrize("residual_feedback", [True, False])
@@ -64,40 +64,40 @@ def test_what_a_product_lacks(residual_feedback):
             t + 0.01 * torch.randn(t.shape, generator=GENERATOR) for t in (batch.x, batch.residual)
         )
         beside.append(Inputs(x, residual, x @ layer.T))
-    found = moments(iter(inputs), iter(beside), 0.25, residual_feedback)
+    found = accumulate_hessian(iter(inputs), iter(beside), 0.25, residual_feedback)
     lacks = []
     for full, batch in zip(beside, inputs, strict=True):
         lacks.append((full.x.double() - batch.x.double()) @ layer.double().T)
         if residual_feedback:
             lacks[-1] += full.residual.double() - batch.residual.double()
     expected = mean_product(lacks, [batch.x for batch in inputs])
-    torch.testing.assert_close(found.missing(layer).double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.target_error(layer).double(), expected, rtol=0, atol=2e-5)
     assert float(expected.abs().max()) > 1e-3
-    assert found.C is None
+    assert found.cross is None
 
 
 def test_what_layers_that_read_hidden_states_lack():
     inputs, beside = batches([(1, 50)], 30), batches([(1, 50)], 30)
     layer = torch.randn(7, 30, generator=GENERATOR)
     lacks = (beside[0].x - inputs[0].x).double() @ layer.double().T
-    found = moments(iter(inputs), iter(beside), 0.0).missing(layer)
+    found = accumulate_hessian(iter(inputs), iter(beside), 0.0).target_error(layer)
     expected = mean_product([lacks], [inputs[0].x])
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_model_alone_has_no_missing_part():
-    found = moments(iter(batches([(1, 8)], 5, 5)), None, 0.0)
-    assert (found.C, found.R, found.held) == (None, None, None)
-    assert found.missing(torch.ones(2, 5)) is None
+    found = accumulate_hessian(iter(batches([(1, 8)], 5, 5)), None, 0.0)
+    assert (found.cross, found.target, found.held_out) == (None, None, None)
+    assert not found.has_target
 
 
 def test_nothing_in_nothing_out():
-    assert moments(iter([]), None, 0.25) is None
+    assert accumulate_hessian(iter([]), None, 0.25) is None
 
 
 def test_half_precision_is_summed_in_float32():
     x = torch.full((1, 4096, 3), 0.1, dtype=torch.bfloat16)
-    found = moments(iter([Inputs(x, None)]), None, 0.0)
+    found = accumulate_hessian(iter([Inputs(x, None)]), None, 0.0)
     assert found.H.dtype == torch.float32
     exact = x.double()[0].T @ x.double()[0] / 4096
     torch.testing.assert_close(found.H.double(), exact, rtol=1e-4, atol=0)
@@ -123,9 +123,9 @@ def test_on_a_gpu(dtype):
 
     sizes = [(2, 500), (1, 33)]
     inputs, beside = there(batches(sizes, 600)), there(batches(sizes, 600))
-    found = moments(iter(inputs), iter(beside), 0.25)
+    found = accumulate_hessian(iter(inputs), iter(beside), 0.25)
     x = [batch.x for batch in inputs]
     missing = [full.x - batch.x for full, batch in zip(beside, inputs, strict=True)]
     assert found.H.dtype == torch.float32
     torch.testing.assert_close(found.H.double(), mean_product(x, x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.C.double(), mean_product(missing, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.cross.double(), mean_product(missing, x), rtol=1e-5, atol=1e-5)

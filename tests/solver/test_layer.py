@@ -5,14 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.solving import solve
 
 from gptq.config import QuantConfig
-from gptq.solver.layer import DAMP_FACTORS, choose_damp, feed_back
-from gptq.solver.solve import column_order, solve
+from gptq.solver.compensation import compensate
+from gptq.solver.damping import DAMP_FACTORS, choose_damping
+from gptq.solver.order import column_order
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_feed_back_is_regularised_least_squares(share):
+def test_compensation_is_regularised_least_squares(share):
     """With a share of 1, min |W x_full + d - V x|^2 + damp |V - W|^2 over V, by stacked lstsq."""
     rng = np.random.default_rng(4)
     full = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12))
@@ -27,7 +29,7 @@ def test_feed_back_is_regularised_least_squares(share):
     target = np.vstack([(full @ W.T + d) / np.sqrt(200), np.sqrt(damp) * W.T])
     best = np.linalg.lstsq(stacked, target, rcond=None)[0].T
     expected = (1 - share) * W + share * best
-    found = feed_back(*map(torch.from_numpy, (W, H, missing)), share, 0.02).numpy()
+    found = compensate(*map(torch.from_numpy, (W, H, missing)), share, 0.02).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
@@ -44,9 +46,9 @@ def test_damping_grows_where_tokens_are_few():
 
     held = moment(20000)
     few, many = moment(60), moment(20000)
-    damp = choose_damp(few + held, held, config)
+    damp = choose_damping(few + held, held, config)
     assert damp > 0.05
-    assert choose_damp(many + held, held, config) == config.percdamp
+    assert choose_damping(many + held, held, config) == config.percdamp
 
     def error(percdamp):
         solved = solve(W, few, replace(config, percdamp=percdamp)).dequantize(torch.float64)
@@ -77,6 +79,6 @@ def test_damping_against_the_formula_written_out(order):
 
         expected = min((factor * config.percdamp for factor in DAMP_FACTORS), key=loss)
         moments = (torch.from_numpy(it) for it in (x.T @ x / 60, x[45:].T @ x[45:] / 60))
-        assert choose_damp(*moments, config) == expected
+        assert choose_damping(*moments, config) == expected
         chosen.add(expected)
     assert len(chosen) > 1

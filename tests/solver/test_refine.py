@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.refinement import errors, loss, problem
+from helpers.solving import solve
 
 from gptq.config import QuantConfig
-from gptq.solver.refine import PIECE, refine, torch_refine
-from gptq.solver.solve import solve
+from gptq.solver.refine import PIECE, refine_columns, torch_refine
+from quant_cuda.columns import GroupedColumns
 from quant_cuda.cpu import library
+from quant_cuda.cpu import solver as cpu_solver
 
 
 def literal(w, H, q, scales, zeros, runs, labels, bits) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +46,7 @@ def literal(w, H, q, scales, zeros, runs, labels, bits) -> tuple[np.ndarray, np.
 def test_a_round_takes_the_best_of_every_single_change(bits, sym):
     w, H, q, scales, zeros, runs, _ = problem(20, 3, 8, bits, sym)
     order = [runs[1], runs[2], runs[0]], [1, 2, 0]  # the last group is short
-    found_q, found_scales = refine(w, H, q, scales, zeros, *order, bits, 1)
+    found_q, found_scales = refine_columns(GroupedColumns(w, H, q, scales, zeros, *order), bits, 1)
     expected_q, expected_scales = literal(w, H, q, scales, zeros, *order, bits)
     assert torch.equal(found_q, expected_q)
     assert torch.equal(found_scales, expected_scales)
@@ -61,7 +63,7 @@ def test_every_round_lowers_the_objective(size, dtype):
     runs, labels = parts[5:]
     losses = []
     for rounds in (0, 1, 2, 6):
-        done = refine(w, H, q, scales, zeros, runs, labels, 3, rounds)
+        done = refine_columns(GroupedColumns(w, H, q, scales, zeros, runs, labels), 3, rounds)
         e = errors(w.double(), done[0].double(), done[1].double(), zeros.double(), runs, labels)
         losses.append(loss(H.double(), e))
         assert torch.equal(done[1], done[1].half().to(dtype)), "scales are float16 numbers"
@@ -86,11 +88,16 @@ def test_compiled_code_takes_the_same_steps(instruction_set, bits, sym, shape):
     runs, labels = list(zip([0, *stops[:-1]], stops, strict=True)), labels[1:] + labels[:1]
     w, H, q = w[columns], H[columns][:, columns], q[columns]
     scales[:, ::3] *= -1  # refinement keeps signs
-    given = (scales, zeros, runs, labels, bits, 3)
-    expected_q, expected_scales = torch_refine(w, H, q, *given)
+    columns = GroupedColumns(w, H, q, scales, zeros, runs, labels)
+    expected_q, expected_scales = torch_refine(columns, bits, 3)
     narrow = [part.float() for part in (w, H, q, scales, zeros)]
     kept = [part.clone() for part in narrow]
-    found_q, found_scales = library.refine(*narrow, *given[2:], instruction_set)
+    found_q, found_scales = cpu_solver.refine(
+        GroupedColumns(*narrow, runs, labels),
+        bits=bits,
+        rounds=3,
+        instruction_set=instruction_set,
+    )
     assert all(map(torch.equal, narrow, kept)), "nothing given is changed"
     assert found_q.dtype == torch.uint8
     assert (found_q == expected_q).double().mean() > 0.999
@@ -109,7 +116,7 @@ def test_threads_share_the_work_and_not_the_result():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             narrow = [part.float() for part in (w, H, q, scales, zeros)]
-            results.append(refine(*narrow, runs, labels, 4, 2))
+            results.append(refine_columns(GroupedColumns(*narrow, runs, labels), 4, 2))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
@@ -143,7 +150,7 @@ def test_a_solve_is_refined_in_every_order(sym, order, static_groups):
 def test_nothing_given_is_changed():
     w, H, q, scales, zeros, runs, labels = problem(20, 3, 8, 4, False)
     kept = [part.clone() for part in (w, H, q, scales, zeros)]
-    refine(w, H, q, scales, zeros, runs, labels, 4, 2)
+    refine_columns(GroupedColumns(w, H, q, scales, zeros, runs, labels), 4, 2)
     for before, after in zip(kept, (w, H, q, scales, zeros), strict=True):
         assert torch.equal(before, after)
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracles import Solved, obq, rtn
+from helpers.solving import solve as solve_and_refine
 
 from gptq.config import QuantConfig
-from gptq.solver import solve as solver
-from gptq.solver.solve import STRIP, Solution, round_to_nearest
-from gptq.solver.solve import solve as solve_and_refine
+from gptq.solver import problem
+from gptq.solver.layer import round_to_nearest
+from gptq.solver.problem import STRIP
+from gptq.solver.solution import Solution
 
 BITS = (2, 3, 4, 8)
 ORDERS = ("natural", "act", "gar")
@@ -51,7 +53,7 @@ def assert_same(solution: Solution, expected: Solved) -> None:
     np.testing.assert_array_equal(solution.g_idx.numpy(), expected.g_idx)
     np.testing.assert_array_equal(solution.zeros.numpy(), expected.zeros)
     np.testing.assert_array_equal(solution.scales.numpy().astype(np.float64), expected.scales)
-    np.testing.assert_array_equal(solution.q.numpy(), expected.q)
+    np.testing.assert_array_equal(solution.q.T.numpy(), expected.q)
     near = {"rtol": 1e-9, "atol": 1e-12 * float(np.abs(expected.rtn_loss).max())}
     np.testing.assert_allclose(solution.loss.double().numpy(), expected.loss, **near)
     np.testing.assert_allclose(solution.rtn_loss.double().numpy(), expected.rtn_loss, **near)
@@ -170,13 +172,13 @@ def test_rounding_without_a_hessian_uses_the_full_range():
     W, H = layer(5, 40, seed=3)
     expected = rtn(W, H, bits=4, group_size=16, sym=False, scale_search="minmax")
     solution = round_to_nearest(torch.from_numpy(W), None, QuantConfig(group_size=16))
-    np.testing.assert_array_equal(solution.q.numpy(), expected.q)
+    np.testing.assert_array_equal(solution.q.T.numpy(), expected.q)
     np.testing.assert_array_equal(solution.scales.numpy().astype(np.float64), expected.scales)
     np.testing.assert_array_equal(solution.zeros.numpy(), expected.zeros)
     mse = rtn(W, H, bits=4, group_size=16, sym=False, scale_search="mse")
     config = QuantConfig(group_size=16, scale_search="mse")
     solution = round_to_nearest(torch.from_numpy(W), None, config)
-    np.testing.assert_array_equal(solution.q.numpy(), mse.q)
+    np.testing.assert_array_equal(solution.q.T.numpy(), mse.q)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -263,7 +265,7 @@ def test_odd_rows(sym, order):
     assert solution.loss.isfinite().all()
     # Rows do not know of each other: an odd one harms none beside it.
     alone = run(W[3:5], H, config)
-    assert torch.equal(alone.q, solution.q[3:5])
+    assert torch.equal(alone.q, solution.q[:, 3:5])
     assert torch.equal(alone.scales, solution.scales[:, 3:5])
 
 
@@ -397,7 +399,7 @@ def test_dequantize(dtype):
     W, H = layer(4, 40, seed=20)
     solution = run(W, H, QuantConfig(group_size=16, order="act"))
     g = solution.g_idx.long()
-    exact = solution.scales.double()[g].T * (solution.q.double() - solution.zeros.double()[g].T)
+    exact = (solution.scales.double()[g] * (solution.q.double() - solution.zeros.double()[g])).T
     got = solution.dequantize(dtype)
     assert got.shape == (4, 40)
     assert got.dtype == dtype
@@ -409,7 +411,7 @@ def test_energy_and_rows():
     H[:, 3], H[3] = 0.0, 0.0
     solution = run(W, H, QuantConfig(group_size=16, order="act"))
     np.testing.assert_allclose(solution.energy.numpy(), [w @ H @ w for w in W], rtol=1e-12)
-    part = solution.rows(2, 5)
+    part = solution.outputs(2, 5)
     assert torch.equal(part.dequantize(), solution.dequantize()[2:5])
     for field in ("loss", "rtn_loss", "energy", "kept_rtn"):
         assert torch.equal(getattr(part, field), getattr(solution, field)[2:5])
@@ -427,7 +429,7 @@ def test_rows_worked_on_a_few_at_a_time(monkeypatch):
     W, H = (torch.from_numpy(it) for it in layer(8, 40, 6))
     config = QuantConfig(bits=3, group_size=16, order="act", sweeps=3)
     whole = solve_and_refine(W, H, config)
-    monkeypatch.setattr(solver, "ROWS", {"cpu": 3})
+    monkeypatch.setattr(problem, "ROWS", {"cpu": 3})
     found = solve_and_refine(W, H, config)
     for field in ("q", "scales", "zeros", "kept_rtn"):
         assert torch.equal(getattr(found, field), getattr(whole, field)), field
