@@ -1,7 +1,7 @@
 """The same arguments give the same file, bit for bit, from one version to the next.
 
 A change that is meant to alter the integers records new digests:
-`RECORD_DIGESTS=1 python -m pytest tests/test_digests.py`.
+`RECORD_DIGESTS=1 python -m pytest tests/project/test_digests.py`.
 """
 
 import json

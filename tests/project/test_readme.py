@@ -89,13 +89,16 @@ def test_every_command_runs(tmp_path, stand_ins, monkeypatch, capsys):
             assert convert.main(arguments) == 0, line
             assert "the same weights" in capsys.readouterr().out
             continue
+        if program == "gptq":
+            words.insert(0, "llama.py")
         arch, _, ending = words[0].partition(".")
-        known = program == "python" and arch in SPECS and ending == "py"
+        known = program in ("python", "gptq") and arch in SPECS and ending == "py"
         assert known, f"no test knows how to run: {line}"
+        spec = SPECS[arch] if program == "python" else None
         arguments = [stand_ins[arch].get(word, word) for word in words[1:]]
         before = set(tmp_path.iterdir())
         monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
-        assert main(SPECS[arch], [*arguments, *smaller(words)]) == 0, line
+        assert main(spec, [*arguments, *smaller(words)]) == 0, line
         printed = capsys.readouterr().out
         written = {path.name for path in set(tmp_path.iterdir()) - before}
         assert len(written) == sum(word.startswith("--save") for word in words), line
