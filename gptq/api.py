@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import default_format, folder_formats, write
 from gptq.checkpoints.settings import from_config
-from gptq.checkpoints.writing import FOLDER
+from gptq.checkpoints.writing import FOLDER, is_ours
 from gptq.config import QuantConfig
 from gptq.data.windows import calibration_windows, text_fingerprint
 from gptq.device import (
@@ -27,7 +27,7 @@ from gptq.device import (
     pick_device,
 )
 from gptq.errors import UserError
-from gptq.files.atomic import check_writable
+from gptq.files.atomic import check_apart, check_writable
 from gptq.inference import perplexity as evaluation
 from gptq.inference.loading import Opened, load_weights, open_weights
 from gptq.pipeline.blocks import quantize_blocks
@@ -51,6 +51,8 @@ class Outputs:
     save_dir: Path | None = None
     format: str | None = None
     quantize_embeddings: bool = False
+    report: Path | None = None
+    """A folder for a page about the run, which the command line writes afterwards."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -60,7 +62,7 @@ class Outputs:
                 f"format {self.format!r} is not known; choose one of {', '.join(folder_formats())}"
             )
         for path in self.paths:
-            check_writable(path, folder=path is self.save_dir)
+            check_writable(path, folder=path is self.save_dir, ours=is_ours)
 
     @classmethod
     def of(
@@ -76,6 +78,12 @@ class Outputs:
             None if path is None else Path(path) for path in (save, save_safetensors, save_dir)
         )
         return cls(pt, safetensors, folder, format, quantize_embeddings)
+
+    def check_apart(self, model: Path, dataset: str | Path | None) -> None:
+        """Raise UserError if an output lies inside another one, or would replace an input."""
+        outputs = [*self.paths, *([] if self.report is None else [self.report])]
+        inputs = [model, *([] if dataset is None else [Path(dataset)])]
+        check_apart(outputs, inputs, self.save_dir)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -166,6 +174,8 @@ def run(
     """`quantize` for a model that is open."""
     started = perf_counter()
     config, source = job.config, model.source
+    model_path = source.folder if source.gguf is None else source.folder / source.gguf
+    job.outputs.check_apart(model_path, job.dataset)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     stages = [("reading the calibration text", perf_counter() - started)]
@@ -175,10 +185,10 @@ def run(
     in_memory = fits(needed, memory, job.max_memory)
     total = len(source.spec.linears) * model.block_count
     layers = []
-    declared = identity(source, config, dtype=model.dtype, **calibration)
+    declared = identity(model, config, **calibration)
     with (
         open_team(model.device) as team,
-        shared_journal(team, job.outputs.paths, declared, job.resume) as journal,
+        shared_journal(team, job.outputs.paths, declared, job.resume, is_ours) as journal,
     ):
         cache = None if in_memory else _activation_cache(needed, model.device, journal, team)
         for layer in quantize_blocks(model, windows, config, journal, cache, team):

@@ -14,11 +14,11 @@ from gptq.checkpoints.compatibility import folder_lines
 from gptq.checkpoints.formats import FORMATS, container_of, default_format, write
 from gptq.checkpoints.reading import attach
 from gptq.checkpoints.verify import verify
-from gptq.checkpoints.writing import FOLDER, SHARD_BYTES
+from gptq.checkpoints.writing import FOLDER, SHARD_BYTES, is_ours
 from gptq.cli.command import Parser, report_error
 from gptq.config import BITS
 from gptq.errors import UserError
-from gptq.files.atomic import check_writable
+from gptq.files.atomic import check_apart, check_writable
 
 
 def convert(
@@ -50,14 +50,18 @@ def convert(
     if format not in (None, *FORMATS):
         raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     container = container_of(target)
-    check_writable(target, folder=container == FOLDER)
-    if target.exists() and target.samefile(checkpoint):
-        raise UserError(f"{target}: is the checkpoint itself; give another name")
+    check_writable(target, folder=container == FOLDER, ours=is_ours)
+    inputs = (checkpoint,) if model is None else (checkpoint, model)
+    folder = target if container == FOLDER else None
+    check_apart([target], [Path(path) for path in inputs], folder)
     keep = container != FOLDER if quantize_embeddings is None else quantize_embeddings
     converted = measure(original if keep else unpack(original, original.embeddings))
     chosen = format or default_format(converted, container)
-    write(converted, target, chosen, shard_bytes=shard_bytes)
-    verify(original, converted, target, chosen)
+
+    def check(written: Path) -> None:
+        verify(original, converted, written, chosen)
+
+    write(converted, target, chosen, container=container, shard_bytes=shard_bytes, check=check)
     return len(original.layers)
 
 

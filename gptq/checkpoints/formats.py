@@ -101,11 +101,13 @@ def write(
     *,
     container: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model in the format `name`; `target` appears complete or not at all.
 
     container: a key of the format's `containers`; by default as the target's ending says.
     shard_bytes: more than this goes into several files of a folder.
+    check: called with what was written before it takes the place of an older `target`.
     Raises UserError if the format cannot hold the model or is not written to such a target.
     """
     row = FORMATS[name]
@@ -121,5 +123,7 @@ def write(
             raise UserError(f"{canonical.origin}: {layer.name} {reason}")
     source, tensors = canonical.source, row.tensors(canonical)
     tied = empty_model.tied(source.config, source.spec, tensors)
-    contents = Contents(source, tensors, row.settings(canonical), tied, shard_bytes)
+    contents = Contents(
+        source, tensors, row.settings(canonical), tied, shard_bytes=shard_bytes, check=check
+    )
     row.containers[container](target, contents)

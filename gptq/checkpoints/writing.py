@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gptq.blockwise.source import ModelSource
@@ -37,6 +38,17 @@ TOKENIZER_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+# What else a folder gets from us.
+MODEL_FILES = (
+    "config.json",
+    CONFIG_NAME,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors",
+)
+
+Check = Callable[[Path], None]
+"""Called with what was written before it gets its name; raises if that is not right."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +64,12 @@ class Contents:
     tied: Mapping[str, str]
     """More names, each with the one of `tensors` that it shares memory with."""
     shard_bytes: int = SHARD_BYTES
+    check: Check | None = None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name in a folder is one that this package writes."""
+    return any(fnmatchcase(name, pattern) for pattern in (*TOKENIZER_FILES, *MODEL_FILES))
 
 
 Container = Callable[[Path, Contents], None]
@@ -62,6 +80,7 @@ def write_pt(
     tensors: LazyTensors,
     settings: Mapping[str, object],
     tied: Mapping[str, str] | None = None,
+    check: Check | None = None,
 ) -> None:
     """A plain state dict as GPTQ-for-LLaMa writes it.
 
@@ -76,14 +95,21 @@ def write_pt(
     }
     with whole_file(path) as temporary:
         write_state_dict(temporary, tensors, tied, metadata)
+        if check is not None:
+            check(temporary)
 
 
 def write_safetensors(
-    path: Path, tensors: LazyTensors, settings: Mapping[str, object] | None
+    path: Path,
+    tensors: LazyTensors,
+    settings: Mapping[str, object] | None,
+    check: Check | None = None,
 ) -> None:
     """One safetensors file, with the settings in its header. It cannot hold tied names."""
     with whole_file(path) as temporary:
         write_tensors(temporary, tensors, list(tensors), header(settings))
+        if check is not None:
+            check(temporary)
 
 
 def header(settings: Mapping[str, object] | None) -> dict[str, str]:
@@ -94,18 +120,20 @@ def header(settings: Mapping[str, object] | None) -> dict[str, str]:
 
 def write_folder(folder: Path, contents: Contents) -> None:
     """A Hugging Face folder: weights, both configuration files and the tokenizer's files."""
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, is_ours) as temporary:
         write_weights(temporary, contents)
         write_configuration(temporary, contents)
         write_tokenizer(temporary, contents.source)
+        if contents.check is not None:
+            contents.check(temporary)
 
 
 def _write_pt(path: Path, contents: Contents) -> None:
-    write_pt(path, contents.tensors, contents.settings or {}, contents.tied)
+    write_pt(path, contents.tensors, contents.settings or {}, contents.tied, contents.check)
 
 
 def _write_safetensors(path: Path, contents: Contents) -> None:
-    write_safetensors(path, contents.tensors, contents.settings)
+    write_safetensors(path, contents.tensors, contents.settings, contents.check)
 
 
 CONTAINERS: dict[str, Container] = {
@@ -149,11 +177,16 @@ def write_tokenizer(folder: Path, source: ModelSource) -> None:
     if source.gguf is not None:
         source.tokenizer().save_pretrained(folder)
         return
-    for pattern in TOKENIZER_FILES:
-        for original in source.folder.glob(pattern):
-            shutil.copyfile(original, folder / original.name)
+    for original in tokenizer_files(source.folder):
+        shutil.copyfile(original, folder / original.name)
     if source.name.upper().startswith("BELLE-") and not has_chat_template(folder):
         (folder / "chat_template.jinja").write_text(BELLE_TEMPLATE, encoding="utf-8")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that are copied from a model's folder."""
+    found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
+    return sorted(path for path in set(found) if path.is_file())
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -181,6 +181,11 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     }
     if arguments.load is not None and arguments.wbits == FULL_MODEL:
         raise UserError(f"--wbits {FULL_MODEL} is the full model; leave out --load, or --wbits")
+    for flag in ("--save-dir", "--report", "--load"):
+        if values.get(flag) is not None and not values[flag].strip():
+            raise UserError(f"{flag} is empty; give it a value")
+    if arguments.text is not None and not arguments.text.strip():
+        raise UserError("the prompt is empty; give --text some words to go on from")
     for flag in QUANTIZING_ONLY:
         if flag in values and not quantizing:
             raise UserError(f"{flag} is for quantizing: it needs {WBITS} and no --load")

@@ -147,7 +147,10 @@ def _quantize(
     if journal is None:
         paths["save"] = scratch / default_name(source.name, config, ".pt")
     outputs = api.Outputs(
-        **paths, format=arguments.format, quantize_embeddings=arguments.quantize_embeddings
+        **paths,
+        format=arguments.format,
+        quantize_embeddings=arguments.quantize_embeddings,
+        report=None if arguments.report is None else Path(arguments.report),
     )
     job = api.Job(
         config,

@@ -1,11 +1,16 @@
-"""Files and folders written whole or not at all."""
+"""Files and folders written whole or not at all.
+
+A folder can hold what is not ours. Only files for which `ours(name)` is true are ever replaced or
+removed in it.
+"""
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,19 +19,31 @@ from gptq.errors import UserError
 
 # What has this ending was left by a process that was killed while it wrote.
 PARTIAL = ".partial"
+# A folder without it is no model to any reader: it goes first and comes last.
+LAST = "config.json"
+
+Ours = Callable[[str], bool]
+"""Whether a name in a folder is one that this package writes."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def every_name(name: str) -> bool:
+    """`ours` for a folder that nobody else writes to."""
+    return True
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Write to the temporary path this gives; `path` then appears complete, or not at all.
 
-    The data is on disk before the name is. Raises UserError where the system refuses.
+    The data is on disk before the name is. Raises UserError if the system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    path = path.resolve() if path.is_symlink() else path
+    temporary = _temporary(path)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -37,66 +54,203 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: fill the temporary one this gives. An older `path` is replaced."""
-    start, older = f".{path.name}.", None
+def whole_folder(path: Path, ours: Ours = every_name) -> Iterator[Path]:
+    """The same for a folder: fill the temporary one this gives. An older `path` is replaced.
+
+    What is not ours in the older folder is in the new one too.
+    """
+    real = path.resolve()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(PARTIAL, start, path.parent))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(real / real.name if _stays_in_place(real) else real)
+        temporary.mkdir()
     except OSError as error:
         raise unwritable(path, error) from error
     try:
-        temporary.chmod(0o755)
         yield temporary
         for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            _sync(file)
         sync_folder(temporary)
-        if path.exists():
-            # Not deleted in place: a folder that lacks files must not be seen.
-            older = Path(tempfile.mkdtemp(PARTIAL, start, path.parent))
-            os.replace(path, older)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        if temporary.parent == real:
+            _fill(real, temporary, ours)
+        elif not real.exists():
+            os.replace(temporary, real)
+        else:
+            _exchange(temporary, real)
+            _move_others(temporary, real, ours)
+        sync_folder(real.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise _refused(path, error) from error
     finally:
-        for folder in filter(None, (temporary, older)):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_ours(temporary, ours)
 
 
-def check_writable(path: Path, folder: bool = False) -> None:
+def check_writable(path: Path, folder: bool = False, ours: Ours = every_name) -> None:
     """Raise UserError now, rather than after hours of work, if `path` could not be written.
 
-    A folder is written to only if it is new, empty, or a quantized checkpoint's.
+    A name is made and renamed where that will happen. A folder that exists is written to if it
+    has nothing that is ours, or a quantized checkpoint.
     """
-    if path.is_dir() and not folder:
-        raise UserError(f"{path}: is a folder; give the name of a file to write")
-    if folder and path.exists() and not _replaceable(path):
-        raise UserError(f"{path}: exists and is no quantized checkpoint; give a new folder")
     try:
+        if folder:
+            _check_folder(path, ours)
+            return
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file to write")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no ordinary file; give another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        real = path.resolve() if path.is_symlink() else path
+        first, second = _temporary(real), _temporary(real)
+        first.touch()
+        try:
+            os.replace(first, second)
+        finally:
+            for name in (first, second):
+                name.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def remove_partial(path: Path) -> None:
+def _check_folder(path: Path, ours: Ours) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give the name of a folder")
+    real = path.resolve()
+    if not real.name:
+        raise UserError(f"{path}: is the root of the file system; give a folder in it")
+    if path.is_dir() and not (path / "quantize_config.json").exists():
+        mine = sorted(entry.name for entry in path.iterdir() if ours(entry.name))
+        if mine:
+            raise UserError(
+                f"{path}: exists and is no quantized checkpoint, but has {mine[0]}; give a new "
+                "folder"
+            )
+    real.parent.mkdir(parents=True, exist_ok=True)
+    place = real / real.name if _stays_in_place(real) else real
+    first, second = _temporary(place), _temporary(place)
+    first.mkdir()
+    try:
+        os.replace(first, second)
+        if real.exists() and not os.access(real, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not real.exists():
+            os.replace(second, real)
+            real.rmdir()
+    finally:
+        for name in (first, second):
+            with contextlib.suppress(OSError):
+                name.rmdir()
+
+
+def check_apart(outputs: Sequence[Path], inputs: Sequence[Path], folder: Path | None) -> None:
+    """Raise UserError if writing the outputs would destroy one of them or an input.
+
+    folder: the output that is replaced as a whole, with whatever of ours is in it.
+    """
+    real_outputs: dict[Path, Path] = {}
+    for path in outputs:
+        if path.resolve() in real_outputs:
+            raise UserError(f"{path}: is asked for twice; give each output a path of its own")
+        real_outputs[path.resolve()] = path
+    outer = None if folder is None else folder.resolve()
+    for real, path in real_outputs.items():
+        if outer is not None and outer in real.parents:
+            raise UserError(f"{path}: lies inside {folder}, which is replaced; give paths apart")
+    for path in filter(Path.exists, inputs):
+        source = path.resolve()
+        if source in real_outputs or (outer is not None and outer in source.parents):
+            raise UserError(f"{path}: is read and would be replaced; give another output")
+        for real, output in real_outputs.items():
+            if source in real.parents and real.exists():
+                raise UserError(
+                    f"{output}: is a file of {path}, which is read; give a path outside of it"
+                )
+
+
+def remove_partial(path: Path, ours: Ours = every_name) -> None:
     """Remove what killed processes left while they wrote `path`, a file or folder.
 
-    For a caller who knows that no other process is writing it.
+    What is not ours goes back to the folder that it was in. For a caller who knows that no other
+    process is writing `path`.
     """
-    for left in path.parent.iterdir():
-        if left.name.startswith(f".{path.name}.") and left.name.endswith(PARTIAL):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
+    real = path.resolve()
+    pattern = re.compile(rf"\.{re.escape(real.name)}\.[^.]+{re.escape(PARTIAL)}")
+    for place in {path.parent, real.parent, real}:
+        for left in list(place.iterdir()) if place.is_dir() else ():
+            if not pattern.fullmatch(left.name):
+                continue
+            if not left.is_dir():
                 left.unlink(missing_ok=True)
+                continue
+            if real.is_dir():
+                _move_others(left, real, ours)
+            _remove_ours(left, ours)
 
 
-def _replaceable(path: Path) -> bool:
-    return path.is_dir() and ((path / "quantize_config.json").exists() or not any(path.iterdir()))
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+
+
+def _stays_in_place(folder: Path) -> bool:
+    """Whether a folder must not be renamed: a mount point, or one that the process is in."""
+    if not folder.is_dir():
+        return False
+    here = Path.cwd()
+    return os.path.ismount(folder) or folder == here or folder in here.parents
+
+
+def _fill(folder: Path, temporary: Path, ours: Ours) -> None:
+    """Move new files into a folder that stays in place, its own older ones replaced."""
+    new = {entry.name for entry in temporary.iterdir()}
+    for name in (LAST, *(entry.name for entry in folder.iterdir())):
+        if name == LAST or (ours(name) and name not in new and (folder / name).is_file()):
+            (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+    for name in sorted(new, key=lambda name: name == LAST):
+        os.replace(temporary / name, folder / name)
+
+
+def _exchange(temporary: Path, folder: Path) -> None:
+    """Swap two folders' names in one step, or, if the system cannot, in two that can be undone."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        paths = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(folder))
+        if renameat2(*paths, _RENAME_EXCHANGE) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    older = _temporary(folder)
+    os.replace(folder, older)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(older, folder)
+        raise
+    os.replace(older, temporary)
+
+
+def _move_others(older: Path, folder: Path, ours: Ours) -> None:
+    """Move what is not ours from an older folder to the one in its place."""
+    for entry in list(older.iterdir()):
+        mine = ours(entry.name) and not entry.is_dir()
+        if not mine and not (folder / entry.name).exists():
+            os.replace(entry, folder / entry.name)
+
+
+def _remove_ours(folder: Path, ours: Ours) -> None:
+    """Remove a temporary folder; anything in it that is not ours keeps it alive."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if ours(entry.name) and not entry.is_dir():
+            entry.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+" if os.access(file, os.W_OK) else "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _refused(path: Path, error: Exception) -> Exception:
@@ -114,7 +268,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given in a folder durable. Raises UserError where the system refuses."""
+    """Make names that were given in a folder durable. Raises UserError if the system refuses."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What decides the result of a run, as a journal remembers it."""
+"""What decides the blocks of a run, as a journal remembers it."""
 
 import hashlib
 import json
@@ -6,37 +6,64 @@ import json
 import torch
 from torch import nn
 
+from gptq import __version__
+from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
+from quant_cuda.cpu import library
+from quant_cuda.cuda import kernels
+
+# Settings of QuantConfig that no block depends on.
+WRITTEN_LATER = ("embedding_bits",)
 
 
 def fingerprint(source: ModelSource) -> str:
     """A short hash that tells models apart: configuration, embeddings, the first and last block.
 
-    The journal holds a hash of each of the other blocks, see `digest`.
+    The journal has a hash of each other block, see `digest`.
     """
-    found = hashlib.sha256(source.config.to_json_string().encode())
+    result = hashlib.sha256(source.config.to_json_string().encode())
     last = source.config.num_hidden_layers - 1
     parts = (*source.spec.embed, *(source.spec.block(index) for index in {0, last}))
     prefixes = tuple(f"{part}." for part in parts)
     for name in sorted(source.tensors):
         if name.startswith(prefixes):
-            found.update(name.encode())
-            found.update(source.tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+            result.update(name.encode())
+            result.update(source.tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return result.hexdigest()[:16]
 
 
 def digest(block: nn.Module) -> str:
-    """A short hash of a block's weights: of the sums of their bits, row by row."""
-    found = hashlib.sha256()
+    """A short hash of a block's weights: of their names, types and bytes."""
+    result = hashlib.sha256()
     for name, weight in block.named_parameters():
-        words = weight.detach().view(torch.int32 if weight.itemsize == 4 else torch.int16)
-        found.update(name.encode())
-        found.update(words.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        result.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        result.update(data.numpy().data)
+    return result.hexdigest()[:16]
 
 
-def identity(source: ModelSource, config: QuantConfig, **others: object) -> dict[str, object]:
-    """Everything that decides the result of a run, as the journal remembers it."""
-    known = {**config.to_dict(), "model": fingerprint(source), **others}
-    return json.loads(json.dumps(known, default=str))
+def identity(model: BlockwiseModel, config: QuantConfig, **others: object) -> dict[str, object]:
+    """Everything that decides the blocks of a run.
+
+    What the outputs are, their format and the bits of the embedding come later: finished blocks
+    can be written in any number of ways.
+    """
+    settings = {key: it for key, it in config.to_dict().items() if key not in WRITTEN_LATER}
+    parts = {
+        **settings,
+        "version": __version__,
+        "model": fingerprint(model.source),
+        "dtype": model.dtype,
+        "device": model.device.type,
+        "solver": _solver(model.device),
+        **others,
+    }
+    return json.loads(json.dumps(parts, default=str))
+
+
+def _solver(device: torch.device) -> str:
+    """Which code sweeps and refines: each rounds ties in its own way."""
+    if device.type == "cuda":
+        return "cuda" if kernels.available() else "torch"
+    return (*library.instruction_sets(), "torch")[0]

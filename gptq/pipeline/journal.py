@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -10,15 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from gptq.errors import UserError
-from gptq.files.atomic import PARTIAL, remove_partial, sync_folder, unwritable, whole_file
+from gptq.files.atomic import (
+    PARTIAL,
+    Ours,
+    every_name,
+    remove_partial,
+    sync_folder,
+    unwritable,
+    whole_file,
+)
 from gptq.files.opening import LazyTensors, open_tensors
 from gptq.files.safetensors_file import as_lazy, write_tensors
 from gptq.pipeline.team import Team
 
 _PARTS = "block-*.safetensors"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,9 @@ class Journal:
     def write(
         self, block: int, tensors: Mapping[str, Tensor], layers: list[dict], weights: str
     ) -> None:
-        """Make a block durable: its packed tensors, what the report says of its layers, and a
-        fingerprint of the weights it was made of."""
-        record = json.dumps({"weights": weights, "layers": layers})
+        """Make a block durable: its packed tensors with a hash of them, what the report says of its
+        layers, and a hash of the weights that it was made from."""
+        record = json.dumps({"weights": weights, "packed": _hash(tensors), "layers": layers})
         with whole_file(self.part(block)) as temporary:
             write_tensors(temporary, as_lazy(tensors), list(tensors), {"record": record})
 
@@ -57,22 +68,32 @@ class Journal:
                 f"{self.folder}: block {block} was made from another model's weights; delete the "
                 "folder to start afresh"
             )
-        return dict(opened), record["layers"]
+        tensors = dict(opened)
+        if record.get("packed") != _hash(tensors):
+            raise UserError(
+                f"{part}: is damaged; delete it, and --resume solves its block and those after it "
+                "again"
+            )
+        return tensors, record["layers"]
 
     def tensors(self) -> LazyTensors:
         """The packed tensors of all blocks, read when asked for."""
         return open_tensors(sorted(self.folder.glob(_PARTS)))
 
     def remove(self) -> None:
-        """Drop the journal, once the output is whole. Killed meanwhile, it leaves a shorter one."""
+        """Remove the blocks, once the output is whole. Killed meanwhile, it leaves fewer.
+
+        The folder and its lock go when the lock is let go: another run must not find it free.
+        """
         with contextlib.suppress(OSError):
             for part in sorted(self.folder.glob(_PARTS), reverse=True):
                 part.unlink()
-            shutil.rmtree(self.folder)
 
 
 def journal_folder(output: Path) -> Path:
     """Where the journal of the run that writes `output` is."""
+    # `.` and `..` have no name to put the ending to.
+    output = output.resolve() if output.name in ("", "..") else output
     return output.with_name(output.name + ".journal")
 
 
@@ -83,18 +104,25 @@ def finished_blocks(output: Path) -> int:
 
 @contextlib.contextmanager
 def open_journal(
-    outputs: Sequence[Path], identity: Mapping[str, object], resume: bool
+    outputs: Sequence[Path],
+    identity: Mapping[str, object],
+    resume: bool,
+    ours: Ours = every_name,
 ) -> Iterator[Journal]:
-    """The journal of the run that writes `outputs`, beside the first; all are locked against a
-    second run.
+    """The journal of the run that writes `outputs`; all are locked against a second run.
 
-    identity: whatever decides the result; a journal with another identity is refused.
+    It lies beside the first output, or beside another one if finished blocks are there.
+    identity: whatever decides the blocks; a journal with another identity is refused.
+    ours: as for `files.atomic`.
     Raises UserError when a journal is there without `resume`, is of another run, or is in use.
     """
-    with contextlib.ExitStack() as held:
-        folder, *_ = [held.enter_context(_locked(output)) for output in outputs]
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(_locked(output)) for output in outputs]
         for output in outputs:
-            remove_partial(output)
+            remove_partial(output, ours)
+        kept = [folder for folder in folders if any(folder.glob(_PARTS))]
+        same = [folder for folder in kept if _identity(folder) == dict(identity)]
+        folder = (*same, *kept, *folders)[0]
         journal = Journal(folder)
         shutil.rmtree(journal.scratch, ignore_errors=True)
         _take_up(folder, json.dumps(identity, indent=1, sort_keys=True), resume)
@@ -106,13 +134,17 @@ def open_journal(
 
 @contextlib.contextmanager
 def shared_journal(
-    team: Team, outputs: Sequence[Path], identity: Mapping[str, object], resume: bool
+    team: Team,
+    outputs: Sequence[Path],
+    identity: Mapping[str, object],
+    resume: bool,
+    ours: Ours = every_name,
 ) -> Iterator[Journal]:
     """`open_journal` by the first of several processes, for all of them."""
     with contextlib.ExitStack() as stack:
 
         def begin() -> str:
-            journal = stack.enter_context(open_journal(outputs, identity, resume))
+            journal = stack.enter_context(open_journal(outputs, identity, resume, ours))
             return str(journal.folder.resolve())
 
         yield Journal(Path(team.from_leader(begin)))
@@ -127,12 +159,32 @@ def _locked(output: Path) -> Iterator[Path]:
             yield folder
         finally:
             if not any(folder.glob(_PARTS)):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_folder(folder)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a journal without blocks, its lock last: whoever waits for that finds nothing left."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder / "scratch", ignore_errors=True)
+        for file in folder.iterdir():
+            if file.name != LOCK:
+                file.unlink()
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of tensors' names and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _lock(output: Path, folder: Path) -> TextIO:
     """Open and lock the folder's lock file, which is free again when it is closed."""
-    path = folder / "lock"
+    path = folder / LOCK
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +205,14 @@ def _lock(output: Path, folder: Path) -> TextIO:
         lock.close()
 
 
+def _identity(folder: Path) -> dict[str, object] | None:
+    """What a journal says decided its blocks; None if that cannot be read."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError):
+        return None
+
+
 def _take_up(folder: Path, identity: str, resume: bool) -> None:
     """Continue what is in the folder, or begin. Raises UserError as `open_journal`."""
     for left in folder.glob(f".*{PARTIAL}"):
@@ -169,12 +229,9 @@ def _take_up(folder: Path, identity: str, resume: bool) -> None:
             f"{folder}: holds {done} finished blocks of an earlier run; add --resume to continue "
             "it, or delete the folder to start afresh"
         )
-    try:
-        before, now = dict(json.loads(file.read_text())), json.loads(identity)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read; delete the folder {folder} to start afresh"
-        ) from error
+    before, now = _identity(folder), json.loads(identity)
+    if before is None:
+        raise UserError(f"{file}: cannot be read; delete the folder {folder} to start afresh")
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         raise UserError(

@@ -180,7 +180,7 @@ def test_what_cannot_be(dirs, tmp_path):
     refused("zero point of 0", path, tmp_path / "new", model=dirs["llama"], format="gptq")
     assert not (tmp_path / "new").exists()
     refused("--format x: choose one of", path, tmp_path / "new", model=dirs["llama"], format="x")
-    refused("is the checkpoint itself", path, path, model=dirs["llama"])
+    refused("is read and would be replaced", path, path, model=dirs["llama"])
     full = tmp_path / "full"
     shutil.copytree(dirs["llama"], full)
     refused("is no quantized checkpoint", path, full, model=dirs["llama"])

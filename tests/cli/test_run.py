@@ -283,9 +283,9 @@ def test_interrupted_and_resumed_is_byte_for_byte_the_same(run, tmp_path, text_f
     done = len(list(first.parent.glob("block-*")))
     assert 1 <= done < 12
     solved = []
-    solve = gptq.pipeline.blocks.solve
+    solve = gptq.pipeline.blocks.solve_layer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptq.pipeline.blocks.solve", lambda *a: solved.append(1) or solve(*a))
+        patch.setattr("gptq.pipeline.blocks.solve_layer", lambda *a: solved.append(1) or solve(*a))
         patch.chdir(tmp_path)
         run(*argv, "--save", "x.pt", "--resume")
         # Four groups of layers a block, of the blocks that were not finished.
@@ -304,7 +304,7 @@ def test_no_advice_to_resume_where_nothing_can_be(
 
     target = {
         "no output": "gptq.checkpoints.writing.write_pt",
-        "before the first layer": "gptq.pipeline.blocks.solve",
+        "before the first layer": "gptq.pipeline.blocks.solve_layer",
         "while evaluating": "gptq.inference.perplexity.perplexity",
     }[where]
     monkeypatch.setattr(target, stop)
@@ -525,10 +525,10 @@ class TestBadOutputs:
 
     def test_a_folder_of_something_else(self, here, refused, llama_dir, text_file):
         (here / "mine").mkdir()
-        (here / "mine" / "precious").touch()
+        (here / "mine" / "config.json").touch()
         argv = [llama_dir, text_file, *QUANTIZE, "--save-dir", "mine"]
-        refused("mine: exists and is no quantized checkpoint", *argv)
-        assert os.listdir(here / "mine") == ["precious"]
+        refused("mine: exists and is no quantized checkpoint, but has config.json", *argv)
+        assert os.listdir(here / "mine") == ["config.json"]
         assert os.listdir(here) == ["mine"]
 
     @pytest.mark.parametrize(

@@ -125,12 +125,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     folder.mkdir()
     check_writable(folder, folder=True)
     (folder / "precious").touch()
-    with pytest.raises(UserError, match="exists and is no quantized checkpoint; give a new"):
+    with pytest.raises(UserError, match="is no quantized checkpoint, but has precious; give a"):
         check_writable(folder, folder=True)
     (folder / "quantize_config.json").touch()
     check_writable(folder, folder=True)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="give a new folder"):
+    with pytest.raises(UserError, match="is a file; give the name of a folder"):
         check_writable(tmp_path / "file", folder=True)
     with pytest.raises(UserError, match="is a folder; give the name of a file"):
         check_writable(folder)
