@@ -21,12 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gptq
 from benchmarks import judge, scores
+from gptq.data.chat import belle_prompt
 from gptq.errors import UserError
 from gptq.files.atomic import whole_file
-from gptq.inference.generate import BELLE_PROMPT, text
+from gptq.inference.generate import text
 
 MEASURES = ("log-likelihood", "exact match", "ROUGE-L", "chrF", "judge")
-# What stands before the answer, as in BELLE's training; answers follow after a space.
+# What begins the next question, if the model goes on with one itself.
 END = ("\n\nHuman:", "\nHuman:")
 
 
@@ -74,13 +75,18 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
+def prompt_of(asked: Question) -> str:
+    """What is before the answer, as in BELLE's training; the answer follows after a space."""
+    return belle_prompt([{"role": "user", "content": asked.question}])
+
+
 @torch.no_grad()
 def log_likelihood(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Question
 ) -> float:
     """Mean log-probability, in nats, of each token of the reference answer after the question."""
-    prompt = tokenizer(BELLE_PROMPT.format(asked.question))["input_ids"]
-    whole = tokenizer(f"{BELLE_PROMPT.format(asked.question)} {asked.answer}")["input_ids"]
+    prompt = tokenizer(prompt_of(asked))["input_ids"]
+    whole = tokenizer(f"{prompt_of(asked)} {asked.answer}")["input_ids"]
     # Where the tokens of the two part: a piece may reach over the end of the prompt.
     known = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
@@ -97,7 +103,7 @@ def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Question, new_tokens: int
 ) -> str:
     """What the model writes, up to where it would go on with the next question itself."""
-    written = text(model, tokenizer, BELLE_PROMPT.format(asked.question), new_tokens)
+    written = text(model, tokenizer, prompt_of(asked), new_tokens)
     for end in END:
         written = written.partition(end)[0]
     return written.strip()

@@ -1,4 +1,4 @@
-"""What the machine offers: where to compute, in which type, and how much memory was used."""
+"""Where to compute, in which dtype, and how much memory is free or was used."""
 
 import re
 import resource
@@ -21,20 +21,20 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 6GiB, 500MB or 2.5G. Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    unit = None if found is None else {**_UNITS, **_BINARY_UNITS}.get(found[2])
-    if found is None or unit is None or float(found[1]) == 0:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    unit = None if size is None else {**_UNITS, **_BINARY_UNITS}.get(size[2])
+    if size is None or unit is None or float(size[1]) == 0:
         raise UserError(f"--max-memory {text} is not a size: give one such as 6GiB or 500MB")
-    return int(float(found[1]) * unit)
+    return int(float(size[1]) * unit)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be had without driving anything out: of a GPU's memory or the machine's."""
+    """Bytes that can be allocated without swapping: of a GPU's memory or the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
-    free = int(found[1]) * 1024 if found else 2**62
-    # What a container may have is not in meminfo.
+    entry = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(entry[1]) * 1024 if entry else 2**62
+    # meminfo is of the whole machine; a container's limit is in its control group.
     limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
 
@@ -47,8 +47,11 @@ def _read(path: str) -> str:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; without one, a GPU if there is one: each of the processes of one
-    run takes its own. Raises UserError."""
+    """The device of that name; for None a GPU if there is one, of the processes that torchrun
+    started one for each.
+
+    Raises UserError for a device that is unknown or cannot be used.
+    """
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -63,7 +66,11 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str | None, device: torch.device, stored: object) -> torch.dtype:
-    """The type of activations: float32 on a CPU, on a GPU the model's own 16-bit type."""
+    """The dtype of activations by name; for None float32 on a CPU, and on a GPU `half_dtype`.
+
+    stored: the dtype in the model's configuration, if it has one.
+    Raises UserError for an unknown name.
+    """
     if name is not None:
         if name not in _DTYPES:
             raise UserError(f"--dtype {name} is not known; choose one of {', '.join(_DTYPES)}")
@@ -73,7 +80,7 @@ def pick_dtype(name: str | None, device: torch.device, stored: object) -> torch.
 
 def calibration_dtype(name: str | None, device: torch.device, stored: object) -> torch.dtype:
     """As `pick_dtype`, for the forward that calibrates: on a CPU a model that is stored in bfloat16
-    stays in it where matrix units multiply that, so that no weight is rounded."""
+    stays in it if matrix units multiply that."""
     if name is None and device.type == "cpu" and stored == torch.bfloat16 and has_matrix_units():
         return torch.bfloat16
     return pick_dtype(name, device, stored)
@@ -81,16 +88,17 @@ def calibration_dtype(name: str | None, device: torch.device, stored: object) ->
 
 def has_matrix_units() -> bool:
     """Whether this processor has AMX, as far as torch can tell."""
+    # The default is `bool`, which returns False, for versions of torch without that function.
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def half_dtype(stored: object) -> torch.dtype:
-    """The 16-bit type that a model is stored in; float16 where it is stored wider."""
+    """The 16-bit dtype that a model is stored in; float16 if it is stored in another dtype."""
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget earlier peaks, where the device's allocator can; a process's peak cannot be reset."""
+    """Forget earlier peaks of a GPU's allocator; a process's peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -99,6 +107,6 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU the allocator's peak, on a CPU the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # getrusage would count the process that started this one, where that was larger.
-    found = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # getrusage counts the process that started this one, if that was larger.
+    entry = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
+    return 1024 * (int(entry[1]) if entry else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

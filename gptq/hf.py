@@ -1,4 +1,4 @@
-"""Quantized models in transformers' own `from_pretrained`, and in PEFT."""
+"""Quantized models through transformers' own `from_pretrained`, and through PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """From now on transformers loads GPTQ checkpoints with this package alone.
+    """Let transformers load GPTQ checkpoints with this package, in this process from now on.
 
     `AutoModelForCausalLM.from_pretrained(folder)` and all that builds on it then work for any
     architecture of transformers, without optimum and GPTQModel. Calling it again changes nothing.
@@ -37,7 +37,10 @@ def register() -> None:
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts QuantLinear where a checkpoint has packed layers; transformers does all the rest."""
+    """Replaces the layers that a checkpoint has packed by QuantLinear; transformers does the rest.
+
+    Raises UserError for a model without files and for layouts of early tools.
+    """
 
     requires_calibration = True
 
@@ -47,16 +50,16 @@ class PackedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         if not files:
             raise UserError("a quantized model needs its files: give from_pretrained a folder")
-        self.checkpoint = _place(model, files)
+        self.checkpoint = _attach(model, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        # Saved again, the model says what its zero points are rather than what its file said.
+        # For save_pretrained: the zero points as they are in memory, whatever the file declared.
         config: Any = self.quantization_config
         config.format = "gptq" if self.checkpoint.zero_offset else "gptq_v2"
         cpu_decode.install(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
-        # A configuration gives the name that from_pretrained was given.
+        # transformers passes a string if from_pretrained got one.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
@@ -70,12 +73,12 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True: the packed words stay as they are, what is added to them learns."""
+        """True: adapters are trained; the packed weights stay as they are."""
         return True
 
 
 def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    """The same layer as numbers of `dtype`."""
+    """A dequantized copy of a layer: weight `dtype` (out, in), bias `dtype` (out,) or None."""
     bias = layer.bias is not None
     linear = nn.Linear(layer.in_features, layer.out_features, bias, "meta", dtype)
     linear.weight = nn.Parameter(dequantize(layer.packed(), dtype).T.contiguous())
@@ -87,12 +90,14 @@ def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
 def _dense_embedding(
     model: PreTrainedModel, name: str, layer: QuantEmbedding, dtype: torch.dtype
 ) -> None:
+    """Replace the embedding of that name by a dequantized copy, and a head that is tied to it."""
     weight = nn.Parameter(dequantize(layer.packed(), dtype).T.contiguous())
     head = model.get_output_embeddings()
     if isinstance(head, TiedHead):
         linear = nn.Linear(layer.in_features, layer.out_features, False, "meta", dtype)
         linear.weight = weight
         model.set_output_embeddings(linear)
+        # _attach hid the class's own names of tied weights by an empty dictionary.
         del model._tied_weights_keys
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     embedding = nn.Embedding(layer.out_features, layer.in_features, device="meta", dtype=dtype)
@@ -101,7 +106,7 @@ def _dense_embedding(
 
 
 def lora(config: LoraConfig) -> LoraConfig:
-    """Let PEFT put its adapters on packed layers; returns the same configuration.
+    """Let PEFT put LoRA adapters on packed layers; returns the same configuration, changed.
 
     For `get_peft_model(model, lora(LoraConfig(...)))`, and for a saved adapter
     `PeftModel.from_pretrained(model, folder, config=lora(LoraConfig.from_pretrained(folder)))`.
@@ -112,14 +117,15 @@ def lora(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _place(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
+def _attach(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
+    """Replace the layers that these files of one folder have packed, before their weights load."""
     folder = files[0].parent
     stored = open_tensors(files)
     spec = SPECS.get(model.config.model_type)
     tensors = stored if spec is None else stored.renamed(to_todays_names(spec))
-    tensors = tensors.renamed(_own_names(model))
-    # A bias that is all zeros is in the file: transformers would find no place for it.
-    # transformers calls this where new tensors are made without memory.
+    tensors = tensors.renamed(_renaming(model))
+    # keep_bias: transformers reads every tensor of the file, a bias of zeros too, into a module.
+    # It calls this while "meta" is the default device, on which modules would have no memory.
     with torch.device("cpu"):
         checkpoint = place(model, folder, tensors, folder_settings(folder), keep_bias=True)
     if not checkpoint.as_stored:
@@ -128,12 +134,12 @@ def _place(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
             "date with 'python -m gptq.convert'"
         )
     if isinstance(model.get_output_embeddings(), TiedHead):
-        # They are one already; transformers would look for a weight to tie.
+        # A TiedHead reads the embedding's weight itself; transformers would look for one to tie.
         model._tied_weights_keys = {}
         model.all_tied_weights_keys = {}
     for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)
-        # transformers casts what it reads to the type that it finds.
+        # transformers casts a tensor that it reads to the dtype of the buffer that it replaces.
         for key in ("scales", "bias"):
             if f"{layer.name}.{key}" in tensors:
                 dtype = tensors.dtype(f"{layer.name}.{key}")
@@ -141,8 +147,9 @@ def _place(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
     return checkpoint
 
 
-def _own_names(model: PreTrainedModel) -> Callable[[str], str]:
-    """From the names in a file to those of a model with or without its head."""
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """From names in a file to the model's: a model without its head lacks a prefix that files have,
+    and the other way round."""
     modules = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
 

@@ -11,27 +11,31 @@ import quant_cuda
 from quant_cuda import PackedWeight, PreparedWeight
 from quant_cuda.cpu import half_matmul
 from quant_cuda.packing import pack, pack_zeros, words_for
-from quant_cuda.weight import AnyWeight, group_count
+from quant_cuda.weight import AnyWeight, group_count, natural_groups
 
 if TYPE_CHECKING:
     from gptq.solver.solution import Solution
 
-# Tensors of a packed module that keep their own type whatever the model's.
+# Tensors of a packed module that keep their own dtype when the model's changes.
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
-# Those that are let go while the layer is prepared.
-PREPARED = ("qweight", "qzeros", "scales")
+# Those that are freed while a prepared weight replaces them.
+FREED_IF_PREPARED = ("qweight", "qzeros", "scales")
 
 
 class PackedModule(nn.Module):
-    """Holds a packed weight. Its state_dict is the checkpoint's own layout.
+    """Holds a packed weight. Its state_dict has the checkpoint's layout.
 
     Buffers, as docs/format.md defines them: `qweight` int32 (in*bits/32, out), `qzeros` int32
-    (groups, out*bits/32), `scales` float16 (groups, out), and where the layer has them `g_idx`
-    int32 (in,) and `bias` (out,).
+    (groups, out*bits/32), `scales` float16 (groups, out), and if the layer has them `g_idx`
+    int32 (in,) and `bias` floating (out,).
 
-    `prepare` puts the integers in the order that the device's kernels read
-    and lets the buffers go. What asks for them (an attribute, state_dict, a move to another device)
-    gets them back bit for bit.
+    `prepare` puts the integers in the order that the device's kernels read and frees the buffers.
+    An attribute, state_dict or a move to another device restores them, bit for bit.
+
+    in_features, out_features: of the weight (in, out).
+    group_size: inputs in a group; -1 means that all inputs are one group.
+    groups: rows of `scales`; by default as many as `group_size` makes of the inputs.
+    zero_offset: what `qzeros` are stored less; 1 for format "gptq", 0 for "gptq_v2".
     """
 
     qweight: Tensor
@@ -78,7 +82,7 @@ class PackedModule(nn.Module):
             qweight=self.qweight,
             qzeros=self.qzeros,
             scales=self.scales,
-            g_idx=self._unnatural_g_idx(),
+            g_idx=self._g_idx_if_needed(),
             bits=self.bits,
             group_size=self.group_size,
             in_features=self.in_features,
@@ -86,13 +90,14 @@ class PackedModule(nn.Module):
         )
 
     def prepare(self) -> AnyWeight:
-        """The weight as the kernels read it, ready for many products."""
+        """The weight as the device's kernels read it, for many matmuls; in the checkpoint's layout
+        if no kernel takes it."""
         if self._prepared is None:
             prepared = quant_cuda.prepare(self.packed())
             if not isinstance(prepared, PreparedWeight):
                 return prepared
             self._prepared = prepared
-            for name in PREPARED:
+            for name in FREED_IF_PREPARED:
                 self._buffers[name] = None
         return self._prepared
 
@@ -102,29 +107,32 @@ class PackedModule(nn.Module):
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
 
-    def _unnatural_g_idx(self) -> Tensor | None:
-        """g_idx where groups are not runs of neighbours; None lets kernels take the short way."""
+    def _g_idx_if_needed(self) -> Tensor | None:
+        """g_idx; None if groups are runs of consecutive inputs, which kernels read faster."""
         if self.g_idx is None:
             return None
-        size = self.in_features if self.group_size == -1 else self.group_size
-        inputs = torch.arange(self.in_features, device=self.g_idx.device, dtype=self.g_idx.dtype)
-        return None if torch.equal(self.g_idx, inputs // size) else self.g_idx
+        natural = natural_groups(self.in_features, self.group_size, self.g_idx.device)
+        return None if torch.equal(self.g_idx, natural.to(self.g_idx.dtype)) else self.g_idx
 
-    # What follows makes the buffers whole again before something looks at them.
+    # ---------------------------------------------------------------------------------------------
+    # Why nn.Module's own methods are overridden: while the weight is prepared, the freed buffers
+    # are None. Each way to read, replace or move a buffer restores them first. state_dict alone
+    # makes copies instead, so that saving a model does not undo its preparation.
+    # ---------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
         if self._prepared is not None:
             packed, self._prepared = quant_cuda.restore(self._prepared), None
-            for name in PREPARED:
+            for name in FREED_IF_PREPARED:
                 self._buffers[name] = getattr(packed, name)
 
     def __getattr__(self, name: str):
-        if name in PREPARED and self.__dict__.get("_prepared") is not None:
+        if name in FREED_IF_PREPARED and self.__dict__.get("_prepared") is not None:
             self._restore()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if name in PREPARED and self.__dict__.get("_prepared") is not None:
+        if name in FREED_IF_PREPARED and self.__dict__.get("_prepared") is not None:
             self._restore()
         super().__setattr__(name, value)
 
@@ -140,9 +148,9 @@ class PackedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._prepared is not None:
             packed = quant_cuda.restore(self._prepared)
-            # In the order that the buffers were registered in.
+            # g_idx and bias go last, in the order in which __init__ registers the buffers.
             rest = {name: destination.pop(prefix + name, None) for name in ("g_idx", "bias")}
-            for name in PREPARED:
+            for name in FREED_IF_PREPARED:
                 destination[prefix + name] = getattr(packed, name)
             for name, tensor in rest.items():
                 if tensor is not None:
@@ -150,10 +158,10 @@ class PackedModule(nn.Module):
 
 
 class QuantLinear(PackedModule):
-    """Takes the place of nn.Linear. The first forward prepares its weight."""
+    """Replaces nn.Linear. The first forward prepares its weight."""
 
     int8_activations = False
-    """Round activations to 8 bits a group where the product is taken; see quant_cuda.matmul."""
+    """Whether matmuls round activations to 8 bits, see `quant_cuda.matmul`."""
     backend: str | None = None
     """One of quant_cuda.available(); None takes the best."""
 
@@ -171,7 +179,7 @@ class QuantLinear(PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in x's dtype."""
+        """x floating (..., in) to (..., out), in x's dtype."""
         weight = self._prepared or self.prepare()
         return quant_cuda.matmul(
             x, weight, self.backend, bias=self._buffers["bias"], int8=self.int8_activations
@@ -179,14 +187,14 @@ class QuantLinear(PackedModule):
 
 
 class QuantEmbedding(PackedModule):
-    """Takes the place of nn.Embedding: the weight of a linear layer from `embedding_dim` inputs to
-    an output for each token, of which single rows are unpacked.
+    """Replaces nn.Embedding. Its weight (embedding_dim, num_embeddings) is packed like a linear
+    layer's with an output for each token; a forward unpacks the rows of its tokens alone.
 
-    It is prepared only where a TiedHead multiplies by it too.
+    It is prepared only if a TiedHead multiplies by it too.
     """
 
     like: Tensor
-    """Empty; of the type that embeddings are to have."""
+    """Empty; a buffer, so that `model.to(dtype)` changes the dtype of the embeddings."""
 
     def __init__(
         self,
@@ -213,17 +221,17 @@ class QuantEmbedding(PackedModule):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (...) to their rows (..., embedding_dim)."""
+        """tokens, integer (...), to embeddings (..., embedding_dim) in the dtype of `like`."""
         rows = quant_cuda.rows(self._prepared or self.packed(), tokens)
         return rows.to(self.like.dtype)
 
 
 class HalfHead(nn.Linear):
-    """An output head whose weight is float16 or bfloat16 where activations are float32: a CPU reads
-    half as much for each token."""
+    """An output head with a float16 or bfloat16 weight for float32 activations: a CPU reads half as
+    much memory for each token."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) to (..., out), in its dtype."""
+        """input floating (..., in) to (..., out), in input's dtype."""
         weight = self.weight
         differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         traced = torch.compiler.is_compiling()
@@ -233,16 +241,16 @@ class HalfHead(nn.Linear):
 
 
 class TiedHead(nn.Module):
-    """An output head that multiplies by the embedding's weight; it holds nothing itself."""
+    """An output head that multiplies by the embedding's weight; it has no tensors itself."""
 
     embedding: QuantEmbedding
     int8_activations = False
     backend: str | None = None
-    """Both as a QuantLinear's."""
+    """Both as in QuantLinear."""
 
     def __init__(self, embedding: QuantEmbedding) -> None:
         super().__init__()
-        # Kept out of the modules, so that its tensors are in one place alone.
+        # nn.Module would register it as a submodule, and its tensors be in state_dict twice.
         object.__setattr__(self, "embedding", embedding)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda.packing import fields, unpack, unpack_zeros
-from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight, group_length
+from quant_cuda.weight import MAX_RUN, AnyWeight, PackedWeight, group_length, natural_groups
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -52,11 +52,6 @@ def dequantized(q: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tens
     work = torch.promote_types(torch.float32, scales.dtype)
     group = group.long()
     return ((q.to(work) - zeros.to(work)[group]) * scales.to(work)[group]).T
-
-
-def natural_groups(inputs: int, group_size: int, device: torch.device) -> Tensor:
-    """Group of each input if groups are runs of neighbours: int64 (in,)."""
-    return torch.arange(inputs, device=device) // group_length(inputs, group_size)
 
 
 def matmul(

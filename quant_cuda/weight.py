@@ -148,3 +148,13 @@ def group_length(in_features: int, group_size: int) -> int:
 def group_count(in_features: int, group_size: int) -> int:
     """Groups in `in_features` inputs; the last may be short, and -1 is one group of all."""
     return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def natural_groups(
+    in_features: int, group_size: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Group of each input if groups are runs of consecutive inputs: int64 (in,).
+
+    group_size: inputs in a group, the last of which may be short; -1 is one group of all.
+    """
+    return torch.arange(in_features, device=device) // group_length(in_features, group_size)

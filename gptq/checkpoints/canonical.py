@@ -26,6 +26,7 @@ from gptq.nn import PackedModule, QuantEmbedding
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
 from quant_cuda.reference import rows
+from quant_cuda.weight import natural_groups
 
 # Outputs whose weights are dequantized at a time.
 _CHUNK = 8192
@@ -236,8 +237,7 @@ def _g_idx(tensors: LazyTensors, layer: PackedLayer) -> Tensor:
     g_idx = tensors.get(f"{layer.name}.g_idx")
     if g_idx is not None:
         return g_idx
-    size = layer.inputs if layer.group_size == -1 else layer.group_size
-    return torch.arange(layer.inputs, dtype=torch.int32) // size
+    return natural_groups(layer.inputs, layer.group_size).to(torch.int32)
 
 
 # What the tensors say ------------------------------------------------------------------------

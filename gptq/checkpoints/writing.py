@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.settings import CONFIG_NAME, SETTINGS_KEY
+from gptq.data.chat import BELLE_TEMPLATE
 from gptq.device import half_dtype
 from gptq.errors import UserError
 from gptq.files.atomic import whole_file, whole_folder
@@ -16,13 +17,6 @@ from gptq.files.opening import LazyTensors
 from gptq.files.safetensors_file import nbytes, shards, write_tensors
 from gptq.files.torch_file import write_state_dict
 
-# What generate.chat_prompt writes, for programs that ask the tokenizer.
-BELLE_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
-    "{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
-)
 # More than this in a folder goes into several files with an index.
 SHARD_BYTES = 5_000_000_000
 # The key of CONTAINERS for folders; files have their ending.

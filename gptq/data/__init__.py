@@ -1,4 +1,4 @@
 """Text as windows of token ids, from data sets by name and from local files.
 
-It knows no model: a tokenizer is handed to it.
+It must not know models: a tokenizer is an argument.
 """

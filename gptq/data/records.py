@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gptq.data.chat import ROLES, Message, belle_text
 from gptq.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,15 +14,17 @@ KNOWN_FIELDS = (
     "text (a string), messages or conversations (a list of role/content or from/value), "
     "instruction/input/output or input/target (strings)"
 )
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-_SPEAKERS = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
 
 def record_text(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a record known by its fields, "" if what it should hold is null.
+    """The text of a record, "" if the field that should hold it is null.
 
-    where: the record's place, for messages. Raises UserError for a record that is not of
-    KNOWN_FIELDS, a message that is not one, and a chat template that refuses the messages.
+    record: a parsed JSON value or Parquet row with the fields of KNOWN_FIELDS.
+    where: the record's place in its file, for error messages.
+    tokenizer: its chat template, if it has one, writes lists of messages.
+    Raises UserError for a record with other fields, a message without role and content, an unknown
+    role, and a chat template that refuses the messages.
     """
     if not isinstance(record, dict):
         raise UserError(f"{where}: is of type {type(record).__name__}, not an object with fields")
@@ -30,49 +33,54 @@ def record_text(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> 
         case {"text": str(text)}:
             return text
         case {"messages": list(messages)} | {"conversations": list(messages)}:
-            return _chat([_turn(message, where) for message in messages], where, tokenizer)
-        case {"instruction": str(asked), "output": str(answer), **others}:
-            asked += str(others.get("input", ""))
-            return _dialogue([("user", asked), ("assistant", answer)], where)
-        case {"input": str(asked), "target": str(answer)}:
-            return _dialogue([("user", asked), ("assistant", answer)], where)
+            return _chat_text([_message(message, where) for message in messages], where, tokenizer)
+        case {"instruction": str(question), "output": str(answer), **others}:
+            return _question_text(question + str(others.get("input", "")), answer)
+        case {"input": str(question), "target": str(answer)}:
+            return _question_text(question, answer)
     nulls = record.keys() - filled.keys()
     if nulls & {"text", "messages", "conversations", "output", "target"}:
         return ""
-    found = ", ".join(f"{field} ({type(value).__name__})" for field, value in filled.items())
-    raise UserError(f"{where}: has the fields {found or 'none'}, but needs {KNOWN_FIELDS}")
+    fields = ", ".join(f"{field} ({type(value).__name__})" for field, value in filled.items())
+    raise UserError(f"{where}: has the fields {fields or 'none'}, but needs {KNOWN_FIELDS}")
 
 
-def _turn(message: Any, where: str) -> tuple[str, str]:
-    """(role, content) of a chat message in OpenAI's or ShareGPT's naming."""
+def _message(message: Any, where: str) -> Message:
+    """A chat message in OpenAI's naming (role, content), from that or ShareGPT's (from, value)."""
     match message:
         case {"role": str(role), "content": str(content)} | {
             "from": str(role),
             "value": str(content),
         }:
-            return _ROLES.get(role, role), content
+            return {"role": _ROLE_ALIASES.get(role, role), "content": content}
     raise UserError(f"{where}: a message is not an object with role and content, both strings")
 
 
-def _chat(turns: list[tuple[str, str]], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not turns or not tokenizer.chat_template:
-        return _dialogue(turns, where)
+def _question_text(question: str, answer: str) -> str:
+    """One question and its answer in BELLE's form, whatever the tokenizer's chat template."""
+    return belle_text(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    )
+
+
+def _chat_text(messages: list[Message], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if messages and tokenizer.chat_template:
+        return _templated_text(messages, where, tokenizer)
+    for message in messages:
+        if (role := message["role"]) not in ROLES:
+            raise UserError(f"{where}: unknown role {role}; rename it to user or assistant")
+    return belle_text(messages)
+
+
+def _templated_text(messages: list[Message], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     import jinja2
 
-    messages = [{"role": role, "content": content} for role, content in turns]
+    turns = [dict(message) for message in messages]
     try:
         # Some templates write today's date unless given one; calibration must not depend on it.
-        text = tokenizer.apply_chat_template(messages, tokenize=False, date_string="1 Jan 2025")
+        text = tokenizer.apply_chat_template(turns, tokenize=False, date_string="1 Jan 2025")
     except jinja2.TemplateError as error:
         raise UserError(
             f"{where}: the tokenizer's chat template refuses the messages ({error}); mend them"
         ) from error
     return str(text)
-
-
-def _dialogue(turns: list[tuple[str, str]], where: str) -> str:
-    """BELLE's prompt form: `Human: …`, an empty line, `Assistant: …`."""
-    for role, _ in turns:
-        if role not in _SPEAKERS:
-            raise UserError(f"{where}: unknown role {role}; rename it to user or assistant")
-    return "\n\n".join(_SPEAKERS[role] + content for role, content in turns)

@@ -1,4 +1,4 @@
-"""One token after another, with nothing to do between two of them on a GPU but replay a graph."""
+"""Decoding one token after another; on a GPU each step replays one captured CUDA graph."""
 
 import inspect
 from collections.abc import Callable
@@ -10,58 +10,67 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-WARM_UP = 2
+WARM_UP_STEPS = 2
 
 
 @torch.no_grad()
 def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
-    """A function that takes the next token's id, (1, 1), and returns its logits (1, 1, vocab).
+    """A function from the next token's id, int64 (1, 1), to its logits (1, 1, vocab).
 
-    On a CPU the cache is the one that generate takes. On a GPU it has room for `length` tokens;
-    each step replays one captured CUDA graph, and the next overwrites its logits.
+    It starts at the first position and keeps the key-value cache. On a GPU the cache holds `length`
+    tokens, and each step overwrites the logits of the one before.
     """
     device = model.device
-    # transformers 5.24 has renamed it, and warns of the old name.
-    renamed = "cache" in inspect.signature(model.forward).parameters
-    past = "cache" if renamed else "past_key_values"
+    # transformers 5.24 has renamed the argument, and warns of the old name.
+    is_renamed = "cache" in inspect.signature(model.forward).parameters
+    cache_argument = "cache" if is_renamed else "past_key_values"
     if device.type != "cuda":
-        held = {past: DynamicCache(config=model.config)}
+        arguments = {cache_argument: DynamicCache(config=model.config)}
 
         def step(next_token: Tensor) -> Tensor:
             with torch.no_grad():
-                return model(input_ids=next_token, use_cache=True, **held).logits
+                return model(input_ids=next_token, use_cache=True, **arguments).logits
 
         return step
 
-    size = max(length, WARM_UP + 1)
+    # The warm-up steps and the captured one take a position of the cache each.
+    size = max(length, WARM_UP_STEPS + 1)
     cache = StaticCache(config=model.config, max_cache_len=size)
-    # Without a mask, BLOOM in transformers 5.17 makes its alibi as long as the tokens seen, not as
-    # the cache. The places yet to be filled are masked all the same, by causality.
-    alibi = model.config.model_type == "bloom"
-    mask = torch.ones((1, size), dtype=torch.long, device=device) if alibi else None
+    # Without a mask, BLOOM in transformers 5.17 makes its ALiBi terms as long as the tokens so far,
+    # not as the cache. Causality masks the positions that are not written yet in any case.
+    is_bloom = model.config.model_type == "bloom"
+    mask = torch.ones((1, size), dtype=torch.long, device=device) if is_bloom else None
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
 
     def forward() -> Tensor:
-        arguments = {"attention_mask": mask, "use_cache": True, past: cache}
+        arguments = {"attention_mask": mask, "use_cache": True, cache_argument: cache}
         return model(input_ids=token, **arguments).logits
 
+    # ---------------------------------------------------------------------------------------------
+    # Why forwards run before the capture: the first one makes what a capture forbids or would
+    # record (the cache's tensors, cuBLAS handles, prepared weights, compiled Triton kernels). torch
+    # asks for a stream other than the default one for them. The capture records addresses, so that
+    # cache.reset() afterwards, which zeroes the cache and its position in place, keeps it valid.
+    # ---------------------------------------------------------------------------------------------
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):
-        for _ in range(WARM_UP):  # what is made at first use must not be made in the graph
+        for _ in range(WARM_UP_STEPS):
             forward()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph), _FilledNumbers():
+    with torch.cuda.device(device), torch.cuda.graph(graph), _ScalarTensorsByFill():
         logits = forward()
     cache.reset()
-
     return partial(_replay, graph, token, logits, (cache, mask))
 
 
-class _FilledNumbers(TorchFunctionMode):
-    """torch.tensor of one number, which a captured graph cannot copy from the CPU, as a fill:
-    BLOOM's mask in transformers 5 is made with such a number."""
+class _ScalarTensorsByFill(TorchFunctionMode):
+    """Makes `torch.tensor(number)` a fill on the GPU.
+
+    It is a copy from the CPU otherwise, which a graph cannot capture. BLOOM's mask in
+    transformers 5 is made with such a tensor.
+    """
 
     def __torch_function__(
         self,
@@ -77,10 +86,17 @@ class _FilledNumbers(TorchFunctionMode):
 
 
 def _replay(
-    graph: torch.cuda.CUDAGraph, token: Tensor, logits: Tensor, _held: object, next_token: Tensor
+    graph: torch.cuda.CUDAGraph,
+    token: Tensor,
+    logits: Tensor,
+    _kept_alive: object,
+    next_token: Tensor,
 ) -> Tensor:
-    """The next step of a captured graph, which holds none of the tensors that it reads and writes:
-    those which nothing else holds are `_held`."""
+    """One step of a captured graph.
+
+    A graph keeps the addresses of the tensors that it reads and writes, not the tensors;
+    `_kept_alive` are those that nothing else refers to.
+    """
     token.copy_(next_token)
     graph.replay()
     return logits

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from gptq.data.chat import Message, chat_prompt
 from gptq.device import peak_memory, reset_peak_memory
 from gptq.errors import UserError
 from gptq.inference.cuda_graph import stepper
-
-BELLE_PROMPT = "Human: {}\n\nAssistant:"
 
 
 @torch.no_grad()
@@ -25,14 +24,15 @@ def text(
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
 ) -> str:
-    """What the model writes after `prompt`, greedily.
+    """The model's greedy continuation of `prompt`.
 
+    streamer: gets the tokens as they are generated.
     Raises UserError for a prompt of no tokens.
     """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if encoded["input_ids"].shape[1] == 0:
         raise UserError("the prompt is empty; give the model some text to go on from")
-    return _continue(model, tokenizer, encoded, max_new_tokens, streamer)
+    return _continuation(model, tokenizer, encoded, max_new_tokens, streamer)
 
 
 def chat(
@@ -42,55 +42,38 @@ def chat(
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
 ) -> Iterator[str]:
-    """Answer each line, remembering those before.
-
-    Turns take the tokenizer's chat template, or BELLE's `Human: ...\\n\\nAssistant:` without one.
-    """
-    messages: list[dict[str, str]] = []
+    """Answer each line, given those before it and their answers; a line is read once the answer
+    before it is taken. Conversations become text as `data.chat.chat_prompt` has it."""
+    messages: list[Message] = []
     for line in lines:
         messages.append({"role": "user", "content": line})
         encoded = tokenizer(
             chat_prompt(tokenizer, messages),
             return_tensors="pt",
             return_token_type_ids=False,
-            # A template writes its own beginning of text.
+            # A chat template writes its own beginning of text.
             add_special_tokens=tokenizer.chat_template is None,
         )
-        answer = _continue(model, tokenizer, encoded, max_new_tokens, streamer).strip()
+        answer = _continuation(model, tokenizer, encoded, max_new_tokens, streamer).strip()
         messages.append({"role": "assistant", "content": answer})
         yield answer
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The text of a conversation so far, up to where the assistant is to go on."""
-    if tokenizer.chat_template is not None:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    answered = [message["content"] for message in messages if message["role"] == "assistant"]
-    turns = [BELLE_PROMPT.format(question) for question in asked]
-    return (
-        "\n\n".join(f"{turn} {answer}" for turn, answer in zip(turns, answered, strict=False))
-        + ("\n\n" if answered else "")
-        + turns[-1]
-    )
-
-
 @dataclass(frozen=True)
 class Latency:
-    """One token after another, batch of one."""
+    """What `benchmark` measured: one token after another, batch size 1."""
 
     tokens: int
     seconds: tuple[float, ...]
     """Of each token after the first, which also warms up."""
     peak_memory: int
-    """Bytes, see `machine.peak_memory`."""
+    """Bytes, as `gptq.device.peak_memory` counts them."""
     perplexity: float | None
-    """exp of the mean cross entropy of the tokens fed, where it was asked for."""
+    """exp of the mean cross entropy of the tokens; None if it was not asked for."""
 
     @property
     def median(self) -> float:
+        """Seconds."""
         return statistics.median(self.seconds)
 
     @property
@@ -105,19 +88,21 @@ def benchmark(
     check: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Latency:
-    """Feed tokens (n,) one by one with a key-value cache and time each step.
+    """Feed tokens int64 (n,) one by one with a key-value cache and time each step.
 
-    On a GPU a step is the replay of one CUDA graph, see `decode.stepper`.
+    On a GPU a step replays one CUDA graph, see `cuda_graph.stepper`.
+    check: also compute the perplexity of the tokens, outside of the times.
+    progress: called with (tokens done, tokens in all).
     """
     device = model.device
     reset_peak_memory(device)
     step = stepper(model, len(tokens))
     loss, seconds = 0.0, []
     for position, token in enumerate(tokens.to(device)):
-        _wait(device)
+        _synchronize(device)
         started = perf_counter()
         logits = step(token.view(1, 1))
-        _wait(device)
+        _synchronize(device)
         seconds.append(perf_counter() - started)
         if check and position + 1 < len(tokens):
             target = tokens[position + 1].view(1).to(device)
@@ -133,15 +118,16 @@ def benchmark(
     )
 
 
-def _continue(
+def _continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoded,
+    encoded: Any,
     max_new_tokens: int,
     streamer: TextStreamer | None,
 ) -> str:
+    """The greedy continuation of an encoded prompt, int64 (1, n) `input_ids` and its mask."""
     encoded = encoded.to(model.device)
-    known = encoded["input_ids"].shape[1]
+    prompt_length = encoded["input_ids"].shape[1]
     pad = tokenizer.pad_token_id
     generated = cast(Any, model).generate(
         **encoded,
@@ -150,14 +136,14 @@ def _continue(
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         streamer=streamer,
     )
-    # Decoded apart from what is before it, a SentencePiece word would lose its leading space.
-    before, whole = (
+    # Decoded without the prompt, a SentencePiece word would lose its leading space.
+    prompt, whole = (
         str(tokenizer.decode(tokens, skip_special_tokens=True))
-        for tokens in (generated[0, :known], generated[0])
+        for tokens in (generated[0, :prompt_length], generated[0])
     )
-    return whole[len(before) :]
+    return whole[len(prompt) :]
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

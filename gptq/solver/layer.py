@@ -14,11 +14,11 @@ from gptq.solver.compensation import compensate
 from gptq.solver.damping import choose_damping
 from gptq.solver.grid import Grid, quantize
 from gptq.solver.hessian import Hessian
-from gptq.solver.order import natural_groups
 from gptq.solver.problem import Candidate, Problem, make_problem, quadratic
 from gptq.solver.refine import refine
 from gptq.solver.solution import Solution, keep_better_rows
 from gptq.solver.sweep import static_grids, sweep, sweep_again
+from quant_cuda.weight import natural_groups
 
 
 def solve_layer(weight: Tensor, hessian: Hessian | None, config: QuantConfig) -> Solution:
@@ -80,6 +80,6 @@ def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Soluti
     """
     problem = make_problem(W, H, config)
     scales, zeros = static_grids(problem.w, problem.H, config)
-    groups = natural_groups(len(problem.w), config.group_size).to(scales.device)
+    groups = natural_groups(len(problem.w), config.group_size, scales.device)
     q = quantize(problem.w, Grid(scales[groups], zeros[groups]), config.bits)
     return keep_better_rows(problem, Candidate(q, scales, zeros, groups))

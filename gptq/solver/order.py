@@ -5,12 +5,7 @@ from torch import Tensor
 
 from gptq.config import QuantConfig
 from quant_cuda.columns import Run
-
-
-def natural_groups(in_features: int, group_size: int) -> Tensor:
-    """The group of each input if groups are runs of neighbours: int64 (in,)."""
-    size = in_features if group_size == -1 else group_size
-    return torch.arange(in_features) // size
+from quant_cuda.weight import natural_groups
 
 
 def column_order(diagonal: Tensor, config: QuantConfig) -> tuple[Tensor, list[Run]]:
@@ -27,7 +22,7 @@ def column_order(diagonal: Tensor, config: QuantConfig) -> tuple[Tensor, list[Ru
         return torch.arange(n, device=diagonal.device), natural
     if config.order == "act":
         return torch.argsort(diagonal, descending=True, stable=True), natural
-    columns, runs, _ = by_group(diagonal, natural_groups(n, size).to(diagonal.device))
+    columns, runs, _ = by_group(diagonal, natural_groups(n, size, diagonal.device))
     return columns, runs
 
 
@@ -53,4 +48,4 @@ def group_labels(order: Tensor, runs: list[Run], config: QuantConfig) -> Tensor:
     if config.needs_g_idx:
         lengths = torch.tensor([stop - start for start, stop in runs])
         return torch.repeat_interleave(torch.arange(len(runs)), lengths).to(order.device)
-    return natural_groups(len(order), config.group_size).to(order.device)[order]
+    return natural_groups(len(order), config.group_size, order.device)[order]

@@ -12,13 +12,14 @@ from torch import Tensor
 from gptq.config import QuantConfig
 from gptq.solver.cholesky import inverse_factor, mean_live
 from gptq.solver.grid import Grid, dequantize, find_grid, quantize, search_factors
-from gptq.solver.order import column_order, group_labels, natural_groups
+from gptq.solver.order import column_order, group_labels
 from gptq.solver.problem import Candidate, Problem
 from quant_cuda.columns import Run, SweepColumns
 from quant_cuda.cpu import library
 from quant_cuda.cpu import solver as cpu_solver
 from quant_cuda.cuda import kernels
 from quant_cuda.cuda import solver as cuda_solver
+from quant_cuda.weight import natural_groups
 
 # Columns whose error is spread one at a time before one matmul spreads it over all the rest.
 BLOCK = 128
@@ -147,7 +148,7 @@ def cuda_sweep(columns: SweepColumns, config: QuantConfig) -> Swept:
 def static_grids(w: Tensor, H: Tensor | None, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Scales and zeros (groups, out) of the unsolved weight w (in, out), groups of neighbours."""
     search = "minmax" if H is None and config.scale_search == "hessian" else config.scale_search
-    groups = natural_groups(w.shape[0], config.group_size).to(w.device)
+    groups = natural_groups(w.shape[0], config.group_size, w.device)
     grids = []
     for group in range(int(groups[-1]) + 1):
         member = torch.nonzero(groups == group).squeeze(1)

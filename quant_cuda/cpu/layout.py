@@ -10,8 +10,7 @@ from torch import Tensor
 
 from quant_cuda.cpu import library
 from quant_cuda.packing import words_for
-from quant_cuda.reference import natural_groups
-from quant_cuda.weight import MAX_RUN, PackedWeight, PreparedWeight
+from quant_cuda.weight import MAX_RUN, PackedWeight, PreparedWeight, natural_groups
 
 __all__ = ["LAYOUT", "dequantize", "dequantize_outputs", "prepare", "restore", "rows"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_cuda import reference
 from quant_cuda.packing import pack, pack_zeros, unpack, unpack_zeros
-from quant_cuda.weight import PackedWeight, group_count, group_length
+from quant_cuda.weight import PackedWeight, group_count, group_length, natural_groups
 
 TILE = 16
 COLUMNS = 32
@@ -158,7 +158,7 @@ def restore(weight: KernelWeight) -> PackedWeight:
 def rows(weight: KernelWeight, columns: Tensor) -> Tensor:
     """The weights of some outputs, int64 (n,), as float32 (n, in), without waiting for the GPU."""
     bits, inputs = weight.bits, weight.in_features
-    natural = reference.natural_groups(inputs, weight.group_size, columns.device)
+    natural = natural_groups(inputs, weight.group_size, columns.device)
     if isinstance(weight, Plain):
         q = unpack(weight.qweight[:, columns], bits, inputs)
         group = natural if weight.g_idx is None else weight.g_idx
@@ -186,7 +186,7 @@ def _order(weight: PackedWeight) -> tuple[Tensor | None, bool]:
     runs of the group size."""
     if weight.g_idx is None:
         return None, True
-    natural = reference.natural_groups(weight.in_features, weight.group_size, weight.g_idx.device)
+    natural = natural_groups(weight.in_features, weight.group_size, weight.g_idx.device)
     if torch.equal(weight.g_idx.long(), natural):
         return None, True
     ordered, order = torch.sort(weight.g_idx.long(), stable=True)

@@ -15,7 +15,7 @@ from gptq import QuantConfig
 from gptq.checkpoints import writing
 from gptq.checkpoints.compatibility import READERS, Written, facts, lines
 from gptq.cli.run import main
-from gptq.inference.generate import chat_prompt
+from gptq.data.chat import chat_prompt
 from gptq.models import LLAMA
 
 SETTINGS = {

@@ -233,7 +233,7 @@ def test_layers_are_found_as_ever(model):
     assert len(layers[:2]) == 2
     x = torch.randn(1, 1, 64)
     where = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
-    stack = cpu_decode._Stack(layers)
+    stack = cpu_decode._BlockStack(layers)
     assert stack[:1][0] is layers[0]
     assert stack[-1] is layers[-1]
     assert list(stack) == stack[:2] == [stack]

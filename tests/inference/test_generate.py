@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 import gptq
 from gptq import QuantConfig, QuantLinear
+from gptq.data.chat import chat_prompt
 from gptq.errors import UserError
-from gptq.inference.generate import Latency, benchmark, chat, chat_prompt, text
+from gptq.inference.generate import Latency, benchmark, chat, text
 
 NEW = 12
 # Has a beginning of its own, as the templates of published models do.
@@ -126,24 +127,6 @@ def test_the_space_before_the_first_new_word_is_kept(spaced):
     assert spaced.decode([7, 8]) == "b c"
     assert text(model, spaced, "hi a", 3) == " b c"
     assert model.seen == [[0, 5, 6]]
-
-
-def test_belle_prompt(loaded):
-    tokenizer = loaded[1]
-    assert tokenizer.chat_template is None
-    messages = [{"role": "user", "content": "你好"}]
-    assert chat_prompt(tokenizer, messages) == "Human: 你好\n\nAssistant:"
-    messages += [
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "{x} and\nmore"},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "Bye"},
-    ]
-    assert chat_prompt(tokenizer, messages) == (
-        "Human: 你好\n\nAssistant: Hello.\n\n"
-        "Human: {x} and\nmore\n\nAssistant: Yes.\n\n"
-        "Human: Bye\n\nAssistant:"
-    )
 
 
 def test_a_chat_remembers(spaced):

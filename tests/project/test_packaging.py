@@ -210,12 +210,13 @@ def test_what_extras_bring_is_not_imported_with_the_package():
     [
         (
             "datasets",
-            "from gptq.data.windows import _load, NAMED_SETS; _load(NAMED_SETS['c4'][0], 'c4')",
+            "from gptq.data.named_sets import load_split, NAMED_SETS; "
+            "load_split(NAMED_SETS['c4'].calibration, 'c4')",
             "data",
         ),
         (
             "pyarrow",
-            "from gptq.data.windows import _parquet_records as r; next(r('x.parquet', range))",
+            "from gptq.data.local_files import read_parquet as r; next(r('x.parquet', range))",
             "data",
         ),
     ],

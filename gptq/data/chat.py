@@ -1,0 +1,55 @@
+"""A conversation as text: by a tokenizer's chat template, or in BELLE's prompt form.
+
+BELLE's models were trained on `Human: ...`, an empty line, `Assistant: ...`; their tokenizers come
+without a chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# With the keys "role" and "content", as chat templates take it.
+Message: TypeAlias = Mapping[str, str]
+
+_USER, _ASSISTANT, _BETWEEN = "Human: ", "Assistant:", "\n\n"
+_PREFIXES = {"system": "", "user": _USER, "assistant": f"{_ASSISTANT} "}
+ROLES = tuple(_PREFIXES)
+
+# -------------------------------------------------------------------------------------------------
+# BELLE's form as a chat template, for programs that ask the tokenizer for one. Two differences to
+# `belle_text` are on purpose. "Assistant:" closes a user's turn in any case, since some programs
+# do not ask for a generation prompt. System messages are left out, since BELLE was trained on none.
+# -------------------------------------------------------------------------------------------------
+BELLE_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% if not loop.first %}{{ '" + _BETWEEN + "' }}{% endif %}"
+    "{{ '" + _USER + "' + message['content'] + '" + _BETWEEN + _ASSISTANT + "' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def belle_text(messages: Sequence[Message]) -> str:
+    """A conversation in BELLE's form. Raises KeyError for a role that is not in ROLES."""
+    return _BETWEEN.join(_PREFIXES[message["role"]] + message["content"] for message in messages)
+
+
+def belle_prompt(messages: Sequence[Message]) -> str:
+    """A conversation in BELLE's form, up to where the assistant continues.
+
+    Only the user's and the assistant's messages are written, as BELLE_TEMPLATE does.
+    """
+    turns = [message for message in messages if message["role"] in ("user", "assistant")]
+    return belle_text(turns) + _BETWEEN + _ASSISTANT
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """The text of a conversation up to where the assistant continues, by the tokenizer's chat
+    template or, without one, in BELLE's form."""
+    if tokenizer.chat_template is None:
+        return belle_prompt(messages)
+    turns = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
