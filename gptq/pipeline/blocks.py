@@ -191,10 +191,13 @@ def _solve_group(
     layers = [block.linear(name) for name in names]
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
     own = run.team.outputs(len(weight))
-    if hessian is not None:
+    if hessian is None:
+        solution = solve_layer(weight[own], None, run.config)
+    else:
         _check_inputs(f"{block.name}.{names[0]}", hessian)
-        hessian = hessian.outputs(own)
-    solution = run.team.join(solve_layer(weight[own], hessian, run.config), len(weight))
+        # Only the solve holds what is taken here, so that it can free a part.
+        solution = solve_layer(weight[own], hessian.take_outputs(own), run.config)
+    solution = run.team.join(solution, len(weight))
     first = 0
     for name, layer in zip(names, layers, strict=True):
         part = solution.outputs(first, first + layer.out_features)

@@ -1,7 +1,7 @@
-"""One quantization shared out among processes: calibration windows, and rows of each solve.
+"""One quantization divided among processes: calibration windows, and the outputs of each layer.
 
-Every process runs its own batches of windows; second moments are summed over all of them, so that
-each then knows the same. Rows of a layer are solved apart and brought together again.
+Every process runs its own batches of windows. Hessian statistics are summed over all of them, so
+that all processes have the same. Each solves some outputs, and all receive the whole solution.
 """
 
 import contextlib

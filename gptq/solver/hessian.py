@@ -1,7 +1,7 @@
 """The Hessian of a group of linear layers: statistics of its inputs over calibration tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Hessian:
     H: Tensor
     """Of x x^T, x being the quantized model's inputs."""
     cross: Tensor | None = None
-    """Of (x_full - x) x^T, if the full-precision model runs beside it and `target` is not known."""
+    """Of (x_full - x) x^T, if the full-precision model runs as well and `target` is not known."""
     held_out: Tensor | None = None
     """The part of H, as a share of the same mean, that comes from held-out tokens."""
     target: Tensor | None = None
@@ -39,20 +39,26 @@ class Hessian:
 
     @property
     def has_target(self) -> bool:
-        """Whether the full-precision model ran beside the quantized one."""
+        """Whether the full-precision model was run as well as the quantized one."""
         return self.cross is not None or self.target is not None
 
-    def outputs(self, outputs: slice) -> "Hessian":
-        """The statistics for some of the layer's outputs; all but `target` are the same."""
-        return self if self.target is None else replace(self, target=self.target[outputs])
+    def take_outputs(self, outputs: slice) -> "Hessian":
+        """The statistics for some of the layer's outputs; tensors are shared, not copied.
+
+        `held_out` moves to the result: it is as large as H, and the solve frees it once the damping
+        is chosen, unless somebody else holds it.
+        """
+        target = None if self.target is None else self.target[outputs]
+        held_out, self.held_out = self.held_out, None
+        return Hessian(self.H, self.cross, held_out, target)
 
     def target_error(self, weight: Tensor) -> Tensor:
         """(out, in), the mean of d x^T, d being what the product of `weight` (out, in) and x lacks
         of what it should be. Needs `has_target`."""
         if self.target is not None:
-            return self.target - weight.float() @ self.H
+            return self.target - weight.to(self.H.dtype) @ self.H
         assert self.cross is not None
-        return weight.float() @ self.cross
+        return weight.to(self.H.dtype) @ self.cross
 
 
 def accumulate_hessian(

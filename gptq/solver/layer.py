@@ -14,7 +14,7 @@ from gptq.solver.compensation import compensate
 from gptq.solver.damping import choose_damping
 from gptq.solver.grid import Grid, quantize
 from gptq.solver.hessian import Hessian
-from gptq.solver.problem import Candidate, Problem, make_problem, quadratic
+from gptq.solver.problem import Candidate, Problem, check_finite, make_problem, quadratic
 from gptq.solver.refine import refine
 from gptq.solver.solution import Solution, keep_better_rows
 from gptq.solver.sweep import static_grids, sweep, sweep_again
@@ -25,17 +25,18 @@ def solve_layer(weight: Tensor, hessian: Hessian | None, config: QuantConfig) ->
     """Quantize one layer, or several that share their input with their outputs stacked.
 
     weight: floating (out, in); hessian: statistics of its inputs, whose H (in, in) is float32 or
-        float64; the arithmetic is H's dtype, on H's device. Neither is changed, but `held_out` is
-        taken out. Without a hessian the weight is rounded to nearest.
+        float64; the arithmetic is H's dtype, on H's device. Neither is changed. Without a hessian
+        the weight is rounded to nearest.
     If the Cholesky factorization fails, damping is raised tenfold until it succeeds.
     Raises ValueError if the weight or H holds NaN or infinity.
     """
     if hessian is None or config.method == "rtn":
         return round_to_nearest(weight, None if hessian is None else hessian.H, config)
+    check_finite(weight, hessian.H)
     if config.adapts_damp and hessian.held_out is not None:
         config = replace(config, percdamp=choose_damping(hessian.H, hessian.held_out, config))
-        # Freed here, because it is as large as H and nothing needs it any more.
-        hessian.held_out = None
+        # As large as H, and not needed any more: this frees it if the caller holds no reference.
+        hessian = replace(hessian, held_out=None)
     if config.feeds_back and hessian.has_target:
         target_error = hessian.target_error(weight)
         weight = compensate(weight, hessian.H, target_error, config.error_feedback, config.percdamp)

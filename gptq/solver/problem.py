@@ -95,10 +95,7 @@ def make_problem(W: Tensor, H: Tensor | None, config: QuantConfig) -> Problem:
     The arithmetic is in H's dtype, on H's device; without H in float32 on W's device.
     Raises ValueError if W or H holds NaN or infinity.
     """
-    if not bool(torch.isfinite(W).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    if H is not None and not bool(torch.isfinite(H).all()):
-        raise ValueError("the inputs hold NaN or infinity")
+    check_finite(W, H)
     device, dtype = (W.device, torch.float32) if H is None else (H.device, H.dtype)
     w = W.detach().to(device, dtype).T.clone(memory_format=torch.contiguous_format)
     dead = torch.zeros(w.shape[0], dtype=torch.bool, device=device)
@@ -106,6 +103,14 @@ def make_problem(W: Tensor, H: Tensor | None, config: QuantConfig) -> Problem:
         H, dead = repair_dead(H)
         w[dead] = 0
     return Problem(w, H, dead, config)
+
+
+def check_finite(W: Tensor, H: Tensor | None) -> None:
+    """Raise ValueError if W or H holds NaN or infinity."""
+    if not bool(torch.isfinite(W).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    if H is not None and not bool(torch.isfinite(H).all()):
+        raise ValueError("the inputs hold NaN or infinity")
 
 
 def quadratic(H: Tensor, error: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Quantize, save each way, load each way: the same numbers everywhere."""
 
 import json
+import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from gptq.data.windows import calibration_windows
 from gptq.errors import UserError
 from gptq.nn import PackedModule
 from gptq.pipeline.journal import open_journal
+from gptq.solver import layer as solver
 from gptq.solver.damping import choose_damping
 from quant_cuda.reference import dequantize
 
@@ -120,6 +123,29 @@ def test_damping_is_chosen_on_the_last_quarter_of_the_tokens(llama_dir, text_fil
     H, held = (part.T @ part / len(x) for part in (x[:144], x[144:]))
     assert report.layers[0].damp == choose_damping(H + held, held, config)
     assert len({layer.damp for layer in report.layers}) > 1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="callers hold what they pass")
+def test_held_out_statistics_are_freed_before_the_sweep(
+    llama_dir, text_file, tmp_path, monkeypatch
+):
+    """Each is as large as H, in layers that write to the hidden states as in others."""
+    held_out, alive = [], []
+    choose_damping, sweep = solver.choose_damping, solver.sweep
+
+    def choosing(H, part, config):
+        held_out.append(weakref.ref(part))
+        return choose_damping(H, part, config)
+
+    def sweeping(problem):
+        alive.append([part() is not None for part in held_out])
+        return sweep(problem)
+
+    monkeypatch.setattr(solver, "choose_damping", choosing)
+    monkeypatch.setattr(solver, "sweep", sweeping)
+    config = QuantConfig(group_size=32)
+    gptq.quantize(llama_dir, text_file, config, save=tmp_path / "m.pt", **RUN)
+    assert alive == [[False] * count for count in range(1, 9)]  # four groups in two blocks
 
 
 def test_later_blocks_see_quantized_ones(llama_dir, text_file, tmp_path):

@@ -21,7 +21,7 @@ from gptq.cli import run as cli
 from gptq.data.windows import evaluation_windows
 from gptq.models import LLAMA
 from gptq.pipeline import team as distributed
-from gptq.pipeline.team import ALONE
+from gptq.pipeline.team import ALONE, Team
 
 # Of few bits a random model's perplexity hangs on every integer, and some are ties.
 CONFIG = QuantConfig(bits=8, group_size=32, adaptive_damp=False)
@@ -143,8 +143,20 @@ def test_alone_everything_is_its_own():
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
     assert ALONE.mean(None, 3) is None
     assert ALONE.from_leader(lambda: 5) == 5
-    assert ALONE.by_rows(lambda rows: rows, 7) == slice(0, 7)
+    assert ALONE.outputs(7) == slice(0, 7)
+    solution = object()
+    assert ALONE.join(solution, 7) is solution
     assert torch.distributed.is_initialized() is False
+
+
+def test_each_process_solves_its_outputs():
+    assert [Team(rank, 3).outputs(8) for rank in range(3)] == [
+        slice(0, 2),
+        slice(2, 5),
+        slice(5, 8),
+    ]
+    # All solve the whole layer if it has fewer outputs than there are processes.
+    assert [Team(rank, 3).outputs(2) for rank in range(3)] == [slice(0, 2)] * 3
 
 
 @pytest.mark.slow

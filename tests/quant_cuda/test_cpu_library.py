@@ -1,4 +1,4 @@
-"""The compiled sweep against the torch one, which the oracle of test_solver.py holds."""
+"""The compiled sweep against the torch one, which the oracle of solver/test_layer.py holds."""
 
 import functools
 import itertools

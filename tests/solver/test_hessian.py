@@ -1,10 +1,10 @@
-"""Second moments against a plain float64 sum over tokens."""
+"""Hessian statistics against a plain float64 sum over tokens."""
 
 import pytest
 import torch
 
 from gptq.solver import hessian as module
-from gptq.solver.hessian import Inputs, accumulate_hessian, add_upper, mirror_upper
+from gptq.solver.hessian import Hessian, Inputs, accumulate_hessian, add_upper, mirror_upper
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -34,10 +34,10 @@ def mean_product(left, right):
 @pytest.mark.parametrize("held_out", [0.0, 0.25])
 def test_means_of_products(features, held_out):
     sizes = [(2, 50), (2, 50), (1, 33)]
-    inputs, beside = batches(sizes, features), batches(sizes, features)
-    found = accumulate_hessian(iter(inputs), iter(beside), held_out)
+    inputs, full_precision = batches(sizes, features), batches(sizes, features)
+    found = accumulate_hessian(iter(inputs), iter(full_precision), held_out)
     x = [batch.x for batch in inputs]
-    missing = [full.x - batch.x for full, batch in zip(beside, inputs, strict=True)]
+    missing = [full.x - batch.x for full, batch in zip(full_precision, inputs, strict=True)]
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(found.H.double(), mean_product(x, x), **close)
     torch.testing.assert_close(found.cross.double(), mean_product(missing, x), **close)
@@ -58,15 +58,15 @@ def test_what_a_product_lacks(residual_feedback):
     inputs = batches(sizes, 40, 24)
     layer = torch.randn(24, 40, generator=GENERATOR)
     # Close to each other, as two runs of a model are.
-    beside = []
+    full_precision = []
     for batch in inputs:
         x, residual = (
             t + 0.01 * torch.randn(t.shape, generator=GENERATOR) for t in (batch.x, batch.residual)
         )
-        beside.append(Inputs(x, residual, x @ layer.T))
-    found = accumulate_hessian(iter(inputs), iter(beside), 0.25, residual_feedback)
+        full_precision.append(Inputs(x, residual, x @ layer.T))
+    found = accumulate_hessian(iter(inputs), iter(full_precision), 0.25, residual_feedback)
     lacks = []
-    for full, batch in zip(beside, inputs, strict=True):
+    for full, batch in zip(full_precision, inputs, strict=True):
         lacks.append((full.x.double() - batch.x.double()) @ layer.double().T)
         if residual_feedback:
             lacks[-1] += full.residual.double() - batch.residual.double()
@@ -77,10 +77,10 @@ def test_what_a_product_lacks(residual_feedback):
 
 
 def test_what_layers_that_read_hidden_states_lack():
-    inputs, beside = batches([(1, 50)], 30), batches([(1, 50)], 30)
+    inputs, full_precision = batches([(1, 50)], 30), batches([(1, 50)], 30)
     layer = torch.randn(7, 30, generator=GENERATOR)
-    lacks = (beside[0].x - inputs[0].x).double() @ layer.double().T
-    found = accumulate_hessian(iter(inputs), iter(beside), 0.0).target_error(layer)
+    lacks = (full_precision[0].x - inputs[0].x).double() @ layer.double().T
+    found = accumulate_hessian(iter(inputs), iter(full_precision), 0.0).target_error(layer)
     expected = mean_product([lacks], [inputs[0].x])
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -89,6 +89,21 @@ def test_one_model_alone_has_no_missing_part():
     found = accumulate_hessian(iter(batches([(1, 8)], 5, 5)), None, 0.0)
     assert (found.cross, found.target, found.held_out) == (None, None, None)
     assert not found.has_target
+
+
+def test_the_statistics_of_some_outputs():
+    """Held-out statistics move, because they are as large as H and needed once."""
+    H, held_out, target = torch.eye(4), torch.eye(4) / 4, torch.arange(12.0).view(3, 4)
+    whole = Hessian(H, held_out=held_out, target=target)
+    part = whole.take_outputs(slice(1, 3))
+    assert part.H is whole.H is H
+    assert part.held_out is held_out
+    assert whole.held_out is None
+    assert torch.equal(part.target, target[1:3])
+    weight = torch.randn(3, 4, generator=GENERATOR)
+    assert torch.equal(part.target_error(weight[1:3]), whole.target_error(weight)[1:3])
+    cross = Hessian(H, cross=torch.randn(4, 4, generator=GENERATOR))
+    assert cross.take_outputs(slice(1, 3)).cross is cross.cross
 
 
 def test_nothing_in_nothing_out():
@@ -122,10 +137,10 @@ def test_on_a_gpu(dtype):
         return [Inputs(batch.x.to("cuda", dtype), None) for batch in some]
 
     sizes = [(2, 500), (1, 33)]
-    inputs, beside = there(batches(sizes, 600)), there(batches(sizes, 600))
-    found = accumulate_hessian(iter(inputs), iter(beside), 0.25)
+    inputs, full_precision = there(batches(sizes, 600)), there(batches(sizes, 600))
+    found = accumulate_hessian(iter(inputs), iter(full_precision), 0.25)
     x = [batch.x for batch in inputs]
-    missing = [full.x - batch.x for full, batch in zip(beside, inputs, strict=True)]
+    missing = [full.x - batch.x for full, batch in zip(full_precision, inputs, strict=True)]
     assert found.H.dtype == torch.float32
     torch.testing.assert_close(found.H.double(), mean_product(x, x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.cross.double(), mean_product(missing, x), rtol=1e-5, atol=1e-5)
