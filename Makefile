@@ -1,8 +1,10 @@
 # make demo    quantize a real model to 4 bit, load it again, and compare
-# make test    the test-suite
+# make test    of each test the corners of its cases: what would catch a mistake, in minutes
 # make lint    ruff and mypy
 # make clean   remove the environments and everything downloaded or built
 #
+# make test-rest        the cases that `make test` leaves out
+# make test-all         every case, in one run
 # make test-installed   what pip installs of the wheel of the source archive, in an empty environment
 # make test-oldest      the same with the oldest of everything that pyproject.toml allows
 #
@@ -28,13 +30,17 @@ CUDA_TARGETS ?= $(if $(GPU),,sm_80)
 # The test files are shared out over several processes, where pytest-xdist is there.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-installed test-oldest lint clean venv
+.PHONY: demo test test-rest test-all test-installed test-oldest lint clean venv
 
 demo: venv
 	@$(RUN) -m benchmarks.demo
 
-test: venv
-	@$(RUN) -m pytest $$($(RUN) -c "import xdist; print('$(SPREAD)')" 2>/dev/null)
+# What the corners are: tests/helpers/selection.py.
+test: CASES := corners
+test-rest: CASES := rest
+test-all: CASES := all
+test test-rest test-all: venv
+	@$(RUN) -m pytest --cases $(CASES) $$($(RUN) -c "import xdist; print('$(SPREAD)')" 2>/dev/null)
 
 # Each in an environment of its own, with tests that need nothing of the checkout.
 test-installed: WANTED := "$(TORCH)"
@@ -42,7 +48,7 @@ test-installed: EXTRAS := data
 test-installed: FILES := cli/test_run checkpoints/test_convert inference/test_hf
 test-oldest: WANTED = --constraint $(BARE)/floors.txt
 test-oldest: EXTRAS := data,serve,train,report
-test-oldest: FILES := blockwise checkpoints cli data files inference pipeline/test_blocks project/test_nn
+test-oldest: FILES := blockwise checkpoints cli data files inference models pipeline/test_blocks project/test_nn
 test-oldest: CHOSEN := -m "not slow and not peers" -k "not lm_eval and not of_the_page"
 test-installed test-oldest: BARE = .cache/$@
 test-installed test-oldest: venv

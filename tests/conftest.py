@@ -1,4 +1,8 @@
-"""Tiny random models as Hugging Face folders, made once a session."""
+"""Which cases run, in which order, and tiny random models as Hugging Face folders.
+
+`--cases` says which: `corners` (`make test`), `rest` (what that leaves out) or, without it, all;
+helpers/selection.py has the rule. Models, text and compiled kernels are made once a session.
+"""
 
 import fcntl
 import os
@@ -6,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import emulated
+from helpers import emulated, selection
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BloomConfig,
@@ -28,12 +32,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-# Files that take minutes, which several processes should start with.
+# Files that take the longest, which several processes should start with.
 LONG = ("test_train_tiny.py", "test_trained.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases",
+        choices=selection.CHOICES,
+        default="all",
+        help="corners: of each test the cases with every pair of values; rest: all others",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Last: the corners are those of the tests that -m and -k have chosen."""
+    chosen = selection.select(items, config.getoption("--cases"))
+    kept = set(chosen)
+    if dropped := [item for item in items if item not in kept]:
+        config.hook.pytest_deselected(items=dropped)
+    order = {name: i for i, name in enumerate(LONG)}
+    items[:] = sorted(chosen, key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -50,6 +50,14 @@ def test_the_compiled_code_was_built():
     assert BUILT[-1] == "generic"
 
 
+@functools.cache
+def torch_sweep(outputs, inputs, config):
+    """The same for all instruction sets."""
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(library, "instruction_sets", lambda: ())
+        return solve(*layer(outputs, inputs), config)
+
+
 @pytest.mark.parametrize("instruction_set", BUILT)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -61,9 +69,7 @@ def test_it_equals_the_torch_sweep(instruction_set, bits, settings, monkeypatch)
             chosen = functools.partial(cpu_solver.sweep, instruction_set=instruction_set)
             forced.setattr(cpu_solver, "sweep", chosen)
             compiled = solve(W, H, config)
-        with monkeypatch.context() as without:
-            without.setattr(library, "instruction_sets", lambda: ())
-            plain = solve(W, H, config)
+        plain = torch_sweep(outputs, inputs, config)
         # Sums run in another order: where two roundings are a float apart, either may be taken,
         # and what follows in that row differs; the loss hardly does.
         rows_alike = (compiled.q == plain.q).all(0).float().mean()
