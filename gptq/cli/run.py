@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gptq.api import Opened
+    from gptq.blockwise.model import BlockwiseModel
     from gptq.blockwise.source import ModelSource
     from gptq.pipeline.report import LayerReport, Report
 
@@ -73,14 +74,15 @@ def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
 
     source = open_model(arguments.model, weights=arguments.load is None)
     _check_architecture(arguments.model, source.spec, spec)
-    opened = None if config else _open(arguments, source, arguments.load)
+    model = _empty_model(arguments, source, config)
+    opened = None if config else _open(arguments, model, arguments.load)
     # Tokenizer and texts are read before hours of quantizing, so that they cannot fail after.
     inputs = _read_inputs(arguments, source) if evaluating or running else None
     with tempfile.TemporaryDirectory() as scratch:
         result = None
         if config:
-            result = _quantize(arguments, config, source, Path(scratch))
-            opened = _open(arguments, source, result.written[0]) if inputs else None
+            result = _quantize(arguments, config, model, Path(scratch))
+            opened = _open(arguments, model, result.written[0]) if inputs else None
         perplexities = _evaluate(opened, inputs) if opened and inputs else {}
         if result and arguments.report is not None and torchrun.rank() == 0:
             from gptq.cli.html_report import write_page
@@ -89,6 +91,18 @@ def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
             print(write_page(folder, source.name, source.spec, result, perplexities))
         if opened and inputs and running:
             _use(arguments, opened, inputs)
+
+
+def _empty_model(
+    arguments: argparse.Namespace, source: ModelSource, config: QuantConfig | None
+) -> BlockwiseModel:
+    """The model without its weights: to quantize and run, or without a config only to run."""
+    from gptq.api import open_full
+    from gptq.inference.loading import open_blockwise
+
+    if config is not None:
+        return open_full(source, arguments.device, arguments.dtype)
+    return open_blockwise(source, device=arguments.device)
 
 
 def _check_architecture(model: str, actual: ModelSpec, accepted: ModelSpec | None) -> None:
@@ -133,7 +147,7 @@ def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
 
 
 def _quantize(
-    arguments: argparse.Namespace, config: QuantConfig, source: ModelSource, scratch: Path
+    arguments: argparse.Namespace, config: QuantConfig, model: BlockwiseModel, scratch: Path
 ) -> Report:
     """Quantize, and print the tables of the report.
 
@@ -142,10 +156,10 @@ def _quantize(
     from gptq import api
     from gptq.cli.console import progress_bar
 
-    paths = _paths(arguments, source.name, config)
+    paths = _paths(arguments, model.source.name, config)
     journal = next(filter(None, paths.values()), None)
     if journal is None:
-        paths["save"] = scratch / default_name(source.name, config, ".pt")
+        paths["save"] = scratch / default_name(model.source.name, config, ".pt")
     outputs = api.Outputs(
         **paths,
         format=arguments.format,
@@ -162,7 +176,6 @@ def _quantize(
         resume=arguments.resume,
         max_memory=arguments.max_memory,
     )
-    model = api.open_full(source, arguments.device, arguments.dtype)
     leader = torchrun.rank() == 0
     done = 0
     with progress_bar("quantizing") if leader else contextlib.nullcontext() as show:
@@ -235,13 +248,13 @@ def _print_result(result: Report, folder: Path | None) -> None:
 
 
 def _open(
-    arguments: argparse.Namespace, source: ModelSource, checkpoint: str | Path | None
+    arguments: argparse.Namespace, model: BlockwiseModel, checkpoint: str | Path | None
 ) -> Opened:
-    """The full or quantized model, its weights still on disk."""
-    from gptq.inference.loading import open_blockwise, open_weights
+    """The full or quantized model, its weights still on disk. The empty model is used up."""
+    from gptq.inference.loading import open_weights
 
     opened = open_weights(
-        open_blockwise(source, device=arguments.device),
+        model,
         checkpoint,
         bits=arguments.wbits,
         group_size=arguments.groupsize,
