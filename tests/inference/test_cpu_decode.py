@@ -52,29 +52,29 @@ def model(folder):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """A list that gets an entry for every block that takes a token in native code."""
-    seen = []
-    whole = decoder_block.run
+    """A list that gets an entry for each block and token that compiled code runs."""
+    calls = []
+    compiled_run = decoder_block.run
 
     def run(blocks, *args):
-        seen.extend(blocks)
-        return whole(blocks, *args)
+        calls.extend(blocks)
+        return compiled_run(blocks, *args)
 
     monkeypatch.setattr(decoder_block, "run", run)
-    return seen
+    return calls
 
 
 @torch.no_grad()
 def logits(model, tokens, cache=None, **arguments):
-    """Of every token, given one at a time after the first five; and the cache."""
+    """Logits of every token, one at a time after the first five; and the cache."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     start = cache.get_seq_length()
     cuts = [5, *([1] * (tokens.shape[1] - 5))] if start == 0 else [1] * tokens.shape[1]
-    found = [
+    result = [
         model(input_ids=part, **{CACHE: cache}, use_cache=True, **arguments).logits
         for part in tokens.split(cuts, 1)
     ]
-    return torch.cat(found, 1), cache
+    return torch.cat(result, 1), cache
 
 
 @torch.no_grad()
@@ -89,11 +89,11 @@ def some_tokens(count):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_against_a_forward_of_all_tokens(bits, tmp_path, steps):
     model = loaded(packed_folder(tmp_path, bits))
-    tokens = some_tokens(80)  # more than a cache has room for at first
-    found, cache = logits(model, tokens)
+    tokens = some_tokens(80)  # more than the first buffer holds
+    result, cache = logits(model, tokens)
     assert len(steps) == 75 * 2
     assert cache.get_seq_length() == 80
-    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+    torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_against_a_forward_of_all_tokens(bits, tmp_path, steps):
 def test_shapes(changes, tmp_path, steps):
     model = loaded(packed_folder(tmp_path, **changes))
     tokens = some_tokens(12)
-    found, _ = logits(model, tokens)
+    result, _ = logits(model, tokens)
     assert len(steps) == 14
-    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+    torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", library.compiled())
@@ -121,8 +121,8 @@ def test_every_instruction_set(name, model, monkeypatch):
     run = decoder_block.run
     index = library.compiled().index(name)
     monkeypatch.setattr(decoder_block, "run", lambda *args: run(*args, backend=index))
-    found, _ = logits(model, some_tokens(20))
-    torch.testing.assert_close(found, exact, **TOLERANCE)
+    result, _ = logits(model, some_tokens(20))
+    torch.testing.assert_close(result, exact, **TOLERANCE)
 
 
 def test_many_threads(model):
@@ -144,11 +144,11 @@ def test_large_scores_and_gates(folder, steps):
             layer.input_layernorm.weight.mul_(300)
             layer.post_attention_layernorm.weight.mul_(300)
     tokens = some_tokens(12)
-    found, _ = logits(model, tokens)
+    result, _ = logits(model, tokens)
     assert steps
     exact = whole(model, tokens)
-    assert bool(torch.isfinite(found).all())
-    torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+    assert bool(torch.isfinite(result).all())
+    torch.testing.assert_close(result, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
 
 
 def test_generate(model, steps):
@@ -173,26 +173,26 @@ def test_it_takes_what_transformers_takes(model):
 
 def test_int8_activations(folder, steps):
     rounded = loaded(folder, int8_activations=True)
-    found, _ = logits(rounded, some_tokens(20))
+    result, _ = logits(rounded, some_tokens(20))
     assert len(steps) == 30
-    torch.testing.assert_close(found, whole(rounded, some_tokens(20)), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(result, whole(rounded, some_tokens(20)), rtol=0.1, atol=0.1)
 
 
-def test_a_cache_that_goes_back_or_in_two_ways(model):
+def test_a_cache_that_is_cropped_and_copied(model):
     tokens = some_tokens(24)
     _, cache = logits(model, tokens)
     cache.crop(-10)
-    other = copy.deepcopy(cache)
+    deep = copy.deepcopy(cache)
     shallow = copy.copy(cache)
     shallow.layers = [copy.copy(layer) for layer in cache.layers]
-    ways = {}
-    for name, its in (("first", cache), ("deep", other), ("shallow", shallow)):
+    results = []
+    for name, branch in (("first", cache), ("deep", deep), ("shallow", shallow)):
         end = torch.full((1, 3), {"first": 9, "deep": 77, "shallow": 150}[name])
-        ways[name] = (end, its, logits(model, end, its)[0])
-    for end, its, found in ways.values():
+        results.append((end, branch, logits(model, end, branch)[0]))
+    for end, branch, result in results:
         exact = whole(model, torch.cat([tokens[:, :14], end], 1))[:, 14:]
-        torch.testing.assert_close(found, exact, **TOLERANCE)
-        again, _ = logits(model, torch.tensor([[3]]), its)
+        torch.testing.assert_close(result, exact, **TOLERANCE)
+        again, _ = logits(model, torch.tensor([[3]]), branch)
         exact = whole(model, torch.cat([tokens[:, :14], end, torch.tensor([[3]])], 1))[:, -1:]
         torch.testing.assert_close(again, exact, **TOLERANCE)
 
@@ -212,7 +212,7 @@ def test_what_it_leaves_to_transformers(model, steps):
     assert not steps
     _, cache = logits(model, tokens)
     before = len(steps)
-    model(input_ids=tokens[:, :1], **{CACHE: cache})  # where gradients may be asked for
+    model(input_ids=tokens[:, :1], **{CACHE: cache})  # outside of no_grad
     assert len(steps) == before
 
 
@@ -221,44 +221,44 @@ def test_what_is_traced_is_transformers_own(model, steps):
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         traced(input_ids=PROMPT, **{CACHE: cache})
-        found = traced(input_ids=PROMPT[:, :1], **{CACHE: cache}).logits
+        result = traced(input_ids=PROMPT[:, :1], **{CACHE: cache}).logits
     assert not steps
     exact = whole(model, torch.cat([PROMPT, PROMPT[:, :1]], 1))[:, -1:]
-    torch.testing.assert_close(found, exact, **TOLERANCE)
+    torch.testing.assert_close(result, exact, **TOLERANCE)
 
 
 def test_layers_are_found_as_ever(model):
-    """Alone, and some of them, whoever else is at work."""
+    """By index, in part, and by calling a stack without a cache."""
     layers = model.model.layers
     assert len(layers[:2]) == 2
     x = torch.randn(1, 1, 64)
-    where = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
+    rotary = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
     stack = cpu_decode._BlockStack(layers)
     assert stack[:1][0] is layers[0]
     assert stack[-1] is layers[-1]
     assert list(stack) == stack[:2] == [stack]
     with torch.no_grad():
-        expected = layers[1](layers[0](x, position_embeddings=where), position_embeddings=where)
-        assert torch.equal(stack(x, position_embeddings=where), expected)
+        expected = layers[1](layers[0](x, position_embeddings=rotary), position_embeddings=rotary)
+        assert torch.equal(stack(x, position_embeddings=rotary), expected)
 
 
 def test_layers_in_another_order_or_repeated(tmp_path, steps):
     model = loaded(packed_folder(tmp_path, num_hidden_layers=3))
     layers = model.model.layers
-    for places in ([1, 0, 2], [0, 1, 1]):
-        model.model.layers = torch.nn.ModuleList([layers[place] for place in places])
+    for order in ([1, 0, 2], [0, 1, 1]):
+        model.model.layers = torch.nn.ModuleList([layers[index] for index in order])
         logits(model, some_tokens(7))
     assert not steps
 
 
 def test_threads_take_tokens_of_their_own(model):
-    """Where one is done first, another may go transformers' way."""
+    """If one ends first, another may run transformers' own modules."""
     tokens = [torch.randint(2, 300, (1, 40)) for _ in range(4)]
-    expected = [logits(model, its)[0] for its in tokens]
+    expected = [logits(model, row)[0] for row in tokens]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda its: logits(model, its)[0], tokens))
-    for its, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(its, exact, **TOLERANCE)
+        results = list(pool.map(lambda row: logits(model, row)[0], tokens))
+    for result, exact in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, exact, **TOLERANCE)
 
 
 def test_dropout_is_left_to_transformers(model, steps):
@@ -271,14 +271,14 @@ def test_dropout_is_left_to_transformers(model, steps):
 
 def test_a_hook_sees_its_layer(model, steps):
     layer = model.model.layers[0]
-    seen = []
-    handle = layer.mlp.up_proj.register_forward_hook(lambda *args: seen.append(args))
+    calls = []
+    handle = layer.mlp.up_proj.register_forward_hook(lambda *args: calls.append(args))
     logits(model, some_tokens(7))
-    assert len(seen) == 3
+    assert len(calls) == 3
     assert not steps
     handle.remove()
     logits(model, some_tokens(7))
-    assert len(seen) == 3
+    assert len(calls) == 3
     assert len(steps) == 4
 
 
@@ -288,13 +288,13 @@ def test_changed_layers_are_noticed(model, steps):
     before = len(steps)
     layer = model.model.layers[1].self_attn.q_proj
     layer.scales = layer.scales * 2
-    found, _ = logits(model, tokens)
+    result, _ = logits(model, tokens)
     assert len(steps) == 2 * before
-    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+    torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
     layer.backend = "torch"
-    found, _ = logits(model, tokens)
+    result, _ = logits(model, tokens)
     assert len(steps) == 2 * before
-    torch.testing.assert_close(found, whole(model, tokens), **TOLERANCE)
+    torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64)
     logits(model, tokens)
     assert len(steps) == 2 * before
@@ -307,16 +307,16 @@ def test_hidden_states_are_recorded(model):
         tokens = torch.cat([PROMPT, PROMPT[:, :1]], 1)
         exact = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
     assert len(one.hidden_states) == len(exact.hidden_states) == 3
-    for its, expected in zip(one.hidden_states, exact.hidden_states, strict=True):
-        torch.testing.assert_close(its, expected[:, -1:], **TOLERANCE)
+    for states, expected in zip(one.hidden_states, exact.hidden_states, strict=True):
+        torch.testing.assert_close(states, expected[:, -1:], **TOLERANCE)
 
 
 def test_models_are_copied_and_pickled(model, steps):
     tokens = some_tokens(9)
-    found, _ = logits(model, tokens)
+    result, _ = logits(model, tokens)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         before = len(steps)
-        assert torch.equal(logits(twin, tokens)[0], found)
+        assert torch.equal(logits(twin, tokens)[0], result)
         assert len(steps) == before + 8
 
 

@@ -93,10 +93,10 @@ def test_save_pretrained(name, folders, tmp_path):
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert stored.keys() == again.keys()
     assert all(torch.equal(stored[key], again[key]) for key in stored)
-    said = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    declared = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     before = json.loads((folders / name / "quantize_config.json").read_text())
     for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "quant_method"):
-        assert said[key] == before[key], key
+        assert declared[key] == before[key], key
     once_more = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(once_more), logits(model))
 
@@ -151,9 +151,9 @@ def test_another_architecture(tmp_path):
     made = write(tmp_path / "dense", "v1", 4, 32, act=True)
     folder = tmp_path / "packed"
     folder.mkdir()
-    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
+    declared = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
     described = json.loads((tmp_path / "dense" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**described, "quantization_config": said}))
+    (folder / "config.json").write_text(json.dumps({**described, "quantization_config": declared}))
     save_file(dict(made.state), folder / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     torch.testing.assert_close(logits(model), made.logits, rtol=2e-4, atol=2e-4)
@@ -162,9 +162,11 @@ def test_another_architecture(tmp_path):
 @pytest.mark.parametrize("era", ["without_g_idx", "float_zeros"])
 def test_early_layouts(era, llama_dir, tmp_path):
     made = write(llama_dir, era, 4, -1)
-    said = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": False}
+    declared = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": False}
     described = json.loads((llama_dir / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**described, "quantization_config": said}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**described, "quantization_config": declared})
+    )
     save_file(dict(made.state), tmp_path / "model.safetensors", metadata={"format": "pt"})
     if era == "float_zeros":
         with pytest.raises(UserError, match="bring it up to date with"):

@@ -9,6 +9,7 @@ from helpers.solving import solve
 import quant_cuda
 from gptq.config import QuantConfig
 from gptq.nn import QuantLinear
+from quant_cuda.weight import natural_groups
 
 BITS = (2, 3, 4, 8)
 
@@ -34,9 +35,15 @@ def test_forward_is_the_solution_times_x(bits, order, bias):
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_groups_of_neighbours_need_no_g_idx_in_the_kernel():
+def test_groups_of_consecutive_inputs_need_no_g_idx_in_the_kernel():
     assert QuantLinear.from_solution(solved(4, "gar"), None).packed().g_idx is None
     assert QuantLinear.from_solution(solved(4, "act"), None).packed().g_idx is not None
+
+
+def test_natural_groups():
+    assert natural_groups(5, 2).tolist() == [0, 0, 1, 1, 2]
+    assert natural_groups(3, -1).tolist() == natural_groups(3, 8).tolist() == [0, 0, 0]
+    assert natural_groups(3, 1, "cpu").dtype == torch.int64
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -108,7 +115,7 @@ def test_prepared_layers_give_back_every_byte(bits, order, tmp_path):
         assert moved.qweight.shape == state["qweight"].shape
 
 
-def test_a_new_weight_takes_the_place_of_a_prepared_one():
+def test_a_new_weight_replaces_a_prepared_one():
     first, second = (
         QuantLinear.from_solution(solved(4, order), None) for order in ("natural", "act")
     )
