@@ -5,6 +5,7 @@ import sys
 from itertools import combinations, product
 from types import SimpleNamespace
 
+import pytest
 from conftest import ROOT
 from helpers.selection import CHOICES, corners, select
 
