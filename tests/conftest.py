@@ -33,7 +33,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 # Files that take the longest, which several processes should start with.
-LONG = ("test_train_tiny.py", "test_trained.py")
+LONG = ("test_train_tiny.py", "test_cpu_library.py", "test_trained.py", "test_cuda_emulation.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

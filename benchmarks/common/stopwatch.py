@@ -31,8 +31,7 @@ STAGES = {
     "gptq.pipeline.blocks._replace_weight": "pack",
     "gptq.pipeline.journal.Journal.write": "journal",
     "gptq.api._windows": "tokenize",
-    "gptq.api.export.assemble": "write",
-    "gptq.api.export.write_pt": "write",
+    "gptq.api._write": "write",
 }
 
 

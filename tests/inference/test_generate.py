@@ -184,8 +184,9 @@ def test_cached_steps_equal_one_forward(loaded):
         output = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         steps.append(output.logits)
-    # A CPU's kernels round activations to 16 bits; which ones depends on the processor.
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-3, atol=1e-3)
+    # Products in integers round activations to 16 bits (docs/kernels.md): a last bit that differs
+    # before it grows to 1.7e-4 of logits up to 2.4. Products in floats agree to 1e-5.
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=5e-4)
 
 
 @torch.no_grad()

@@ -72,7 +72,8 @@ def test_two_processes_do_what_one_does(
         opened = gptq.api.open_weights(folder, tmp_path / name, device="cpu")
         windows = evaluation_windows(text_file, opened.source.tokenizer(), 32, 4)
         values.append(gptq.api.perplexity(opened, windows))
-    assert values[1] == pytest.approx(values[0], rel=1e-3)
+    # One process whose batches are larger or smaller moves it as much: from 414.47 to 415.09.
+    assert values[1] == pytest.approx(values[0], rel=3e-3)
 
 
 def words(folder, text, path, *more):

@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 from types import SimpleNamespace
 
+import pytest
 from conftest import ROOT
 from helpers.selection import CHOICES, corners, select
 
@@ -69,22 +69,30 @@ def test_what_runs_on_a_gpu_stands_in_for_nothing():
     assert {pair for pair in pairs(on_cpu) if "device" not in dict(pair)} == pairs(cases())
 
 
-def collected(cases: str) -> list[str]:
-    """The names of the tests that pytest would run."""
-    options = ["--collect-only", "--quiet", "-o", "addopts=", "--cases", cases]
+COLLECT = """
+import sys, pytest
+for cases in sys.argv[1:]:
+    print("cases", cases)
+    pytest.main(["--collect-only", "-q", "-o", "addopts=", "--cases", cases, "tests"])
+"""
+
+
+@pytest.mark.thorough
+def test_no_case_is_lost():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "tests"],
+        [sys.executable, "-c", COLLECT, *CHOICES],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    return [line for line in done.stdout.splitlines() if "::" in line]
-
-
-def test_no_case_is_lost():
-    with ThreadPoolExecutor() as pool:
-        every, kept, rest = pool.map(collected, CHOICES)
+    runs: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("cases "):
+            names = runs.setdefault(line.split()[1], [])
+        elif "::" in line:
+            names.append(line)
+    every, kept, rest = (runs[cases] for cases in CHOICES)
     assert len(set(every)) == len(every) == len(kept) + len(rest)
     assert set(kept) | set(rest) == set(every)
     assert len(kept) > len(every) / 2
