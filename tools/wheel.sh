@@ -69,8 +69,8 @@ assert library.instruction_sets(), 'the CPU library does not load'
 cuda.load(cuda.LIBRARY)
 "
 trial/bin/gptq --version
-trial/bin/gptq model words.txt --wbits 4 --nsamples 4 --seqlen 64 --save quantized.safetensors
-trial/bin/gptq model words.txt --load quantized.safetensors --eval --seqlen 64
+trial/bin/gptq model words.txt --wbits 4 --nsamples 4 --seqlen 64 --save quantized.pt
+trial/bin/gptq model words.txt --load quantized.pt --eval --seqlen 64
 cd - > /dev/null
 cp "$tagged" "$WORK"/built/belle_gptq-*.tar.gz "$OUT"
 du -h "$OUT/$(basename "$tagged")"
