@@ -1,6 +1,8 @@
 # make demo    quantize a real model to 4 bit, load it again, and compare
 # make test    of each test the corners of its cases: what would catch a mistake, in minutes
 # make lint    ruff and mypy
+# make docs    the documentation as a site, in .cache/site
+# make wheel   the wheel of a release, in dist, tried in an empty environment (needs nvcc)
 # make clean   remove the environments and everything downloaded or built
 #
 # make test-rest        the cases that `make test` leaves out
@@ -30,7 +32,7 @@ CUDA_TARGETS ?= $(if $(GPU),,sm_80)
 # The test files are shared out over several processes, where pytest-xdist is there.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-rest test-all test-installed test-oldest lint clean venv
+.PHONY: demo test test-rest test-all test-installed test-oldest lint docs wheel clean venv
 
 demo: venv
 	@$(RUN) -m benchmarks.demo
@@ -65,6 +67,14 @@ lint: venv
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+
+docs: venv
+	@$(RUN) -m mkdocs build --strict --quiet
+
+# For all GPUs of setup.py unless CUDA_TARGETS is given: the default above is for tests.
+wheel: venv
+	@$(if $(filter file,$(origin CUDA_TARGETS)),,CUDA_TARGETS="$(CUDA_TARGETS)") \
+		PYTHON="$(PYTHON)" CHECKOUT="$(RUN)" tools/wheel.sh
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -53,7 +54,12 @@ PORTABLE = (
     *("solver_generic.cpp", "product_generic.cpp"),
     *("tiles.cpp", "reader.cpp", "parallel.cpp", "dispatch.cpp"),
 )
-
+# The C++ library is inside, and hidden, because torch may bring another. Its unused parts are left
+# out, because they ask for a newer C library.
+LINKING = [
+    *("-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"),
+    *("-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"),
+]
 
 CUDA_SOURCES = Path("quant_cuda/csrc/cuda")
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -90,14 +96,20 @@ class BuildNative(build_ext):
             Step(objects / f"{name}.o", [SOURCES / name], [compiler, *common, *flags, "-c"])
             for name, flags in sources().items()
         ]
-        standalone = ["-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
-        shared = [compiler, *common, "-shared", *standalone]
+        shared = [compiler, *common, "-shared", *LINKING]
         try:
             last = Step(target, [step.output for step in steps], shared)
             build(objects, steps, last, list(SOURCES.glob("*.h")))
         except (OSError, subprocess.CalledProcessError) as error:
             # An optional extension that fails this way is left out, with a warning.
             raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and every Python 3: its libraries are loaded through ctypes."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 @dataclass(frozen=True)
@@ -174,5 +186,5 @@ setup(
             optional=True,
         ),
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from gptq.config import QuantConfig
     from gptq.nn import QuantLinear
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["QuantConfig", "QuantLinear", "load", "quantize"]
 
 _HOMES = {

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -150,6 +151,22 @@ def test_the_command_is_installed(installed, tmp_path):
         assert (done.returncode, done.stdout) == (0, f"gptq {gptq.__version__}\n"), done.stderr
 
 
+def test_annotations_are_installed(installed):
+    """Type checkers read the annotations of a package that has this file (PEP 561)."""
+    for package in ("gptq", "quant_cuda"):
+        assert (installed / package / "py.typed").read_bytes() == b""
+
+
+def test_the_wheel_fits_every_python_of_its_platform(installed):
+    """The compiled libraries are loaded through ctypes; they use no Python ABI."""
+    (info,) = installed.glob("*.dist-info")
+    lines = (info / "WHEEL").read_text(encoding="utf-8").splitlines()
+    fields = [line.split(": ", 1) for line in lines if line]
+    (tag,) = [value for name, value in fields if name == "Tag"]
+    assert re.fullmatch(rf"py3-none-(linux|manylinux\w*)_{platform.machine()}", tag), tag
+    assert ["Root-Is-Purelib", "false"] in fields
+
+
 def test_metadata(installed):
     (info,) = installed.glob("*.dist-info")
     assert info.name == f"belle_gptq-{gptq.__version__}.dist-info"
@@ -157,6 +174,9 @@ def test_metadata(installed):
     assert "\nName: belle-gptq\n" in metadata
     assert f"\nVersion: {gptq.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert "\nClassifier: Typing :: Typed\n" in metadata
+    for name, url in PROJECT["urls"].items():
+        assert f"\nProject-URL: {name}, {url}\n" in metadata
     assert {path.name for path in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
 
 
@@ -258,14 +278,31 @@ def test_torch_is_taken_as_it_is_found(found):
     assert not torch.specifier.contains("2.5.1")
 
 
-def test_the_changelog_has_this_version():
-    assert f"\n## {gptq.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_links_and_keywords():
+    assert {"Homepage", "Repository", "Issues"} <= set(PROJECT["urls"])
+    assert all(url.startswith("https://") for url in PROJECT["urls"].values())
+    assert "gptq" in PROJECT["keywords"]
+
+
+def test_the_oldest_python_is_a_classifier():
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {oldest}" in PROJECT["classifiers"]
+
+
+def test_the_changelog_starts_with_this_version():
+    """Entries of a release are sorted by kind, below its number and date."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    released = [line for line in versions if line != "Unreleased"]
+    assert re.fullmatch(rf"{re.escape(gptq.__version__)} \(\d{{4}}-\d\d-\d\d\)", released[0])
+    newest = text.partition(f"## {released[0]}\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^### (.*)$", newest, re.MULTILINE) == ["Added", "Changed", "Fixed"]
 
 
 def test_the_targets_that_contributing_names_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = re.findall(r"`make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     tests = {"test", "test-rest", "test-all", "test-installed", "test-oldest"}
-    assert set(named) == {"venv", "lint", "demo", *tests}
+    assert set(named) == {"venv", "lint", "demo", "docs", "wheel", *tests}
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
