@@ -22,7 +22,7 @@ from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
 from gptq.config import EMBEDDING_BITS
 from gptq.data.windows import evaluation_windows
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import Entry, LazyTensors
 from gptq.inference import perplexity
 from quant_cuda import PackedWeight
 from quant_cuda.reference import dequantize
@@ -35,7 +35,12 @@ def rounded(source: ModelSource, bits: int) -> LazyTensors:
     spec, tensors = source.spec, source.tensors
     assert isinstance(tensors, LazyTensors)
     names = [name for name in (f"{spec.embed[0]}.weight", f"{spec.head}.weight") if name in tensors]
-    return tensors.changed({name: partial(_rounded, tensors, name, bits) for name in names})
+    return tensors.changed(
+        {
+            name: Entry(partial(_rounded, tensors, name, bits), tensors.shape(name), torch.float32)
+            for name in names
+        }
+    )
 
 
 def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ quantization of a whole one. A part of benchmarks/gpu.py."""
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
 from gptq.device import peak_memory, reset_peak_memory
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import Entry, LazyTensors
 from gptq.inference.cuda_graph import stepper
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
@@ -119,11 +119,13 @@ def random_source(
 ) -> ModelSource:
     """The same to read from: each tensor is made when it is asked for."""
     shapes = empty_model.build(config, spec, torch.device("meta")).state_dict()
-    reads: dict[str, Callable[[], Tensor]] = {
-        name: partial(random_numbers, name, tensor.shape, device, dtype)
+    entries = {
+        name: Entry(
+            partial(random_numbers, name, tensor.shape, device, dtype), tuple(tensor.shape), dtype
+        )
         for name, tensor in shapes.items()
     }
-    return ModelSource("random", Path(), config, spec, LazyTensors(reads))
+    return ModelSource("random", Path(), config, spec, LazyTensors(entries))
 
 
 def _blocks(config: PretrainedConfig) -> int:

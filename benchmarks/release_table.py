@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -38,7 +37,7 @@ from gptq.config import QuantConfig
 from gptq.data.windows import evaluation_windows
 from gptq.device import pick_device
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 from gptq.files.safetensors_file import write_tensors
 from gptq.inference.generate import benchmark
 from gptq.models import SPECS
@@ -156,8 +155,8 @@ def shape_rows(shape: str, bits: Sequence[int], task: Task, scratch: Path) -> It
 def repeated(tensors: LazyTensors, first: str, blocks: int) -> LazyTensors:
     """The same tensors with block 0, whose names begin with `first`, in the place of every one."""
     prefix = first.removesuffix("0.")
-    names = {
-        new: name
+    entries = {
+        new: tensors.entry(name)
         for name in tensors
         for new in (
             [f"{prefix}{index}.{name.removeprefix(first)}" for index in range(blocks)]
@@ -165,11 +164,7 @@ def repeated(tensors: LazyTensors, first: str, blocks: int) -> LazyTensors:
             else [name]
         )
     }
-    return LazyTensors(
-        {new: partial(tensors.__getitem__, name) for new, name in names.items()},
-        shapes={new: tensors.shape(name) for new, name in names.items()},
-        dtypes={new: tensors.dtype(name) for new, name in names.items()},
-    )
+    return LazyTensors(entries)
 
 
 def _marked(task: Task, shape: str, bits: int) -> Row:
