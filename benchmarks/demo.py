@@ -110,12 +110,12 @@ def main() -> int:
 
 def llama(arguments: list[str | Path]) -> int:
     """Run llama.py as a user would, its tables in a log; returns the exit code."""
-    words = [shown(word) if isinstance(word, Path) else word for word in arguments]
-    print("$ python llama.py", shlex.join(words), flush=True)
+    argv = [shown(word) if isinstance(word, Path) else word for word in arguments]
+    print("$ python llama.py", shlex.join(argv), flush=True)
     started = perf_counter()
     with (FOLDER / "llama.log").open("a") as log:
         done = subprocess.run(
-            [sys.executable, "llama.py", *words], cwd=ROOT, stdout=log, check=False
+            [sys.executable, "llama.py", *argv], cwd=ROOT, stdout=log, check=False
         )
     # The largest so far: the first run is the larger.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -87,9 +87,9 @@ def _download(requirement: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        reason = (done.stderr.strip() or "it said nothing").splitlines()[-1]
         raise UserError(
-            f"{requirement}: pip could not download it ({said}); "
+            f"{requirement}: pip could not download it ({reason}); "
             "check the network and pip's settings"
         )
     return wheels[0]
