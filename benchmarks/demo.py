@@ -47,7 +47,7 @@ class Row:
     perplexity: float
     tokens_per_second: float
     text: str
-    """What follows PROMPT; empty where it was not asked for."""
+    """The text after PROMPT; empty if it was not asked for."""
 
 
 def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) -> Row:
@@ -61,7 +61,7 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     loaded, tokenizer = load(model, checkpoint)
     with heldout.open(encoding="utf-8") as file:
         tokens = tokenizer(file.read(100 * TIMED_TOKENS))["input_ids"][:TIMED_TOKENS]
-    # First of all, because the peak is that of everything done so far.
+    # First, because the peak includes everything done before.
     latency = benchmark(loaded, torch.tensor(tokens))
     written = text(loaded, tokenizer, PROMPT, NEW_TOKENS) if write else ""
     parameters = sum(parameter.numel() for parameter in loaded.parameters())

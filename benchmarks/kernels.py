@@ -133,7 +133,7 @@ def int4_contender(weight: PackedWeight) -> Contender:
 
 @torch.no_grad()
 def race(runners: list[Contender], rows: int, inputs: int, seconds: float) -> dict[str, Timing]:
-    """Time each in turn until all have had `seconds`, or five turns where those take longer."""
+    """Time each in turn for `seconds`, or for five turns if those take longer."""
     xs = {r.name: torch.randn(rows, inputs).to(r.dtype) for r in runners}
     times: dict[str, list[float]] = {r.name: [] for r in runners}
     for runner in runners:

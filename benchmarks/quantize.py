@@ -155,10 +155,23 @@ def summary(runs: list[Run]) -> Table:
     return made
 
 
+def write(path: Path, it: Subject, runs: list[Run], rates: Rates) -> None:
+    record = {
+        "model": it.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load_average": os.getloadavg()[0],
+        "rates": dataclasses.asdict(rates),
+        "runs": [dataclasses.asdict(run) for run in runs],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quantize",
-        description="Where the time of quantizing goes, beside the least it can take.",
+        description="Where the time of quantizing goes, compared with the least it can take.",
     )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--repeats", type=int, default=1, metavar="N")
@@ -195,16 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(stage_table(best(runs, method), least, rates, args.threads))
     console.print(summary(runs))
     console.print(f"{it.name}, {args.threads} threads, {rates.operations / 1e9:.0f} GFLOP/s")
-    record = {
-        "model": it.name,
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-        "rates": dataclasses.asdict(rates),
-        "runs": [dataclasses.asdict(run) for run in runs],
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(args.output, it, runs, rates)
     return 0
 
 

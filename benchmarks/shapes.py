@@ -105,7 +105,7 @@ def write_model(folder: Path, shape: str, blocks: int | None = None) -> Path:
 
 
 def _random(config: PretrainedConfig) -> LazyTensors:
-    """Every tensor of a model of this configuration, made when it is asked for."""
+    """Every tensor of a model of this configuration, made when it is read."""
     model = empty_model.build(config, SPECS[config.model_type], torch.device("cpu"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:

@@ -12,7 +12,7 @@ from gptq.config import QUALITIES
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": PLAIN, "fast": QUALITIES["fast"], "default": {}}
 
-# What is timed, by the place it is called from; time inside another of these is that one's.
+# What is timed, by where it is called from; a call inside another one counts for itself only.
 STAGES = {
     "gptq.blockwise.steps.step": "forward",
     "gptq.blockwise.steps._outputs": "forward",
@@ -31,8 +31,7 @@ STAGES = {
     "gptq.pipeline.blocks._replace_weight": "pack",
     "gptq.pipeline.journal.Journal.write": "journal",
     "gptq.api._windows": "tokenize",
-    "gptq.api.export.assemble": "write",
-    "gptq.api.export.write_pt": "write",
+    "gptq.api._write": "write",
 }
 
 
