@@ -47,7 +47,7 @@ class Row:
     perplexity: float
     tokens_per_second: float
     text: str
-    """What follows PROMPT; empty where it was not asked for."""
+    """The text after PROMPT; empty if it was not asked for."""
 
 
 def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) -> Row:
@@ -61,7 +61,7 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     loaded, tokenizer = load(model, checkpoint)
     with heldout.open(encoding="utf-8") as file:
         tokens = tokenizer(file.read(100 * TIMED_TOKENS))["input_ids"][:TIMED_TOKENS]
-    # First of all, because the peak is that of everything done so far.
+    # First, because the peak includes everything done before.
     latency = benchmark(loaded, torch.tensor(tokens))
     written = text(loaded, tokenizer, PROMPT, NEW_TOKENS) if write else ""
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
@@ -110,12 +110,12 @@ def main() -> int:
 
 def llama(arguments: list[str | Path]) -> int:
     """Run llama.py as a user would, its tables in a log; returns the exit code."""
-    words = [shown(word) if isinstance(word, Path) else word for word in arguments]
-    print("$ python llama.py", shlex.join(words), flush=True)
+    argv = [shown(word) if isinstance(word, Path) else word for word in arguments]
+    print("$ python llama.py", shlex.join(argv), flush=True)
     started = perf_counter()
     with (FOLDER / "llama.log").open("a") as log:
         done = subprocess.run(
-            [sys.executable, "llama.py", *words], cwd=ROOT, stdout=log, check=False
+            [sys.executable, "llama.py", *argv], cwd=ROOT, stdout=log, check=False
         )
     # The largest so far: the first run is the larger.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -22,7 +22,7 @@ from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
 from gptq.config import EMBEDDING_BITS
 from gptq.data.windows import evaluation_windows
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import Entry, LazyTensors
 from gptq.inference import perplexity
 from quant_cuda import PackedWeight
 from quant_cuda.reference import dequantize
@@ -31,20 +31,25 @@ CPU = torch.device("cpu")
 
 
 def rounded(source: ModelSource, bits: int) -> LazyTensors:
-    """The model's tensors, the embedding's and the head's replaced by what packed ones say."""
+    """The model's tensors, with the embedding and the head packed and dequantized."""
     spec, tensors = source.spec, source.tensors
     assert isinstance(tensors, LazyTensors)
     names = [name for name in (f"{spec.embed[0]}.weight", f"{spec.head}.weight") if name in tensors]
-    return tensors.changed({name: partial(_rounded, tensors, name, bits) for name in names})
+    return tensors.changed(
+        {
+            name: Entry(partial(_rounded, tensors, name, bits), tensors.shape(name), torch.float32)
+            for name in names
+        }
+    )
 
 
 def _rounded(tensors: LazyTensors, name: str, bits: int) -> torch.Tensor:
     weight = tensors[name]
     packed = pack_rows("x", weight, bits, sym=False)
-    words, zeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
     inputs = weight.shape[1]
     stored = PackedWeight(
-        words, zeros, scales, None, bits, EMBEDDING_GROUP, in_features=inputs, zero_offset=0
+        qweight, qzeros, scales, None, bits, EMBEDDING_GROUP, in_features=inputs, zero_offset=0
     )
     return dequantize(stored, torch.float32).T
 
@@ -54,7 +59,7 @@ def log_perplexity(source: ModelSource, tensors: LazyTensors, windows: torch.Ten
     return math.log(perplexity.perplexity(model, windows))
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.embeddings", description=(__doc__ or "").splitlines()[0]
     )
@@ -63,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--windows", type=int, default=10, help="of 512 tokens a text (default: 10)"
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
         source = open_model(args.model or model_path())
         texts: dict[str, Path] = {name: text_path(name) for name in ("wiki", "c4")}
@@ -73,8 +78,8 @@ def main(words: Sequence[str] | None = None) -> int:
             full = log_perplexity(source, source.tensors, windows)
             print(f"{text}: ln perplexity {full:.5f} of the full model", flush=True)
             for bits in args.bits:
-                found = log_perplexity(source, rounded(source, bits), windows)
-                print(f"{text}: gap {found - full:+.5f} with {bits} bits", flush=True)
+                quantized = log_perplexity(source, rounded(source, bits), windows)
+                print(f"{text}: gap {quantized - full:+.5f} with {bits} bits", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu check [ENGINE]    products against float64, for compute-sanitizer
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
-    python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, where that is installed
+    python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, if that is installed
 
 Weights are random and made on the device. A kernel is timed as a CUDA graph of calls that go
 through more weights than the second-level cache holds.
@@ -160,17 +160,17 @@ def marlin(bits: int) -> list[dict[str, Any]]:
         layer.qweight.data, layer.scales.data = weight.qweight, weight.scales
         layer.post_init()
         layers.append(layer)
-    found = []
+    timings = []
     for rows in ROWS:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
         with torch.no_grad():
             seconds = time_graph([partial(layer, x) for layer in layers])
-        found.append({"bits": bits, "rows": rows, "seconds": seconds})
-    return found
+        timings.append({"bits": bits, "rows": rows, "seconds": seconds})
+    return timings
 
 
 def check(engines: list[str]) -> None:
-    """A few products of each kernel against float64; raises where one is wrong."""
+    """A few products of each kernel against float64; raises AssertionError if one is wrong."""
     for engine in engines:
         for bits in (2, 3, 4, 8):
             weight = random_weight(bits, 640, 80, "cuda")
@@ -196,8 +196,8 @@ def write(result: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def known() -> dict[str, Any]:
-    """What was measured on this GPU before; {} without anything."""
+def read_results() -> dict[str, Any]:
+    """What was measured on this GPU before, or {}."""
     path = result_path()
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -206,7 +206,7 @@ def measure(console: Console, wanted: list[str]) -> bool:
     """Print and write each part that is wanted; whether none failed."""
     properties = torch.cuda.get_device_properties(0)
     rates = limits()
-    result = known() | {
+    result = read_results() | {
         "gpu": properties.name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -219,22 +219,22 @@ def measure(console: Console, wanted: list[str]) -> bool:
     console.print(f"cuBLAS float16 {rates['matrix'] / 1e12:.0f} TFLOP/s")
     good = True
     for name in wanted:
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         try:
             for row in PARTS[name]():
-                found.append(row)
-                # What was measured is kept should the next fail, or be stopped.
-                write(result | {name: found})
-                console.print(f"{name}: {len(found)} measured")
-        # Whatever fails, the parts after it are worth their time.
+                rows.append(row)
+                # Written at once, so that results survive a failure or an interruption.
+                write(result | {name: rows})
+                console.print(f"{name}: {len(rows)} measured")
+        # The other parts are measured even if one fails.
         except Exception:
             console.print(f"FAILED: {name}\n{traceback.format_exc()}", markup=False)
             good = False
-        if found:
-            result[name] = found
-            console.print(table(name, found, rates))
-        if name == "decode" and len(found) == sum(map(len, WIDTHS.values())):
-            console.print(table("released", released(found), rates))
+        if rows:
+            result[name] = rows
+            console.print(table(name, rows, rates))
+        if name == "decode" and len(rows) == sum(map(len, WIDTHS.values())):
+            console.print(table("released", released(rows), rates))
     return good
 
 
@@ -248,16 +248,16 @@ PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
 
 
 def add_marlin(console: Console) -> None:
-    """Beside the result of `measure`. Where Marlin cannot run, one line says why."""
+    """Add Marlin to the results of `measure`; one line says why if it cannot run."""
     try:
-        found = marlin(4) + marlin(8)
-    # Another program's code, which it may compile first: whatever fails there is no fault here.
+        rows = marlin(4) + marlin(8)
+    # GPTQModel compiles its kernels first and may raise anything.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         console.print(f"Marlin was not timed: {type(error).__name__}: {reason}")
         return
-    result = known() | {"marlin": found}
-    console.print(table("marlin", found, {}))
+    result = read_results() | {"marlin": rows}
+    console.print(table("marlin", rows, {}))
     write(result)
 
 

@@ -1,10 +1,10 @@
-"""Models of BELLE's shapes, of random numbers made on the device: decoding, GPU memory, and the
+"""Models of BELLE's shapes, with random weights made on the device: decoding, GPU memory, and the
 quantization of a whole one. A part of benchmarks/gpu.py."""
 
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
 from gptq.device import peak_memory, reset_peak_memory
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import Entry, LazyTensors
 from gptq.inference.cuda_graph import stepper
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
@@ -56,19 +56,19 @@ RELEASED = (
 )
 WIDTHS = {"llama": (16, 8, 4), "bloom": (32, 16, 8, 4)}
 
-Found = list[dict[str, Any]]
+Rows = list[dict[str, Any]]
 
 
 def random_weight(bits: int, inputs: int, outputs: int, device: str) -> PackedWeight:
     """Random integers, zero points and scales, the weight's mean near zero."""
     groups = -(-inputs // GROUP_SIZE)
     shape = (words_for(inputs, bits), outputs)
-    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64, device=device)
+    packed = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64, device=device)
     middle = 2 ** (bits - 1)
     zeros = torch.randint(middle - 1, middle + 2, (groups, outputs), device=device)
     scales = torch.rand((groups, outputs), device=device) + 0.5
     return PackedWeight(
-        qweight=words.to(torch.int32),
+        qweight=packed.to(torch.int32),
         qzeros=pack_zeros(zeros, bits, 1),
         scales=(scales * 0.04 / 2**bits).half(),
         g_idx=None,
@@ -78,16 +78,16 @@ def random_weight(bits: int, inputs: int, outputs: int, device: str) -> PackedWe
     )
 
 
-def random_numbers(name: str, shape: torch.Size, device: str, dtype: torch.dtype) -> Tensor:
-    """Small ones; a norm's weights are near one."""
-    numbers = torch.randn(shape, device=device, dtype=dtype) * 0.02
-    return 1 + numbers if len(shape) == 1 and name.endswith("weight") else numbers
+def random_values(name: str, shape: torch.Size, device: str, dtype: torch.dtype) -> Tensor:
+    """Small random values; a norm's weights are near one."""
+    values = torch.randn(shape, device=device, dtype=dtype) * 0.02
+    return 1 + values if len(shape) == 1 and name.endswith("weight") else values
 
 
 def random_model(
     spec: ModelSpec, config: PretrainedConfig, bits: int, device: str, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model of this shape whose layers hold random numbers, or for bits < 16 random integers."""
+    """A model of this shape whose weights are random; layers are packed if bits < 16."""
     model = empty_model.build(config, spec, torch.device(device))
     names = {f"{spec.block(i)}.{name}" for i in range(_blocks(config)) for name in spec.linears}
     for name, module in list(model.named_modules()):
@@ -108,8 +108,8 @@ def random_model(
             continue
         for key, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                numbers = random_numbers(key, parameter.shape, device, dtype)
-                module._parameters[key] = nn.Parameter(numbers, requires_grad=False)
+                values = random_values(key, parameter.shape, device, dtype)
+                module._parameters[key] = nn.Parameter(values, requires_grad=False)
     model.tie_weights()
     return model
 
@@ -117,13 +117,15 @@ def random_model(
 def random_source(
     spec: ModelSpec, config: PretrainedConfig, device: str, dtype: torch.dtype
 ) -> ModelSource:
-    """The same to read from: each tensor is made when it is asked for."""
+    """The same model as a source; each tensor is made when it is read."""
     shapes = empty_model.build(config, spec, torch.device("meta")).state_dict()
-    reads: dict[str, Callable[[], Tensor]] = {
-        name: partial(random_numbers, name, tensor.shape, device, dtype)
+    entries = {
+        name: Entry(
+            partial(random_values, name, tensor.shape, device, dtype), tuple(tensor.shape), dtype
+        )
         for name, tensor in shapes.items()
     }
-    return ModelSource("random", Path(), config, spec, LazyTensors(reads))
+    return ModelSource("random", Path(), config, spec, LazyTensors(entries))
 
 
 def _blocks(config: PretrainedConfig) -> int:
@@ -148,7 +150,7 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     dtype = torch.float32 if bits == 32 else torch.float16
     model = random_model(spec, config, bits, "cuda", dtype)
     step = stepper(model, DECODED)
-    # What loading took and is free again is nobody's need.
+    # Memory that only loading needed is not counted.
     torch.cuda.empty_cache()
     token = torch.full((1, 1), 7, device="cuda")
     seconds = []
@@ -158,7 +160,7 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
         logits = step(token)
         torch.cuda.synchronize()
         seconds.append(perf_counter() - started)
-    assert bool(torch.isfinite(logits).all()), "decoding gave numbers that are not finite"
+    assert bool(torch.isfinite(logits).all()), "logits are not finite"
     free, total = torch.cuda.mem_get_info()
     return {
         "tokens_per_second": 1 / statistics.median(seconds),
@@ -168,12 +170,12 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     }
 
 
-def released(decoded: Found) -> Found:
+def released(decoded: Rows) -> Rows:
     """BELLE's table of released models, by what `decode` measured: GPU memory in GiB."""
-    known = {(row["model"], row["bits"]): row for row in decoded}
-    rows: Found = []
+    measured = {(row["model"], row["bits"]): row for row in decoded}
+    rows: Rows = []
     for name, model, bits, published in RELEASED:
-        row = known[model, bits]
+        row = measured[model, bits]
         gib = {key: row[key] and row[key] / 2**30 for key in ("memory", "used")}
         rows.append(
             {
@@ -231,7 +233,7 @@ def quantize_model(
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, read when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return perf_counter()
@@ -245,4 +247,4 @@ def quantization(setting: str, blocks: int, host: bool = False) -> dict[str, Any
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(config.vocab_size, (NSAMPLES, SEQLEN), generator=generator)
     device = torch.device("cuda")
-    return quantize_model(spec, config, windows, device, torch.float16, setting, host)
+    return quantize_model(spec, config, windows, device, torch.float16, setting=setting, host=host)

@@ -55,10 +55,10 @@ def prompt(kind: str, question: str, reference: str, written: str) -> str:
 
 
 def read_score(reply: str) -> float:
-    """The number in a judge's reply. Raises UserError where there is none from 0 to 1."""
-    found = re.search(r'"score"\s*:\s*(-?[\d.]+)', reply)
+    """The number in a judge's reply. Raises UserError if there is none from 0 to 1."""
+    match = re.search(r'"score"\s*:\s*(-?[\d.]+)', reply)
     try:
-        score = float(found[1]) if found else -1.0
+        score = float(match[1]) if match else -1.0
     except ValueError:
         score = -1.0
     if not 0 <= score <= 1:
@@ -75,7 +75,7 @@ class Judge:
     model: str
 
     def score(self, kind: str, question: str, reference: str, written: str) -> float:
-        """From 0 to 1. Raises UserError where the endpoint does not answer."""
+        """From 0 to 1. Raises UserError if the endpoint does not answer."""
         body = {
             "model": self.model,
             "temperature": 0,

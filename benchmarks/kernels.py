@@ -1,10 +1,10 @@
-"""Products with packed weights beside torch's own and beside what the memory can deliver.
+"""Products with packed weights, compared with torch's and with reading the weights alone.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --bits 8 --rows 1 --threads 1
 
-Every contender has copies of its weight, more than a gigabyte of them, and takes the next one each
-time, so that none is found in a cache. Contenders take turns within a row of the table.
+Every contender has more than a gigabyte of copies of its weight and uses the next one in each call,
+so that no weight is in a cache. Contenders take turns within a row of the table.
 """
 
 import argparse
@@ -58,17 +58,17 @@ class Contender:
 
 
 def random_weight(inputs: int, outputs: int, bits: int) -> PackedWeight:
-    def words(*shape: int) -> Tensor:
+    def packed(*shape: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
 
     return PackedWeight(
-        words(words_for(inputs, bits), outputs),
-        words(inputs // GROUP, words_for(outputs, bits)),
-        torch.rand(inputs // GROUP, outputs).half() / 2**bits,
-        None,
-        bits,
-        GROUP,
-        inputs,
+        qweight=packed(words_for(inputs, bits), outputs),
+        qzeros=packed(inputs // GROUP, words_for(outputs, bits)),
+        scales=torch.rand(inputs // GROUP, outputs).half() / 2**bits,
+        g_idx=None,
+        bits=bits,
+        group_size=GROUP,
+        in_features=inputs,
     )
 
 
@@ -81,14 +81,14 @@ def copies_of(tensor: Tensor) -> list[Tensor]:
 
 
 def contenders(weight: PackedWeight) -> list[Contender]:
-    """The reader, ours in three ways, and torch's."""
+    """Reading alone, our product in three ways, and torch's."""
     prepared = quant_cuda.prepare(weight)
     assert isinstance(prepared, PreparedWeight)
     data, plan = prepared.tensors
-    # One turn for all that share these copies: whoever comes next finds none that was just read.
+    # One cycle for all that share these copies, so that no contender gets a copy just read.
     ours = turns([dataclasses.replace(prepared, tensors=(it, plan)) for it in copies_of(data)])
     size = data.nbytes
-    found = [
+    runners = [
         Contender("reading", size, lambda x: library.read(next(ours).tensors[0]), torch.float32)
     ]
     for name, dtype, int8 in (
@@ -96,14 +96,14 @@ def contenders(weight: PackedWeight) -> list[Contender]:
         ("ours bf16", torch.bfloat16, False),
         ("ours int8", torch.float32, True),
     ):
-        found.append(Contender(name, size, functools.partial(_ours, ours, int8), dtype))
+        runners.append(Contender(name, size, functools.partial(_ours, ours, int8), dtype))
     for dtype in (torch.bfloat16, torch.float32):
         dense = copies_of(dequantize(weight, dtype).T.contiguous())
         name = "torch bf16" if dtype == torch.bfloat16 else "torch fp32"
-        found.append(dense_contender(name, dense, dtype))
+        runners.append(dense_contender(name, dense, dtype))
     if weight.bits == 4:
-        found.append(int4_contender(weight))
-    return found
+        runners.append(int4_contender(weight))
+    return runners
 
 
 def _ours(weights: Iterator[PreparedWeight], int8: bool, x: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ def _ours(weights: Iterator[PreparedWeight], int8: bool, x: Tensor) -> Tensor:
 
 
 def dense_contender(name: str, copies: list[Tensor], dtype: torch.dtype) -> Contender:
-    mine = turns(copies)
+    weights = turns(copies)
     return Contender(
-        name, copies[0].nbytes, lambda x: torch.nn.functional.linear(x, next(mine)), dtype
+        name, copies[0].nbytes, lambda x: torch.nn.functional.linear(x, next(weights)), dtype
     )
 
 
 def int4_contender(weight: PackedWeight) -> Contender:
-    """torch's weight-only int4 product; its integers are as good as any for a timing."""
+    """torch's weight-only int4 product; its weights are other random integers."""
     shape = weight.out_features, weight.in_features
     q = torch.randint(0, 16, shape, dtype=torch.int32)
     copies = turns(copies_of(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 2)))
@@ -133,7 +133,7 @@ def int4_contender(weight: PackedWeight) -> Contender:
 
 @torch.no_grad()
 def race(runners: list[Contender], rows: int, inputs: int, seconds: float) -> dict[str, Timing]:
-    """Time each in turn until all have had `seconds`, or five turns where those take longer."""
+    """Time each in turn for `seconds`, or for five turns if those take longer."""
     xs = {r.name: torch.randn(rows, inputs).to(r.dtype) for r in runners}
     times: dict[str, list[float]] = {r.name: [] for r in runners}
     for runner in runners:
@@ -169,36 +169,22 @@ def show(results: list[dict], console: Console) -> None:
         best = {name: timing["best"] for name, timing in row["timings"].items()}
         ours = best["ours fp32"]
         table.add_row(
-            row["shape"],
-            str(row["bits"]),
-            str(row["rows"]),
+            *(str(row[key]) for key in ("shape", "bits", "rows")),
             *(f"{best[name] * 1e6:.0f}" if name in best else "" for name in names[1:]),
             f"{row['bytes'] / ours / 1e9:.1f}",
-            f"{best['reading'] / ours:.2f}",
-            f"{best['torch bf16'] / ours:.2f}",
-            f"{best['torch fp32'] / ours:.2f}",
+            *(f"{best[name] / ours:.2f}" for name in ("reading", "torch bf16", "torch fp32")),
         )
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="INxOUT")
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each contender and row")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels-CPU.json")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    console = Console(width=180)
+def measure(args: argparse.Namespace) -> list[dict]:
+    """Timings by shape, bits and rows."""
     results: list[dict] = []
-    for shape, bits in itertools.product(given.shapes, given.bits):
+    for shape, bits in itertools.product(args.shapes, args.bits):
         inputs, outputs = map(int, shape.split("x"))
-        weight = random_weight(inputs, outputs, bits)
-        runners = contenders(weight)
-        for rows in given.rows:
-            timings = race(runners, rows, inputs, given.seconds)
+        runners = contenders(random_weight(inputs, outputs, bits))
+        for rows in args.rows:
+            timings = race(runners, rows, inputs, args.seconds)
             results.append(
                 {
                     "shape": shape,
@@ -208,24 +194,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "timings": {name: dataclasses.asdict(t) for name, t in timings.items()},
                 }
             )
+        # Before the next weight's copies are made.
         del runners
+    return results
+
+
+def write(path: Path | None, record: dict) -> Path:
+    """Write a record, by default to a file named after the processor; returns its path."""
+    name = record["processor"].lower()
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name).split())
+    path = path or RESULTS / f"kernels-{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="INxOUT")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each contender and row")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels-CPU.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    console = Console(width=180)
+    results = measure(args)
     show(results, console)
-    busy = os.getloadavg()[0]
-    name = processor()
     record = {
-        "processor": name,
-        "threads": given.threads,
+        "processor": processor(),
+        "threads": args.threads,
         "torch": torch.__version__,
         "backend": quant_cuda.available()[0],
-        "load_average": busy,
-        "command": " ".join(["python -m benchmarks.kernels", *(arguments or sys.argv[1:])]),
+        "load_average": os.getloadavg()[0],
+        "command": " ".join(["python -m benchmarks.kernels", *(argv or sys.argv[1:])]),
         "results": results,
     }
-    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    output = given.output or RESULTS / f"kernels-{slug}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"{name}, {given.threads} threads, load {busy:.1f}; written to {output}")
+    path = write(args.output, record)
+    load = f"load {record['load_average']:.1f}"
+    console.print(f"{record['processor']}, {args.threads} threads, {load}; written to {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The least that quantizing a model takes: its operations at this machine's measured rate.
+"""The least time that quantizing a model takes: its operations at this machine's measured rate.
 
     python -m benchmarks.limits MODEL [--plain] [--nsamples N] [--seqlen N] [--threads N]
 
@@ -63,12 +63,12 @@ def groups_of(config: PretrainedConfig) -> list[Group]:
     spec = SPECS[config.model_type]
     block = empty_model.build(config, spec, torch.device("cpu")).get_submodule(spec.block(0))
     written = {branch.output for branch in spec.branches}
-    found = []
+    groups = []
     for group in (group.layers for group in spec.groups):
         layers = [empty_model.linear(block, name) for name in group]
         outputs = sum(layer.out_features for layer in layers)
-        found.append(Group(layers[0].in_features, outputs, group[0] in written))
-    return found
+        groups.append(Group(layers[0].in_features, outputs, group[0] in written))
+    return groups
 
 
 def operations(
@@ -96,9 +96,9 @@ def _of_group(group: Group, quantization: QuantConfig, tokens: int) -> Iterator[
     yield "sweep", m * n**2
     yield "losses", 3 * m * n**2
     if quantization.scale_search == "hessian":
-        tries = len(search_factors(quantization.sym)) + (0 if quantization.sym else 2)
+        candidates = len(search_factors(quantization.sym)) + (0 if quantization.sym else 2)
         size = n if quantization.group_size == -1 else min(n, quantization.group_size)
-        yield "sweep", tries * m * n * size
+        yield "sweep", candidates * m * n * size
     if quantization.refine:
         # In each round the errors' gradient, group by group.
         yield "refinement", 2 * quantization.refine * m * n**2
@@ -112,7 +112,7 @@ def _of_group(group: Group, quantization: QuantConfig, tokens: int) -> Iterator[
 
 
 def measured_rates(size: int = 2048, repeats: int = 5) -> Rates:
-    """The best of some repeats, in processor time where one thread computes."""
+    """The best of some repeats, in processor time if one thread computes."""
     clock = thread_time if torch.get_num_threads() == 1 else perf_counter
     left, right = torch.randn(size, size), torch.randn(size, size)
     out = torch.empty(size, size)
@@ -149,7 +149,7 @@ def table(counts: dict[str, float], rates: Rates, title: str) -> Table:
     return made
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.limits",
         description="The least time that quantizing a model can take on this machine.",
@@ -160,11 +160,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
-def main(words: list[str] | None = None) -> int:
-    args = parse(words)
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     quantization = QuantConfig(group_size=args.groupsize, **(PLAIN if args.plain else {}))
     try:

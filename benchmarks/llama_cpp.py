@@ -1,4 +1,4 @@
-"""Speed of a packed model beside llama.cpp: the same shape, the same machine, in turn.
+"""Speed of a packed model and of llama.cpp: the same shape, the same machine, in turn.
 
     python -m benchmarks.llama_cpp --python PYTHON [--shape llama-7b] [--blocks N] [--threads N]
         [--prompt N] [--tokens N] [--repeats N] [--activations {float,int8}...]
@@ -9,7 +9,7 @@ rounded to 4 bits in groups of 128 (4.16 bits a weight), llama.cpp's Q4_0 (4.5),
 16 and of 8 bits. llama.cpp rounds activations to 8 bits, as ours do with `int8`.
 
 Prefill is one pass over --prompt tokens for the last one's logits. Decoding is --tokens more after
-a few: ours by model.generate, all that it does between tokens included; llama.cpp's by eval alone.
+a few: ours by model.generate, with all that it does between tokens; llama.cpp's by eval alone.
 """
 
 import argparse
@@ -20,20 +20,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 import gptq
 from benchmarks.common.assets import DEFAULT_CACHE
 from benchmarks.kernels import processor
+from benchmarks.llama_cpp_report import PEER, Run, results, table
 from benchmarks.release_table import ROUNDING, repeated
 from benchmarks.shapes import SHAPES, write_model
 from gptq.checkpoints.reading import open_checkpoint
@@ -47,36 +47,10 @@ from quant_cuda.weight import AnyWeight
 
 RESULTS = Path(__file__).parent / "results" / "llama-cpp.json"
 SCRIPT = Path(__file__).parent / "peers" / "llama_cpp_run.py"
-PEER = "llama.cpp"
 HEADS = (16, 8)
 ACTIVATIONS = ("float", "int8")
-START = 8  # tokens that decoding goes on from
+START = 8  # tokens before the decoded ones
 WARM_UP = 64  # tokens
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass, or the best of several."""
-
-    method: str
-    head: int
-    """Bits of the output head in the file."""
-    file_bytes: int
-    read_bytes: int
-    """Weights in memory that each token needs: all but the embedding."""
-    prefill_seconds: float
-    """Of the whole prompt."""
-    start_seconds: float
-    """Of what decoding goes on from."""
-    whole_seconds: float
-    """Of that and of the tokens decoded."""
-
-    def decode_rate(self, tokens: int) -> float:
-        """Tokens a second, one at a time. Raises UserError where they took no time."""
-        spent = self.whole_seconds - self.start_seconds
-        if spent <= 0:
-            raise UserError(f"--tokens {tokens}: too few to be timed; give more")
-        return tokens / spent
 
 
 # Ours ----------------------------------------------------------------------------------------
@@ -85,7 +59,7 @@ class Run:
 def our_folder(folder: Path, shape: str, blocks: int) -> Path:
     """A folder of configuration, tokenizer and `head-BITS.safetensors` files, made if it is new.
 
-    One block is rounded and stands for all.
+    One block is rounded, and all blocks are copies of it.
     """
     if folder.exists():
         return folder
@@ -106,9 +80,9 @@ def our_folder(folder: Path, shape: str, blocks: int) -> Path:
             small = Path(scratch) / f"{head}.safetensors"
             rounding = replace(ROUNDING, embedding_bits=head)
             gptq.quantize(one, None, rounding, save_safetensors=small)
-            packed, said = open_checkpoint(small)
+            packed, declared = open_checkpoint(small)
             write_safetensors(
-                unfinished / f"head-{head}.safetensors", repeated(packed, first, blocks), said
+                unfinished / f"head-{head}.safetensors", repeated(packed, first, blocks), declared
             )
     return folder
 
@@ -176,11 +150,11 @@ def time_ours(model: PreTrainedModel, prompt: int, tokens: int) -> dict[str, Any
 # llama.cpp -----------------------------------------------------------------------------------
 
 
-def in_peer(python: str, threads: int, *words: str) -> dict[str, Any]:
-    """What peers/llama_cpp_run.py says. Raises UserError where it fails or cannot be run."""
+def in_peer(python: str, threads: int, *argv: str) -> dict[str, Any]:
+    """What peers/llama_cpp_run.py prints. Raises UserError if it fails or cannot be run."""
     try:
         done = subprocess.run(
-            [python, str(SCRIPT), *words],
+            [python, str(SCRIPT), *argv],
             capture_output=True,
             text=True,
             check=False,
@@ -192,8 +166,8 @@ def in_peer(python: str, threads: int, *words: str) -> dict[str, Any]:
             "environment with llama-cpp-python and gguf"
         ) from error
     if done.returncode:
-        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"{PEER} failed: {said}")
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UserError(f"{PEER} failed: {reason}")
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError) as error:
@@ -201,7 +175,7 @@ def in_peer(python: str, threads: int, *words: str) -> dict[str, Any]:
 
 
 def peer_config(config: PretrainedConfig) -> dict[str, Any]:
-    """What peers/llama_cpp_run.py needs to know of a shape."""
+    """A shape as peers/llama_cpp_run.py takes it."""
     return {
         "vocabulary": config.vocab_size,
         "hidden": config.hidden_size,
@@ -221,7 +195,7 @@ def peer_config(config: PretrainedConfig) -> dict[str, Any]:
 def measure(args: argparse.Namespace, folder: Path, files: dict[str, Any]) -> Iterator[Run]:
     """Every method once a repeat, those of a head in turn.
 
-    files: by bits of the head, what the peer says of its own.
+    files: by bits of the head, the peer's files.
     """
     settings = {
         "threads": args.threads,
@@ -236,8 +210,8 @@ def measure(args: argparse.Namespace, folder: Path, files: dict[str, Any]) -> It
     for _ in range(args.repeats):
         for head, model in models.items():
             file = files[str(head)]
-            words = "time", file["path"], json.dumps(settings)
-            seconds = in_peer(args.python, args.threads, *words)
+            argv = "time", file["path"], json.dumps(settings)
+            seconds = in_peer(args.python, args.threads, *argv)
             yield Run(PEER, head, file["file_bytes"], file["read_bytes"], **seconds)
             for activations in args.activations:
                 set_activations(model, activations)
@@ -245,74 +219,15 @@ def measure(args: argparse.Namespace, folder: Path, files: dict[str, Any]) -> It
                 yield Run(f"ours, {activations}", head, *sizes[head], **seconds)
 
 
-def best(runs: Sequence[Run]) -> list[Run]:
-    """The least seconds of each kind, by head and method, in the order they first came in."""
-    found: dict[tuple[int, str], Run] = {}
-    for run in runs:
-        known = found.setdefault((run.head, run.method), run)
-        found[run.head, run.method] = replace(
-            known,
-            prefill_seconds=min(known.prefill_seconds, run.prefill_seconds),
-            start_seconds=min(known.start_seconds, run.start_seconds),
-            whole_seconds=min(known.whole_seconds, run.whole_seconds),
-        )
-    return list(found.values())
-
-
-def results(runs: Sequence[Run], prompt: int, tokens: int) -> list[dict[str, Any]]:
-    """The best of each method: tokens a second, GB/s of weights in decoding, and how many times as
-    fast as llama.cpp with a head of the same bits."""
-    made: list[dict[str, Any]] = []
-    for run in best(runs):
-        decode = run.decode_rate(tokens)
-        made.append(
-            {
-                "method": run.method,
-                "head": run.head,
-                "file_bytes": run.file_bytes,
-                "read_bytes": run.read_bytes,
-                "decode": decode,
-                "gigabytes": run.read_bytes * decode / 1e9,
-                "prefill": prompt / run.prefill_seconds,
-            }
-        )
-    peers = {row["head"]: row for row in made if row["method"] == PEER}
-    for row in made:
-        for kind in ("decode", "prefill"):
-            row[f"{kind}_ratio"] = row[kind] / peers[row["head"]][kind]
-    return made
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    made = Table(title=f"beside {PEER}", caption=f"x: times as fast as {PEER}; best of the repeats")
-    headings = ("method", "head", "file MB", "read MB", "decode tok/s", "GB/s", "x")
-    for heading in (*headings, "prefill tok/s", "x"):
-        made.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for row in rows:
-        ours = row["method"] != PEER
-        made.add_row(
-            row["method"],
-            str(row["head"]),
-            f"{row['file_bytes'] / 1e6:.0f}",
-            f"{row['read_bytes'] / 1e6:.0f}",
-            f"{row['decode']:.2f}",
-            f"{row['gigabytes']:.1f}",
-            f"{row['decode_ratio']:.2f}" if ours else "",
-            f"{row['prefill']:.1f}",
-            f"{row['prefill_ratio']:.2f}" if ours else "",
-        )
-    return made
-
-
 def command(args: argparse.Namespace) -> str:
-    """The line that measures the same again, without places on this machine."""
+    """The line that measures the same again, without paths of this machine."""
     names = ("shape", "blocks", "threads", "prompt", "tokens", "repeats")
-    given = [f"--{name} {getattr(args, name)}" for name in names]
-    words = ["python -m benchmarks.llama_cpp --python PYTHON", *given]
-    return " ".join([*words, "--activations", *args.activations])
+    options = [f"--{name} {getattr(args, name)}" for name in names]
+    argv = ["python -m benchmarks.llama_cpp --python PYTHON", *options]
+    return " ".join([*argv, "--activations", *args.activations])
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.llama_cpp", description=(__doc__ or "").splitlines()[0]
     )
@@ -327,7 +242,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--activations", nargs="+", choices=ACTIVATIONS, default=[*ACTIVATIONS], help="of ours")
     add("--output", type=Path, default=RESULTS, help="file to write")
     add("--cache", type=Path, default=DEFAULT_CACHE, help="folder to keep the models in")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def _shapes() -> list[str]:
@@ -352,29 +267,35 @@ def check(args: argparse.Namespace) -> PretrainedConfig:
     return config
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    args = parse(words)
+def compare(args: argparse.Namespace) -> tuple[list[Run], dict[str, Any]]:
+    """Measure both sides; the runs, and what the peer says of itself. Raises UserError."""
+    config = check(args)
+    torch.set_num_threads(args.threads)
+    place = args.cache / "llama-cpp" / f"{args.shape}-{args.blocks}"
+    task = "write", str(place / "gguf"), json.dumps(peer_config(config))
+    peer = in_peer(args.python, args.threads, *task)
+    ours = our_folder(place / "ours", args.shape, args.blocks)
     runs: list[Run] = []
+    for run in measure(args, ours, peer["files"]):
+        runs.append(run)
+        rate = run.decode_rate(args.tokens)
+        print(f"{run.method}, {run.head}-bit head: {rate:.2f} tokens a second", flush=True)
+    return runs, peer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     try:
-        config = check(args)
-        torch.set_num_threads(args.threads)
-        place = args.cache / "llama-cpp" / f"{args.shape}-{args.blocks}"
-        task = "write", str(place / "gguf"), json.dumps(peer_config(config))
-        peer = in_peer(args.python, args.threads, *task)
-        ours = our_folder(place / "ours", args.shape, args.blocks)
-        for run in measure(args, ours, peer["files"]):
-            runs.append(run)
-            rate = run.decode_rate(args.tokens)
-            print(f"{run.method}, {run.head}-bit head: {rate:.2f} tokens a second", flush=True)
+        runs, peer = compare(args)
         rows = results(runs, args.prompt, args.tokens)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    busy = os.getloadavg()[0]
+    load = os.getloadavg()[0]
     console = Console(width=100)
     console.print(table(rows))
     console.print(
-        f"{args.shape}, {args.blocks} blocks, {args.threads} threads, load {busy:.1f}; "
+        f"{args.shape}, {args.blocks} blocks, {args.threads} threads, load {load:.1f}; "
         f"{PEER} of llama-cpp-python {peer['version']}"
     )
     record = {
@@ -387,7 +308,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "threads": args.threads,
         "prompt": args.prompt,
         "tokens": args.tokens,
-        "load_average": busy,
+        "load_average": load,
         "command": command(args),
         "results": rows,
         "runs": [asdict(run) for run in runs],

@@ -61,10 +61,10 @@ def read_questions(path: Path) -> list[Question]:
         raise UserError(f"{path}: is no JSON list nor JSON lines ({error}); give such") from error
     questions = []
     for number, record in enumerate(records, start=1):
-        held = record if isinstance(record, dict) else {}
-        values = [str(held.get(key) or "") for key in ("question", "class", "std_answer")]
-        given = [held.get(key) for key in ("question", "class", "std_answer")]
-        if values != given or not all(values):
+        fields = record if isinstance(record, dict) else {}
+        stored = [fields.get(key) for key in ("question", "class", "std_answer")]
+        values = [str(value or "") for value in stored]
+        if values != stored or not all(values):
             raise UserError(
                 f"{path}: record {number} lacks a question, class or std_answer that is text; "
                 "give it one or leave it out"
@@ -88,14 +88,14 @@ def log_likelihood(
     prompt = tokenizer(prompt_of(asked))["input_ids"]
     whole = tokenizer(f"{prompt_of(asked)} {asked.answer}")["input_ids"]
     # Where the tokens of the two part: a piece may reach over the end of the prompt.
-    known = next(
+    prompt_tokens = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
         min(len(prompt), len(whole) - 1),
     )
-    known = max(known, 1)
+    prompt_tokens = max(prompt_tokens, 1)
     tokens = torch.tensor([whole], device=model.device)
-    logits = model(tokens).logits[0, known - 1 : -1].float()
-    chosen = logits.log_softmax(-1).gather(1, tokens[0, known:, None])
+    logits = model(tokens).logits[0, prompt_tokens - 1 : -1].float()
+    chosen = logits.log_softmax(-1).gather(1, tokens[0, prompt_tokens:, None])
     return float(chosen.mean())
 
 
@@ -145,21 +145,21 @@ def means(scored: Iterable[Scored]) -> Means:
     return result
 
 
-def markdown(found: Means) -> str:
+def markdown(averages: Means) -> str:
     """A table for each measure: a row for each kind of task, a column for each model."""
     parts = []
-    for measure in (name for name in MEASURES if name in found):
-        models = list(found[measure])
-        kinds = [kind for kind in found[measure][models[0]] if kind != "all"]
+    for measure in (name for name in MEASURES if name in averages):
+        models = list(averages[measure])
+        kinds = [kind for kind in averages[measure][models[0]] if kind != "all"]
         lines = [(measure, *models), ("---",) * (1 + len(models))]
         for kind in (*kinds, "all"):
-            values = (format(found[measure][model][kind], ".3f") for model in models)
+            values = (format(averages[measure][model][kind], ".3f") for model in models)
             lines.append((kind, *values))
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
-def chart(found: Means, path: Path) -> None:
+def chart(averages: Means, path: Path) -> None:
     """A panel for each measure: kinds of task side by side, a bar for each model."""
     import matplotlib
 
@@ -168,15 +168,17 @@ def chart(found: Means, path: Path) -> None:
     matplotlib.rcParams["font.sans-serif"] = ["Noto Sans CJK SC", "DejaVu Sans"]
     from matplotlib import pyplot
 
-    shown = [name for name in MEASURES if name in found]
+    shown = [name for name in MEASURES if name in averages]
     figure, axes = pyplot.subplots(len(shown), 1, figsize=(12, 3.2 * len(shown)), squeeze=False)
     for axis, measure in zip(axes[:, 0], shown, strict=True):
-        models = list(found[measure])
-        kinds = list(found[measure][models[0]])
+        models = list(averages[measure])
+        kinds = list(averages[measure][models[0]])
         width = 0.8 / len(models)
         for place, model in enumerate(models):
             at = [i + (place - (len(models) - 1) / 2) * width for i in range(len(kinds))]
-            axis.bar(at, [found[measure][model][kind] for kind in kinds], 0.92 * width, label=model)
+            axis.bar(
+                at, [averages[measure][model][kind] for kind in kinds], 0.92 * width, label=model
+            )
         axis.set(title=measure, xticks=range(len(kinds)))
         axis.set_xticklabels(kinds, rotation=20, ha="right")
         axis.spines[["top", "right"]].set_visible(False)
@@ -187,20 +189,20 @@ def chart(found: Means, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(path: Path, scored: Sequence[Scored], found: Mapping) -> None:
+def write(path: Path, scored: Sequence[Scored], averages: Mapping) -> None:
     """`path` with the endings .jsonl (every answer), .json, .md and .png."""
     lines = (json.dumps(asdict(one), ensure_ascii=False) for one in scored)
     for ending, content in (
         (".jsonl", "".join(f"{line}\n" for line in lines)),
-        (".json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
-        (".md", markdown(dict(found))),
+        (".json", json.dumps(averages, indent=1, ensure_ascii=False) + "\n"),
+        (".md", markdown(dict(averages))),
     ):
         with whole_file(Path(f"{path}{ending}")) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
-    chart(dict(found), Path(f"{path}.png"))
+    chart(dict(averages), Path(f"{path}.png"))
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.model_compare", description=(__doc__ or "").splitlines()[0]
     )
@@ -213,22 +215,22 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--judge", metavar="URL", help="an OpenAI-compatible endpoint, such as .../v1")
     add("--judge-model", metavar="NAME", help="its name there; the key is OPENAI_API_KEY's")
     add("--out", type=Path, help="folder and beginning of .jsonl, .json, .md and .png to write")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def limited(questions: list[Question], most: int | None) -> list[Question]:
     """The first of each class."""
-    seen: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     kept = []
     for asked in questions:
-        seen[asked.kind] += 1
-        if most is None or seen[asked.kind] <= most:
+        counts[asked.kind] += 1
+        if most is None or counts[asked.kind] <= most:
             kept.append(asked)
     return kept
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    args = parse(words)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     try:
         if args.checkpoints and len(args.models) != 1:
             raise UserError("--checkpoints belong to one MODEL; give one")
@@ -246,10 +248,10 @@ def main(words: Sequence[str] | None = None) -> int:
             loaded, tokenizer = gptq.load(model, file)
             scored += run(name, loaded, tokenizer, questions, args.max_new_tokens, judged)
             print(f"{name}: {len(questions)} questions", flush=True)
-        found = means(scored)
-        print("\n" + markdown(found))
+        averages = means(scored)
+        print("\n" + markdown(averages))
         if args.out is not None:
-            write(args.out, scored, found)
+            write(args.out, scored, averages)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
     python -m benchmarks.quality [--models NAME...] [--settings NAME...] [--methods NAME...]
 
 The measure is the gap, ln(perplexity quantized) - ln(perplexity full), in nats a token. Every
-result is added to a file as soon as it is there; a result that is in the file is not made again.
+result is appended to a file at once; what is in the file is not measured again.
 Other toolkits run in environments of their own: --gptqmodel PYTHON, --autoround PYTHON.
 """
 
@@ -79,7 +79,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, what to calibrate it on and what to judge it by."""
+    """A model, its calibration text and its evaluation texts."""
 
     name: str
     folder: Path
@@ -106,7 +106,7 @@ class Result:
 
 
 def subject(name: str, cache: Path) -> Subject:
-    """One of the models this benchmark knows, made in `cache` if it is not there."""
+    """One of this benchmark's models, made in `cache` if it is not there."""
     if name == "smollm2":
         text = text_path("c4", cache).read_text(encoding="utf-8")
         halves = cache / "c4-calibration.txt", cache / "c4-heldout.txt"
@@ -124,7 +124,7 @@ def subject(name: str, cache: Path) -> Subject:
 
 
 def windows_of(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calibration windows, and those to judge by: int64 (n, seqlen) each."""
+    """Calibration windows, and evaluation windows: int64 (n, seqlen) each."""
     tokenizer = api.open_model(subject.folder).tokenizer()
     calibration = calibration_windows(
         subject.calibration, tokenizer, subject.nsamples, subject.seqlen, 0
@@ -146,7 +146,7 @@ def log_perplexities(
     }
 
 
-def quantized(
+def quantize(
     subject: Subject,
     calibration: Tensor,
     method: str,
@@ -181,12 +181,12 @@ def quantized(
     )
     if done.returncode:
         raise UserError(f"{method} failed: {done.stderr.strip().splitlines()[-1:]}")
-    # What starting Python and reading the model took is part of this, and little beside the rest.
+    # This includes starting Python and reading the model, which take little of it.
     return _checkpoint_folder(out / "peer"), _children_seconds() - before
 
 
 def _checkpoint_folder(out: Path) -> Path:
-    """Where a peer put its files: the folder it was given or the one it made inside."""
+    """The folder with a peer's files: its output folder or one inside."""
     return next(path.parent for path in sorted(out.rglob("*.safetensors")))
 
 
@@ -195,7 +195,8 @@ def _children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def known(path: Path) -> list[Result]:
+def read_results(path: Path) -> list[Result]:
+    """The results in a file; none if there is no file."""
     if not path.exists():
         return []
     return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
@@ -210,11 +211,11 @@ def add(path: Path, result: Result) -> None:
 def measure(
     names: list[str], settings: list[str], methods: list[str], args: argparse.Namespace
 ) -> Iterator[Result]:
-    """Make and judge everything that was asked for and is not in the file."""
+    """Quantize and evaluate everything that was asked for and is not in the file."""
     pythons = {"gptqmodel": args.gptqmodel, "autoround": args.autoround}
-    have = {(row.model, row.setting, row.method) for row in known(args.results)}
+    measured = {(row.model, row.setting, row.method) for row in read_results(args.results)}
     for name in names:
-        wanted = [(s, m) for s in settings for m in methods if (name, s, m) not in have]
+        wanted = [(s, m) for s in settings for m in methods if (name, s, m) not in measured]
         if not wanted:
             continue
         it = subject(name, args.cache)
@@ -222,13 +223,21 @@ def measure(
         full = log_perplexities(it.folder, None, evaluation)
         for setting, method in wanted:
             with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-                checkpoint, seconds = quantized(
+                checkpoint, seconds = quantize(
                     it, calibration, method, SETTINGS[setting], pythons, Path(folder)
                 )
-                found = log_perplexities(it.folder, checkpoint, evaluation)
+                quantized = log_perplexities(it.folder, checkpoint, evaluation)
                 bits = bits_per_weight(api.open_weights(it.folder, checkpoint))
-            gaps = {text: found[text] - full[text] for text in found}
-            yield Result(name, setting, method, gaps, bits, seconds, torch.get_num_threads())
+            gaps = {text: quantized[text] - full[text] for text in quantized}
+            yield Result(
+                model=name,
+                setting=setting,
+                method=method,
+                gaps=gaps,
+                bits_per_weight=bits,
+                cpu_seconds=seconds,
+                threads=torch.get_num_threads(),
+            )
 
 
 def table(results: list[Result], model: str) -> Table:
@@ -281,7 +290,7 @@ def chart(results: list[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description="What quantization costs, by method, in nats a token on held-out text.",
@@ -296,18 +305,21 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to add to")
     parser.add_argument("--chart", type=Path, help="draw gap against bits into this picture")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    args = parser.parse_args(words)
-    given = {"gptqmodel": args.gptqmodel, "autoround": args.autoround}
+    args = parser.parse_args(argv)
+    pythons = {"gptqmodel": args.gptqmodel, "autoround": args.autoround}
     if args.methods is None:
-        args.methods = [*METHODS, *(name for name in PEER_METHODS if given[PEER_METHODS[name][0]])]
+        args.methods = [
+            *METHODS,
+            *(name for name in PEER_METHODS if pythons[PEER_METHODS[name][0]]),
+        ]
     for name in args.methods:
-        if name in PEER_METHODS and not given[PEER_METHODS[name][0]]:
+        if name in PEER_METHODS and not pythons[PEER_METHODS[name][0]]:
             parser.error(f"{name} needs --{PEER_METHODS[name][0]} PYTHON")
     return args
 
 
-def main(words: list[str] | None = None) -> int:
-    args = parse(words)
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     console = Console()
     try:
         if args.chart is not None and importlib.util.find_spec("matplotlib") is None:
@@ -319,7 +331,7 @@ def main(words: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = known(args.results)
+    results = read_results(args.results)
     for model in dict.fromkeys(row.model for row in results):
         console.print(table(results, model))
     if args.chart is not None and results:

@@ -1,11 +1,11 @@
-"""Where the time of quantizing goes, beside the least it can take and beside GPTQModel.
+"""Where the time of quantizing goes, compared with the least it can take and with GPTQModel.
 
     python -m benchmarks.quantize [--settings NAME...] [--repeats N] [--threads N]
         [--gptqmodel PYTHON] [--model FOLDER] [--output FILE]
 
-SmolLM2-135M on 16 x 512 tokens, 4 bits, groups of 64; --model takes another model, on its speed
-alone. Runs take turns, so that what else a machine does reaches all of them alike. With one thread
-seconds are those of the processor, with more those of the clock.
+SmolLM2-135M on 16 x 512 tokens, 4 bits, groups of 64; --model takes another model; only its
+speed is measured. Runs take turns, so that other load on the machine affects all alike. Seconds are
+processor time with one thread and wall time with more.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Run:
     stages: dict[str, float]
     """Seconds; what is in none of them is not listed."""
     gaps: dict[str, float]
-    """Nats a token by text; empty where they were not asked for."""
+    """Nats a token by text; empty if they were not asked for."""
 
 
 def run_ours(it: Subject, method: str, out: Path) -> tuple[Run, Path]:
@@ -89,13 +89,13 @@ def run_peer(it: Subject, python: str, tokens: Path, out: Path, threads: int) ->
     )
     if done.returncode:
         raise UserError(f"{PEER} failed: {done.stderr.strip().splitlines()[-1:]}")
-    said = json.loads(done.stdout.strip().splitlines()[-1])
+    report = json.loads(done.stdout.strip().splitlines()[-1])
     folder = next(path.parent for path in sorted((out / "peer").rglob("*.safetensors")))
-    return Run(PEER, said["seconds"], said["cpu_seconds"], {}, {}), folder
+    return Run(PEER, report["seconds"], report["cpu_seconds"], {}, {}), folder
 
 
 def measure(it: Subject, args: argparse.Namespace) -> Iterator[Run]:
-    """Every method once a repeat, in turn; the first time judged by its gap as well."""
+    """Every method once a repeat, in turn; the first time its gap is measured too."""
     calibration, evaluation = windows_of(it)
     full = log_perplexities(it.folder, None, evaluation) if args.quality else {}
     methods = [*args.settings, *([PEER] if args.gptqmodel else [])]
@@ -110,8 +110,8 @@ def measure(it: Subject, args: argparse.Namespace) -> Iterator[Run]:
                 else:
                     run, path = run_ours(it, method, out)
                 if args.quality and repeat == 0:
-                    found = log_perplexities(it.folder, path, evaluation)
-                    run.gaps = {text: found[text] - full[text] for text in found}
+                    quantized = log_perplexities(it.folder, path, evaluation)
+                    run.gaps = {text: quantized[text] - full[text] for text in quantized}
             yield run
 
 
@@ -140,7 +140,7 @@ def stage_table(run: Run, least: dict[str, float], rates: Rates, threads: int) -
 
 def summary(runs: list[Run]) -> Table:
     """Processor seconds and gaps side by side, and ratios to the peer."""
-    made = Table(title="beside each other", caption="gap: nats a token; best of the repeats")
+    made = Table(title="compared", caption="gap: nats a token; best of the repeats")
     texts = list(runs[0].gaps)
     headings = ("method", "CPU s", "wall s", "times faster", *(f"gap {text}" for text in texts))
     for heading in headings:
@@ -155,10 +155,23 @@ def summary(runs: list[Run]) -> Table:
     return made
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def write(path: Path, it: Subject, runs: list[Run], rates: Rates) -> None:
+    record = {
+        "model": it.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load_average": os.getloadavg()[0],
+        "rates": dataclasses.asdict(rates),
+        "runs": [dataclasses.asdict(run) for run in runs],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quantize",
-        description="Where the time of quantizing goes, beside the least it can take.",
+        description="Where the time of quantizing goes, compared with the least it can take.",
     )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--repeats", type=int, default=1, metavar="N")
@@ -167,13 +180,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="another model, for its speed alone")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file to write")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     args.quality = args.model is None
     return args
 
 
-def main(words: list[str] | None = None) -> int:
-    args = parse(words)
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     console = Console()
     runs = []
@@ -195,16 +208,7 @@ def main(words: list[str] | None = None) -> int:
         console.print(stage_table(best(runs, method), least, rates, args.threads))
     console.print(summary(runs))
     console.print(f"{it.name}, {args.threads} threads, {rates.operations / 1e9:.0f} GFLOP/s")
-    record = {
-        "model": it.name,
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-        "rates": dataclasses.asdict(rates),
-        "runs": [dataclasses.asdict(run) for run in runs],
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(args.output, it, runs, rates)
     return 0
 
 

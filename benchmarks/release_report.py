@@ -1,4 +1,4 @@
-"""The release table as text, JSON, Markdown and a picture; what BELLE published stands beside."""
+"""The release table as text, JSON, Markdown and a picture, with the figures of BELLE's own."""
 
 import json
 import os
@@ -105,22 +105,22 @@ def markdown(rows: list[Row]) -> str:
 def notes(rows: list[Row]) -> str:
     """How to read the table."""
     tokens = sorted({row.tokens for row in rows})
-    said = [f"Measured on {machine()}; {', '.join(map(str, tokens))} tokens one by one."]
+    sentences = [f"Measured on {machine()}; {', '.join(map(str, tokens))} tokens one by one."]
     if any(not row.on_gpu for row in rows):
-        said.append(
+        sentences.append(
             "GPU memory is computed where it says so: the bytes that a GPU's allocator holds for "
             "the same tensors and for keys and values of these tokens. Resident memory is the "
             "process's peak on the CPU, with Python and torch in it, and is not to be compared "
             "with published GPU memory."
         )
     if any(row.random for row in rows):
-        said.append(
+        sentences.append(
             "Random weights: one block stands for all, rounded to nearest. Sizes, memory and "
             "times do not depend on the weights; perplexity would, and is left out."
         )
     if any(row.published for row in rows):
-        said.append("Published: the release table of BELLE's README, whose G are GiB.")
-    return " ".join(said)
+        sentences.append("Published: the release table of BELLE's README, whose G are GiB.")
+    return " ".join(sentences)
 
 
 def write(rows: list[Row], path: Path) -> None:

@@ -5,8 +5,8 @@
 
 Each row is measured in a process of its own. Without a checkpoint MODEL is quantized to 8 and 4
 bits first, calibrated on --data, or rounded to nearest without it. --shapes needs no model: one
-block of random weights is made and quantized, and stands for all of them, which changes no byte's
-place and no time, but leaves nothing to judge by perplexity.
+block of random weights is made and quantized, and all blocks are copies of it. That changes neither
+sizes nor times, but perplexity would mean nothing and is not measured.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -38,7 +37,7 @@ from gptq.config import QuantConfig
 from gptq.data.windows import evaluation_windows
 from gptq.device import pick_device
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 from gptq.files.safetensors_file import write_tensors
 from gptq.inference.generate import benchmark
 from gptq.models import SPECS
@@ -103,7 +102,7 @@ def _tokens(task: Task, tokenizer) -> Tensor:
 
 
 def _weights_size(model: Path, weights: int) -> int:
-    """Bytes of a full model's weight files; 2 a weight where they are not in 16 bits themselves."""
+    """Bytes of a full model's weight files; 2 a weight if there are none, as for a .gguf file."""
     files = list(model.glob("*.safetensors")) if model.is_dir() else []
     return sum(file.stat().st_size for file in files) or 2 * weights
 
@@ -137,8 +136,8 @@ def shape_rows(shape: str, bits: Sequence[int], task: Task, scratch: Path) -> It
     for width in (width for width in bits if width < 16):
         small, name = scratch / "small.safetensors", f"{shape}-{width}bit-{GROUP_SIZE}g.pt"
         gptq.quantize(one, None, replace(ROUNDING, bits=width), save_safetensors=small)
-        packed, said = open_checkpoint(small)
-        write_pt(scratch / name, repeated(packed, first, blocks), said)
+        packed, settings = open_checkpoint(small)
+        write_pt(scratch / name, repeated(packed, first, blocks), settings)
         small.unlink()
         yield _marked(
             replace(task, name=name, model=whole, checkpoint=scratch / name), shape, width
@@ -154,10 +153,10 @@ def shape_rows(shape: str, bits: Sequence[int], task: Task, scratch: Path) -> It
 
 
 def repeated(tensors: LazyTensors, first: str, blocks: int) -> LazyTensors:
-    """The same tensors with block 0, whose names begin with `first`, in the place of every one."""
+    """The same tensors with every block a copy of block 0, whose names begin with `first`."""
     prefix = first.removesuffix("0.")
-    names = {
-        new: name
+    entries = {
+        new: tensors.entry(name)
         for name in tensors
         for new in (
             [f"{prefix}{index}.{name.removeprefix(first)}" for index in range(blocks)]
@@ -165,11 +164,7 @@ def repeated(tensors: LazyTensors, first: str, blocks: int) -> LazyTensors:
             else [name]
         )
     }
-    return LazyTensors(
-        {new: partial(tensors.__getitem__, name) for new, name in names.items()},
-        shapes={new: tensors.shape(name) for new, name in names.items()},
-        dtypes={new: tensors.dtype(name) for new, name in names.items()},
-    )
+    return LazyTensors(entries)
 
 
 def _marked(task: Task, shape: str, bits: int) -> Row:
@@ -183,7 +178,7 @@ def _marked(task: Task, shape: str, bits: int) -> Row:
 def model_rows(
     model: str, checkpoints: Sequence[Path], args: argparse.Namespace, task: Task, scratch: Path
 ) -> Iterator[Row]:
-    """The full model and its files, quantized now where there are none."""
+    """The full model and its files, quantized now if there are none."""
     source = open_model(model)
     path = source.folder / source.gguf if source.gguf else source.folder
     if 16 in args.bits:
@@ -211,7 +206,7 @@ def _quantized(model: Path, name: str, args: argparse.Namespace, scratch: Path) 
 # The command line ----------------------------------------------------------------------------
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.release_table", description=(__doc__ or "").splitlines()[0]
     )
@@ -228,7 +223,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=32, help="tokens timed one by one (default: 32)")
     add("--scratch", type=Path, help="where files are made and removed (default: a new folder)")
     add("--out", type=Path, help="folder and beginning of .json, .md and .png to write")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -245,7 +240,15 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         raise UserError("--out draws a picture: pip install '.[report]' first")
     if args.tokens < 3:
         raise UserError(f"--tokens {args.tokens}: give 3 or more")
-    task = Task("", Path(), None, args.tokens, args.eval, args.windows, args.seqlen)
+    task = Task(
+        name="",
+        model=Path(),
+        checkpoint=None,
+        tokens=args.tokens,
+        evaluation=args.eval,
+        windows=args.windows,
+        seqlen=args.seqlen,
+    )
     for model in args.models:
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             yield from model_rows(model, args.checkpoints, args, task, Path(scratch))
@@ -254,19 +257,19 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield from shape_rows(shape, args.bits, replace(task, evaluation=None), Path(scratch))
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    args = parse(words)
-    made: list[Row] = []
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    measured: list[Row] = []
     try:
         for row in rows(args):
-            made.append(row)
+            measured.append(row)
             print(release_report.line(row), flush=True)
             if args.out is not None:
-                release_report.write(made, args.out)
+                release_report.write(measured, args.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n" + release_report.markdown(made))
+    print("\n" + release_report.markdown(measured))
     return 0
 
 

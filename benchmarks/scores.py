@@ -15,7 +15,7 @@ _UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u
 
 
 def check() -> None:
-    """Raise UserError where the libraries are not there."""
+    """Raise UserError if the libraries are not installed."""
     for module in ("rouge_score", "sacrebleu"):
         if importlib.util.find_spec(module) is None:
             raise UserError(

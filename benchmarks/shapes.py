@@ -26,8 +26,8 @@ from transformers import (
 from gptq.blockwise import empty_model
 from gptq.errors import UserError
 from gptq.files.atomic import whole_folder
-from gptq.files.opening import LazyTensors
-from gptq.files.safetensors_file import nbytes, shards, write_tensors
+from gptq.files.lazy import Entry, LazyTensors
+from gptq.files.safetensors_file import shards, write_tensors
 from gptq.models import SPECS
 
 SHARD_BYTES = 2_000_000_000
@@ -95,7 +95,7 @@ def write_model(folder: Path, shape: str, blocks: int | None = None) -> Path:
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             write_tensors(temporary / file, tensors, names, {"format": "pt"})
             weight_map |= dict.fromkeys(names, file)
-        total = sum(nbytes(tensors, name) for name in tensors)
+        total = sum(map(tensors.nbytes, tensors))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config.architectures = [SPECS[config.model_type].architecture]
@@ -105,13 +105,17 @@ def write_model(folder: Path, shape: str, blocks: int | None = None) -> Path:
 
 
 def _random(config: PretrainedConfig) -> LazyTensors:
-    """Every tensor of a model of this configuration, made when it is asked for."""
+    """Every tensor of a model of this configuration, made when it is read."""
     model = empty_model.build(config, SPECS[config.model_type], torch.device("cpu"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    reads = {name: partial(_tensor, name, shape) for name, shape in shapes.items()}
-    return LazyTensors(reads, shapes=shapes, dtypes=dict.fromkeys(shapes, torch.float16))
+    return LazyTensors(
+        {
+            name: Entry(partial(_tensor, name, shape), shape, torch.float16)
+            for name, shape in shapes.items()
+        }
+    )
 
 
 def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -96,8 +96,8 @@ def tiny_model(
     """
     recipe = RECIPES.get((arch, size))
     if recipe is None:
-        known = ", ".join(" ".join(key) for key in RECIPES)
-        raise UserError(f"no recipe for a model called {arch} {size}: use one of {known}")
+        names = ", ".join(" ".join(key) for key in RECIPES)
+        raise UserError(f"no recipe for a model called {arch} {size}: use one of {names}")
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     folder = cache / f"{size}-{arch}-{recipe.key}"

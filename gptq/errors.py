@@ -25,3 +25,9 @@ class SettingError(UserError):
 
     def __str__(self) -> str:
         return f"{self.field} {self.value} {self.problem}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, at most 200 characters, to quote in a message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

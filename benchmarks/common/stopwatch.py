@@ -12,7 +12,7 @@ from gptq.config import QUALITIES
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": PLAIN, "fast": QUALITIES["fast"], "default": {}}
 
-# What is timed, by the place it is called from; time inside another of these is that one's.
+# What is timed, by where it is called from; a call inside another one counts for itself only.
 STAGES = {
     "gptq.blockwise.steps.step": "forward",
     "gptq.blockwise.steps._outputs": "forward",

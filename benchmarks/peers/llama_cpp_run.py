@@ -95,12 +95,12 @@ def write_model(path: Path, config: dict, tensors: Tensors) -> None:
     writer.add_layer_norm_rms_eps(config["epsilon"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = [f"word{number}" for number in range(config["vocabulary"] - len(special))]
+    tokens = [f"word{number}" for number in range(config["vocabulary"] - len(special))]
     kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([*special, *words])
+    writer.add_token_list([*special, *tokens])
     writer.add_token_scores([0.0] * config["vocabulary"])
-    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * len(words)])
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * len(tokens)])
     for name, (tensor, kind) in tensors.items():
         writer.add_tensor(name, tensor, raw_dtype=kind)
     writer.write_header_to_file()
@@ -120,11 +120,11 @@ def write(folder: Path, config: dict) -> dict:
             unfinished = path.with_suffix(".partial")
             write_model(unfinished, config, model_tensors(config, head))
             os.replace(unfinished, path)
-        held = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
         files[head] = {
             "path": str(path),
             "file_bytes": path.stat().st_size,
-            "read_bytes": sum(held.values()) - held[EMBEDDING],
+            "read_bytes": sum(sizes.values()) - sizes[EMBEDDING],
         }
     return {
         "files": files,
@@ -158,13 +158,13 @@ def timed(path: Path, settings: dict) -> dict[str, float]:
         return time.perf_counter() - started
 
     seconds(ids[: settings["warm_up"]], ids[:1])
-    said = {
+    report = {
         "prefill_seconds": seconds(ids[:prompt]),
         "start_seconds": seconds(ids[:start]),
         "whole_seconds": seconds(ids[:start], *([token] for token in ids[start : start + tokens])),
     }
     llm.close()
-    return said
+    return report
 
 
 def main(task: str, where: str, settings: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq.files.atomic import unwritable
-from gptq.files.opening import read_span
+from gptq.files.spans import read_span
 
 Batch = tuple[Tensor, ...]
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from gptq.errors import UserError
-from gptq.files.opening import cause
+from gptq.errors import UserError, first_line
 from gptq.models import ModelSpec
 
 
@@ -34,7 +33,7 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
     except Exception as error:
         raise UserError(
             f"the configuration of this {spec.model_type} model makes no model "
-            f"({type(error).__name__}: {cause(error)}): copy its config.json again"
+            f"({type(error).__name__}: {first_line(error)}): copy its config.json again"
         ) from error
     return model.eval().requires_grad_(False)
 

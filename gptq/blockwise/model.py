@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 from gptq.models import ModelSpec
 from gptq.nn import STORED_AS_IS, QuantEmbedding, TiedHead
 
@@ -101,7 +101,7 @@ class BlockwiseModel:
         name = self.spec.block(index)
         block = Block(index, name, self.load(name), self.spec)
         if isinstance(self.tensors, LazyTensors):
-            self.tensors.expect(f"{self.spec.block(index + 1)}.")
+            self.tensors.prefetch(f"{self.spec.block(index + 1)}.")
         return block
 
     def stored(self, name: str, expected: Tensor) -> Tensor:

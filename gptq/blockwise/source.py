@@ -15,8 +15,9 @@ from transformers import (
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.tokenizer import open_tokenizer
 from gptq.blockwise.weight_files import open_full_weights, open_packed_weights, read_json
-from gptq.errors import UserError
-from gptq.files.opening import LazyTensors, cause, open_binary
+from gptq.errors import UserError, first_line
+from gptq.files.lazy import LazyTensors
+from gptq.files.spans import open_binary
 from gptq.models import SPECS, ModelSpec
 
 _SMALL_FILES = (
@@ -150,7 +151,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     # transformers checks values with several exceptions that share no base.
     except Exception as error:
         raise UserError(
-            f"{path} is no usable {model_type} configuration: {cause(error)}"
+            f"{path} is no usable {model_type} configuration: {first_line(error)}"
         ) from error
     for key, most in _MOST.items():
         value = getattr(config, key, 1)
@@ -198,5 +199,5 @@ def _snapshot(name: str, patterns: tuple[str, ...]) -> Path:
     except Exception as error:
         raise UserError(
             f"'{name}' is no folder here and cannot be fetched from the Hugging Face hub "
-            f"({cause(error)}): pass a local folder"
+            f"({first_line(error)}): pass a local folder"
         ) from error

@@ -9,7 +9,7 @@ import copy
 import torch
 from transformers import PretrainedConfig
 
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 from gptq.models import ModelSpec
 
 

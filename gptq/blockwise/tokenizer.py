@@ -12,8 +12,7 @@ from transformers import (
 )
 
 from gptq.blockwise.weight_files import read_json
-from gptq.errors import UserError
-from gptq.files.opening import cause
+from gptq.errors import UserError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaMA's special tokens; its earliest conversions left them empty.
@@ -42,7 +41,7 @@ def open_tokenizer(
     # Damaged tokenizer files make the libraries raise almost anything.
     except Exception as error:
         raise UserError(
-            f"the tokenizer in {where} cannot be read ({cause(error)}): copy its files again"
+            f"the tokenizer in {where} cannot be read ({first_line(error)}): copy its files again"
         ) from error
 
 

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptq.errors import UserError
-from gptq.files.opening import LazyTensors, cause, open_tensors
+from gptq.errors import UserError, first_line
+from gptq.files.lazy import LazyTensors
+from gptq.files.opening import open_tensors
 
 # A single file, the index of several, several without an index; the first kind found is read.
 FULL = (
@@ -86,7 +87,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({cause(error)}): copy it again") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({first_line(error)}): copy it again"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: copy it again")
     return content

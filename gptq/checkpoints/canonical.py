@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from gptq.checkpoints.reading import Checkpoint
 from gptq.checkpoints.settings import Settings, from_declared
 from gptq.device import half_dtype
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors, Read, Shape
+from gptq.files.lazy import Entries, Entry, LazyTensors, Shape
 from gptq.nn import PackedModule, QuantEmbedding
 from quant_cuda import PackedWeight
 from quant_cuda.packing import pack_zeros, unpack_zeros, words_for
@@ -75,35 +74,10 @@ class Canonical:
 # Tensors in order ----------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
-    """A tensor that is made when asked for."""
-
-    read: Read
-    shape: Shape
-    dtype: torch.dtype
-
-
-Entries = dict[str, Entry]
-
-
-def entry(tensors: LazyTensors, name: str) -> Entry:
-    """One of `tensors`, still unread."""
-    return Entry(partial(tensors.__getitem__, name), tensors.shape(name), tensors.dtype(name))
-
-
-def lazy(entries: Mapping[str, Entry]) -> LazyTensors:
-    """Tensors by their full names."""
-    return LazyTensors(
-        {name: it.read for name, it in entries.items()},
-        shapes={name: it.shape for name, it in entries.items()},
-        dtypes={name: it.dtype for name, it in entries.items()},
-    )
-
-
 def layer_entries(tensors: LazyTensors, layer: str) -> Entries:
     """A packed layer's tensors, by the last part of their names."""
     keys = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    return {key: entry(tensors, f"{layer}.{key}") for key in keys if f"{layer}.{key}" in tensors}
+    return {key: tensors.entry(f"{layer}.{key}") for key in keys if f"{layer}.{key}" in tensors}
 
 
 def with_modules(tensors: LazyTensors, modules: Mapping[str, Entries]) -> LazyTensors:
@@ -117,8 +91,8 @@ def with_modules(tensors: LazyTensors, modules: Mapping[str, Entries]) -> LazyTe
         if module in modules:
             entries |= {f"{module}.{key}": it for key, it in modules[module].items()}
         else:
-            entries[name] = entry(tensors, name)
-    return lazy(entries)
+            entries[name] = tensors.entry(name)
+    return LazyTensors(entries)
 
 
 # From a run, from a checkpoint ---------------------------------------------------------------
@@ -178,24 +152,17 @@ def _layer(module: PreTrainedModel, checkpoint: Checkpoint, layer: PackedLayer) 
     assert isinstance(part, PackedModule)
     zeros = partial(_zeros, tensors, layer, checkpoint.zero_offset)
     columns = words_for(layer.outputs, layer.bits)
-    scales = tensors.dtype(f"{name}.scales")
     entries = {
-        "qweight": Entry(
-            partial(tensors.__getitem__, f"{name}.qweight"),
-            (words_for(layer.inputs, layer.bits), layer.outputs),
-            torch.int32,
-        ),
+        "qweight": tensors.entry(f"{name}.qweight"),
         "qzeros": Entry(zeros, (layer.groups, columns), torch.int32),
-        "scales": Entry(
-            partial(tensors.__getitem__, f"{name}.scales"), (layer.groups, layer.outputs), scales
-        ),
+        "scales": tensors.entry(f"{name}.scales"),
     }
     if not isinstance(part, QuantEmbedding):
         g_idx = partial(_g_idx, tensors, layer)
         entries["g_idx"] = Entry(g_idx, (layer.inputs,), torch.int32)
     # Early tools wrote a bias for every layer. `attach` tells which layers have one.
     if part.bias is not None:
-        entries["bias"] = entry(tensors, f"{name}.bias")
+        entries["bias"] = tensors.entry(f"{name}.bias")
     return entries
 
 
@@ -210,7 +177,7 @@ def _unpacked(
         if name not in tied:
             shape = tuple(expected.shape)
             entries[name] = Entry(partial(_dense, stored, name, shape, dtype, origin), shape, dtype)
-    return lazy(entries)
+    return LazyTensors(entries)
 
 
 def _dense(

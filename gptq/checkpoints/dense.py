@@ -4,7 +4,8 @@ from pathlib import Path
 
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.canonical import Canonical, unpack
-from gptq.files.opening import LazyTensors, open_tensors
+from gptq.files.lazy import LazyTensors
+from gptq.files.opening import open_tensors
 
 
 def tensors(canonical: Canonical) -> LazyTensors:

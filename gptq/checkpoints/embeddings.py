@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gptq.checkpoints.canonical import Canonical, entry, with_modules
+from gptq.checkpoints.canonical import Canonical, with_modules
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.errors import UserError
-from gptq.files.safetensors_file import as_lazy
+from gptq.files.lazy import as_lazy
 from gptq.solver.grid import Grid, find_grid, quantize
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import group_count
@@ -38,7 +38,7 @@ def pack_embeddings(canonical: Canonical, bits: int) -> Canonical:
         outputs, inputs = weight.shape
         made = as_lazy(pack_rows(name, weight, bits, sym))
         keys = ("qweight", "qzeros", "scales")
-        modules[name] = {key: entry(made, f"{name}.{key}") for key in keys}
+        modules[name] = {key: made.entry(f"{name}.{key}") for key in keys}
         groups = group_count(inputs, EMBEDDING_GROUP)
         packed[name] = PackedLayer(name, inputs, outputs, bits, groups, EMBEDDING_GROUP)
     tensors = with_modules(canonical.tensors, modules)

@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import Canonical
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import CONTAINERS, FOLDER, SHARD_BYTES, Container, Contents
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 
 
 def holds_all(canonical: Canonical, layer: PackedLayer) -> str | None:

@@ -20,7 +20,7 @@ from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.reading import attach
 from gptq.checkpoints.settings import quantize_config
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 from quant_cuda.packing import pack_zeros
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors, Read
+from gptq.files.lazy import Entry, LazyTensors
 from quant_cuda.packing import BITS, pack_zeros, unpack, words_for
 from quant_cuda.weight import group_count
 
@@ -81,7 +81,7 @@ def normal_form(
     names = [name for name in sizes if f"{name}.qweight" in tensors]
     layers = tuple(_layer(path, name, sizes[name], tensors) for name in names)
     floating = {layer.name for layer in layers if f"{layer.name}.qzeros" not in tensors}
-    changes = _normal_reads(path, layers, tensors)
+    changes = _normal_entries(path, layers, tensors)
     tensors = tensors.changed(changes)
     ranges = {}
     for layer in layers:
@@ -94,11 +94,13 @@ def normal_form(
         raise UserError(f"{path}: has both 'zeros' and 'qzeros', of two tools; {_CONVERT}")
     if offset == 0 or not under:
         return Packed(tensors, layers, offset, 0, not changes)
-    reads = {
-        f"{layer.name}.qzeros": partial(_without_underflow, layer, tensors) for layer in layers
+    zeros = {
+        name: tensors.entry(name)._replace(read=partial(_without_underflow, layer, tensors))
+        for layer in layers
+        for name in (f"{layer.name}.qzeros",)
     }
     lost = sum(_lost_zeros(layer, tensors) for layer in under)
-    return Packed(tensors.changed(reads), layers, 0, lost, as_stored=False)
+    return Packed(tensors.changed(zeros), layers, 0, lost, as_stored=False)
 
 
 def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object]) -> None:
@@ -223,25 +225,27 @@ def _misfit(shape: tuple[int, ...], inputs: int, outputs: int) -> str:
     )
 
 
-def _normal_reads(
+def _normal_entries(
     path: Path, layers: tuple[StoredLayer, ...], tensors: LazyTensors
-) -> dict[str, Read | None]:
-    """Tensors that are converted when they are read, to the normal form."""
-    changes: dict[str, Read | None] = {}
+) -> dict[str, Entry | None]:
+    """Tensors that are converted to the normal form when they are read; None for those to omit."""
+    changes: dict[str, Entry | None] = {}
     for layer in layers:
-        g_idx = f"{layer.name}.g_idx"
+        g_idx, scales = f"{layer.name}.g_idx", tensors.entry(f"{layer.name}.scales")
         if f"{layer.name}.qzeros" not in tensors:
-            changes[f"{layer.name}.qzeros"] = partial(_packed_zeros, path, layer, tensors)
+            zeros = (layer.groups, words_for(layer.outputs, layer.bits))
+            read = partial(_packed_zeros, path, layer, tensors)
+            changes[f"{layer.name}.qzeros"] = Entry(read, zeros, torch.int32)
             changes[f"{layer.name}.zeros"] = None
-            if tensors.shape(f"{layer.name}.scales")[0] != layer.groups:
-                changes[f"{layer.name}.scales"] = partial(
-                    _transposed, tensors, f"{layer.name}.scales"
-                )
+            if scales.shape[0] != layer.groups:
+                read = partial(_transposed, tensors, f"{layer.name}.scales")
+                changes[f"{layer.name}.scales"] = Entry(read, scales.shape[::-1], scales.dtype)
         if g_idx in tensors and layer.groups > 1 and not bool(tensors[g_idx].any()):
             # Some tools write zeros if groups are runs of neighbours.
             changes[g_idx] = None
         elif g_idx in tensors and tensors.dtype(g_idx) != torch.int32:
-            changes[g_idx] = partial(_narrowed, tensors, g_idx)
+            read = partial(_narrowed, tensors, g_idx)
+            changes[g_idx] = Entry(read, tensors.shape(g_idx), torch.int32)
     return changes
 
 

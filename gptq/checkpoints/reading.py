@@ -16,7 +16,9 @@ from gptq.blockwise.weight_files import open_packed_weights
 from gptq.checkpoints.layouts import Packed, PackedLayer, StoredLayer, group_size, normal_form
 from gptq.checkpoints.settings import SETTINGS_KEY, declared_integer, folder_settings, parse
 from gptq.errors import SettingError, UserError
-from gptq.files.opening import LazyTensors, check_sums, open_tensors
+from gptq.files.lazy import LazyTensors
+from gptq.files.opening import open_tensors
+from gptq.files.torch_file import check_sums
 from gptq.models import ModelSpec
 from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
 

@@ -13,8 +13,8 @@ from gptq.data.chat import BELLE_TEMPLATE
 from gptq.device import half_dtype
 from gptq.errors import UserError
 from gptq.files.atomic import whole_file, whole_folder
-from gptq.files.opening import LazyTensors
-from gptq.files.safetensors_file import nbytes, shards, write_tensors
+from gptq.files.lazy import LazyTensors
+from gptq.files.safetensors_file import shards, write_tensors
 from gptq.files.torch_file import write_state_dict
 
 # More than this in a folder goes into several files with an index.
@@ -151,7 +151,7 @@ def write_weights(folder: Path, contents: Contents) -> None:
         write_tensors(folder / file, tensors, names, about)
         weight_map |= dict.fromkeys(names, file)
     if len(parts) > 1:
-        total = sum(nbytes(tensors, name) for name in tensors)
+        total = sum(map(tensors.nbytes, tensors))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 

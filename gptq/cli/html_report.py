@@ -12,8 +12,7 @@ from rich.filesize import decimal
 from gptq.checkpoints.reading import open_checkpoint
 from gptq.config import BITS
 from gptq.files.atomic import whole_file
-from gptq.files.opening import LazyTensors
-from gptq.files.safetensors_file import nbytes
+from gptq.files.lazy import LazyTensors
 from gptq.models import ModelSpec
 from gptq.pipeline.report import LayerReport, Report
 
@@ -103,7 +102,7 @@ def parts(tensors: LazyTensors, spec: ModelSpec) -> list[tuple[str, int, float, 
     sizes: dict[str, int] = defaultdict(int)
     for name in tensors:
         part = _part(name, spec)
-        sizes[part] += nbytes(tensors, name)
+        sizes[part] += tensors.nbytes(name)
         weights[part] += _weights(tensors, name)
     order = ["embedding", *(_short(linear) for linear in spec.linears), "head", "norms and biases"]
     rows = [

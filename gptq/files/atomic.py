@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all.
+"""Files and folders that are written completely or not at all.
 
 A folder can hold what is not ours. Only files for which `ours(name)` is true are ever replaced or
 removed in it.
@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 
 from gptq.errors import UserError
 
-# What has this ending was left by a process that was killed while it wrote.
+# Ending of unfinished files and folders; a process that is killed leaves them behind.
 PARTIAL = ".partial"
-# A folder without it is no model to any reader: it goes first and comes last.
+# No reader takes a folder without it for a model, so it is removed first and written last.
 LAST = "config.json"
 
 Ours = Callable[[str], bool]
@@ -35,9 +35,9 @@ def every_name(name: str) -> bool:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write to the temporary path this gives; `path` then appears complete, or not at all.
+    """Yield a temporary path to write to; it replaces `path` if the body raises nothing.
 
-    The data is on disk before the name is. Raises UserError if the system refuses.
+    The data is durable before the name is. Raises UserError if the system cannot write it.
     """
     path = path.resolve() if path.is_symlink() else path
     temporary = _temporary(path)
@@ -47,7 +47,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _refused(path, error) from error
+        raise _as_user_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -55,9 +55,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, ours: Ours = every_name) -> Iterator[Path]:
-    """The same for a folder: fill the temporary one this gives. An older `path` is replaced.
+    """Yield a temporary folder to write files to; it replaces `path` as in `whole_file`.
 
-    What is not ours in the older folder is in the new one too.
+    Files in the older folder that are not ours are kept.
     """
     real = path.resolve()
     try:
@@ -80,16 +80,16 @@ def whole_folder(path: Path, ours: Ours = every_name) -> Iterator[Path]:
             _move_others(temporary, real, ours)
         sync_folder(real.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _refused(path, error) from error
+        raise _as_user_error(path, error) from error
     finally:
         _remove_ours(temporary, ours)
 
 
 def check_writable(path: Path, folder: bool = False, ours: Ours = every_name) -> None:
-    """Raise UserError now, rather than after hours of work, if `path` could not be written.
+    """Raise UserError if `path` cannot be written, to be called before hours of work.
 
-    A name is made and renamed where that will happen. A folder that exists is written to if it
-    has nothing that is ours, or a quantized checkpoint.
+    A file or folder is created and renamed there, as a trial. An existing folder can be written
+    if nothing in it is ours, or if it is a quantized checkpoint.
     """
     try:
         if folder:
@@ -168,23 +168,23 @@ def check_apart(outputs: Sequence[Path], inputs: Sequence[Path], folder: Path | 
 
 
 def remove_partial(path: Path, ours: Ours = every_name) -> None:
-    """Remove what killed processes left while they wrote `path`, a file or folder.
+    """Remove the unfinished files and folders of killed processes that were writing `path`.
 
-    What is not ours goes back to the folder that it was in. For a caller who knows that no other
-    process is writing `path`.
+    Files that are not ours are moved back to the folder that they were in. The caller must know
+    that no other process is writing `path`.
     """
     real = path.resolve()
     pattern = re.compile(rf"\.{re.escape(real.name)}\.[^.]+{re.escape(PARTIAL)}")
     for place in {path.parent, real.parent, real}:
-        for left in list(place.iterdir()) if place.is_dir() else ():
-            if not pattern.fullmatch(left.name):
+        for entry in list(place.iterdir()) if place.is_dir() else ():
+            if not pattern.fullmatch(entry.name):
                 continue
-            if not left.is_dir():
-                left.unlink(missing_ok=True)
+            if not entry.is_dir():
+                entry.unlink(missing_ok=True)
                 continue
             if real.is_dir():
-                _move_others(left, real, ours)
-            _remove_ours(left, ours)
+                _move_others(entry, real, ours)
+            _remove_ours(entry, ours)
 
 
 def _temporary(path: Path) -> Path:
@@ -230,7 +230,7 @@ def _exchange(temporary: Path, folder: Path) -> None:
 
 
 def _move_others(older: Path, folder: Path, ours: Ours) -> None:
-    """Move what is not ours from an older folder to the one in its place."""
+    """Move what is not ours from an older folder to the one that replaced it."""
     for entry in list(older.iterdir()):
         mine = ours(entry.name) and not entry.is_dir()
         if not mine and not (folder / entry.name).exists():
@@ -238,7 +238,7 @@ def _move_others(older: Path, folder: Path, ours: Ours) -> None:
 
 
 def _remove_ours(folder: Path, ours: Ours) -> None:
-    """Remove a temporary folder; anything in it that is not ours keeps it alive."""
+    """Remove a temporary folder, unless something in it is not ours."""
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
@@ -253,8 +253,8 @@ def _sync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _refused(path: Path, error: Exception) -> Exception:
-    """The UserError for what the system refused, which torch and safetensors wrap in their own."""
+def _as_user_error(path: Path, error: Exception) -> Exception:
+    """A UserError if the system could not write; torch and safetensors wrap its exceptions."""
     cause = error if isinstance(error, OSError) else error.__context__
     number = re.search(r"\(os error (\d+)\)", str(error))
     if isinstance(error, SafetensorError) and number:
@@ -263,12 +263,13 @@ def _refused(path: Path, error: Exception) -> Exception:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
+    """The error to raise if the system could not write `path`."""
     reason = error.strerror or str(error)
     return UserError(f"{path}: cannot be written ({reason}); free space or choose another path")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given in a folder durable. Raises UserError if the system refuses."""
+    """Make the names in a folder durable. Raises UserError if the system cannot."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:

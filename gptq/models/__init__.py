@@ -1,9 +1,13 @@
-"""The architectures that can be quantized, by `config.model_type`."""
+"""The architectures that can be quantized, as data, by `config.model_type`.
+
+Nothing here imports more than the standard library.
+"""
 
 from gptq.models.bloom import BLOOM
+from gptq.models.gguf_names import GgufNames, RowOrder
 from gptq.models.llama import LLAMA
 from gptq.models.spec import Branch, Group, ModelSpec
 
 SPECS: dict[str, ModelSpec] = {spec.model_type: spec for spec in (LLAMA, BLOOM)}
 
-__all__ = ["BLOOM", "LLAMA", "SPECS", "Branch", "Group", "ModelSpec"]
+__all__ = ["BLOOM", "LLAMA", "SPECS", "Branch", "GgufNames", "Group", "ModelSpec", "RowOrder"]

@@ -1,5 +1,6 @@
 """BLOOM, BLOOMZ and BELLE-7B. Queries, keys and values are one fused projection."""
 
+from gptq.models.gguf_names import GgufNames, RowOrder
 from gptq.models.spec import Branch, ModelSpec
 
 BLOOM = ModelSpec(
@@ -33,5 +34,19 @@ BLOOM = ModelSpec(
         ("word_embeddings", "transformer.word_embeddings"),
         ("h.", "transformer.h."),
         ("ln_f.", "transformer.ln_f."),
+    ),
+    gguf=GgufNames(
+        architecture="bloom",
+        block={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        row_order={"attn_qkv": RowOrder.FUSED_QKV},
+        numbers={"layer_norm_epsilon": "attention.layer_norm_epsilon"},
+        rotary=False,
     ),
 )

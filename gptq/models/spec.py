@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gptq.models.gguf_names import GgufNames
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -63,6 +65,8 @@ class ModelSpec:
     """(old, new) beginnings of tensor names: files written by early tools or without the base."""
     dropped: tuple[str, ...] = ()
     """Endings of tensor names that old files carry and today's modules compute for themselves."""
+    gguf: GgufNames | None = None
+    """The names in .gguf files; None if those of this architecture cannot be read."""
 
     @property
     def groups(self) -> tuple[Group, ...]:

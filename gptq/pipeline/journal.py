@@ -24,8 +24,9 @@ from gptq.files.atomic import (
     unwritable,
     whole_file,
 )
-from gptq.files.opening import LazyTensors, open_tensors
-from gptq.files.safetensors_file import as_lazy, write_tensors
+from gptq.files.lazy import LazyTensors, as_lazy
+from gptq.files.opening import open_tensors
+from gptq.files.safetensors_file import write_tensors
 from gptq.pipeline.team import Team
 
 _PARTS = "block-*.safetensors"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import llama_cpp
-from benchmarks.llama_cpp import PEER, Run, best, main, read_bytes, results
+from benchmarks.llama_cpp import main, read_bytes
+from benchmarks.llama_cpp_report import PEER, Run, best, results
 from gptq.errors import UserError
 from quant_cuda.cpu import library
 

@@ -11,7 +11,7 @@ from benchmarks import release_report, release_table
 from benchmarks.common.measures import gpu_bytes, weight_count
 from benchmarks.release_report import GIB, Row, cells, markdown
 from gptq.config import QuantConfig
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import as_lazy
 from gptq.nn import PackedModule
 from quant_cuda.cuda import layout
 
@@ -36,7 +36,7 @@ def test_counted_bytes_are_those_of_the_gpus_layout(config, bits, tmp_path):
 
 def test_blocks_are_repeated_by_name():
     made = {name: torch.zeros(size) for name, size in (("h.0.a.w", 1), ("h.0.b", 2), ("top", 3))}
-    tensors = LazyTensors({name: lambda t=tensor: t for name, tensor in made.items()})
+    tensors = as_lazy(made)
     found = release_table.repeated(tensors, "h.0.", 3)
     expected = {f"h.{i}.{end}" for i in range(3) for end in ("a.w", "b")} | {"top"}
     assert set(found) == expected

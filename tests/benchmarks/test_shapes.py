@@ -17,7 +17,7 @@ def test_shapes_have_as_many_weights_as_the_papers_say():
     }
     for name, expected in counts.items():
         tensors = shapes._random(shapes.SHAPES[name]())
-        count = sum(shapes.nbytes(tensors, tensor) for tensor in tensors) / 2
+        count = sum(tensors.nbytes(name) for name in tensors) / 2
         assert count == pytest.approx(expected, rel=1e-3), name
 
 

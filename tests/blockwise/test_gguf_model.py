@@ -1,4 +1,5 @@
 import struct
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -7,14 +8,18 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from gptq.blockwise.gguf_model import gguf_config, interleave_qkv, open_gguf, unpermute_rotary
 from gptq.errors import UserError
+from gptq.models import LLAMA, SPECS
 
 LLAMA_PARTS = {
     "input_layernorm": "attn_norm",
@@ -108,6 +113,16 @@ def tiny_bloom(**changes) -> BloomForCausalLM:
     return randomised(BloomForCausalLM(config))
 
 
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    return randomised(
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=40, rope_parameters=rope, **sizes, **heads))
+    )
+
+
 def randomised(model):
     with torch.no_grad():
         for parameter in model.parameters():
@@ -118,7 +133,7 @@ def randomised(model):
 def write_gguf(path, model, kind=GgmlType.F32, extra=None, values=(), arch=None):
     """What llama.cpp's converter makes of `model`; `extra` tensors and `values` come on top."""
     config = model.config
-    llama = config.model_type == "llama"
+    rotary = config.model_type != "bloom"
     writer = gguf.GGUFWriter(path, arch or config.model_type)
     writer.add_name("a model")
     writer.add_block_count(config.num_hidden_layers)
@@ -128,12 +143,13 @@ def write_gguf(path, model, kind=GgmlType.F32, extra=None, values=(), arch=None)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(3)
-    if llama:
+    if rotary:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_rope_dimension_count(config.head_dim)
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        writer.add_rope_dimension_count(head_dim)
         writer.add_vocab_size(config.vocab_size)
     else:
         writer.add_feed_forward_length(4 * config.hidden_size)
@@ -145,13 +161,13 @@ def write_gguf(path, model, kind=GgmlType.F32, extra=None, values=(), arch=None)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if "q_proj" in name:
+        if "q_proj" in name and config.model_type == "llama":
             tensor = permuted(tensor, config.num_attention_heads)
-        elif "k_proj" in name:
+        elif "k_proj" in name and config.model_type == "llama":
             tensor = permuted(tensor, config.num_key_value_heads)
         elif "query_key_value" in name:
             tensor = parted(tensor, config.n_head)
-        parts = LLAMA_PARTS if llama else BLOOM_PARTS
+        parts = LLAMA_PARTS if rotary else BLOOM_PARTS
         add_tensor(writer, gguf_name(name, parts), tensor, kind)
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor)
@@ -164,7 +180,7 @@ def write_gguf(path, model, kind=GgmlType.F32, extra=None, values=(), arch=None)
 
 def reloaded(path):
     config = gguf_config(path)
-    model = {"llama": LlamaForCausalLM, "bloom": BloomForCausalLM}[config.model_type](config)
+    model = AutoModelForCausalLM.from_config(config)
     result = model.load_state_dict(dict(open_gguf(path)), strict=False)
     assert not result.unexpected_keys
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
@@ -204,6 +220,25 @@ def test_bloom_gives_the_same_logits(tmp_path, tied):
     assert torch.equal(logits(again), logits(model))
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_another_architecture_is_one_record(tmp_path, monkeypatch):
+    """Qwen2: llama.cpp keeps the order of rows, and biases of q, k and v are always there."""
+    names = replace(LLAMA.gguf, architecture="qwen2", row_order={}, flags={})
+    spec = replace(LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM", gguf=names)
+    monkeypatch.setitem(SPECS, "qwen2", spec)
+    model = tiny_qwen2()
+    again = reloaded(write_gguf(tmp_path / "m.gguf", model))
+    assert isinstance(again, Qwen2ForCausalLM)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_shapes_and_types_are_known_without_reading(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), GgmlType.Q8_0)
+    tensors = open_gguf(path)
+    for name in tensors:
+        assert tensors.shape(name) == tensors[name].shape
+        assert tensors.dtype(name) == tensors[name].dtype
 
 
 @pytest.mark.parametrize("kind", [GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_1])
@@ -298,6 +333,9 @@ def test_experts_heads_and_partial_rotation(tmp_path):
     extra = {"blk.0.ffn_gate_inp.weight": ONE}
     path = write_gguf(tmp_path / "moe.gguf", tiny_llama(), extra=extra)
     with pytest.raises(UserError, match=r"blk\.0\.ffn_gate_inp\.weight"):
+        open_gguf(path)
+    path = write_gguf(tmp_path / "name.gguf", tiny_llama(), extra={"undotted": ONE})
+    with pytest.raises(UserError, match="'undotted'"):
         open_gguf(path)
     path = write_gguf(tmp_path / "heads.gguf", tiny_llama())
     path.write_bytes(changed_number(path, "llama.attention.head_count", 5))

@@ -20,7 +20,7 @@ from gptq.checkpoints.reading import attach, open_checkpoint
 from gptq.checkpoints.settings import from_config
 from gptq.checkpoints.writing import FOLDER
 from gptq.errors import UserError
-from gptq.files.opening import LazyTensors
+from gptq.files.lazy import LazyTensors
 
 CONFIG = QuantConfig(method="rtn", scale_search="minmax", group_size=32, embedding_bits=16)
 MODELS = {"llama": llama_config(), "bloom": bloom_config()}
@@ -85,9 +85,7 @@ def test_nothing_is_read_until_it_is_asked_for(made):
         return stored[name]
 
     counted = LazyTensors(
-        {name: partial(read, name) for name in stored},
-        shapes={name: stored.shape(name) for name in stored},
-        dtypes={name: stored.dtype(name) for name in stored},
+        {name: stored.entry(name)._replace(read=partial(read, name)) for name in stored}
     )
     object.__setattr__(checkpoint, "tensors", counted)
     model = canonical.from_checkpoint(source, module, checkpoint)

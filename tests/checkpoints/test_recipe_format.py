@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 import gptq
 from gptq import QuantConfig, convert
-from gptq.checkpoints.canonical import Entry, layer_entries, with_modules, zero_points
+from gptq.checkpoints.canonical import layer_entries, with_modules, zero_points
 from gptq.checkpoints.formats import FORMATS, Format
 from gptq.checkpoints.writing import CONTAINERS, FOLDER
 from gptq.errors import UserError
+from gptq.files.lazy import Entry, as_lazy
 from gptq.files.opening import open_tensors
-from gptq.files.safetensors_file import as_lazy
 from quant_cuda.packing import unpack as unpack_words
 
 # The toy format: integers and zero points in bytes, scales in float32.

@@ -12,7 +12,7 @@ import torch
 from gptq.checkpoints.writing import write_pt, write_safetensors
 from gptq.errors import UserError
 from gptq.files.atomic import check_writable, remove_partial, whole_file, whole_folder
-from gptq.files.safetensors_file import as_lazy
+from gptq.files.lazy import as_lazy
 
 
 def full_disk(*_args, **_kwargs):

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptq.errors import UserError
-from gptq.files import opening as tensors_module
-from gptq.files.opening import LazyTensors, open_tensors
+from gptq.files import torch_file
+from gptq.files.opening import open_tensors
 
 DTYPES = [
     torch.float64,
@@ -103,33 +103,8 @@ def test_opening_and_asking_for_names_reads_no_values(tmp_path, kind):
     assert torch.equal(tensors["w"], torch.arange(1000.0))
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot read ahead")
-def test_what_is_expected_is_read_ahead(tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
-    save_file({"a.1": torch.zeros(3, 5), "a.2": torch.zeros(7), "b": torch.zeros(2)}, path)
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, *span: asked.append(span[:2]))
-    opened = open_tensors([path]).renamed(lambda name: f"model.{name}")
-    opened.expect("model.a.")
-    opened.changed({"model.b": lambda: torch.zeros(2)}).expect("model.b")
-    data = path.stat().st_size - 4 * 24
-    assert sorted(size for _, size in asked) == [28, 60]
-    assert all(data <= start < path.stat().st_size for start, _ in asked)
-
-
-def test_names_are_known_without_reading():
-    def never() -> torch.Tensor:
-        raise AssertionError("read")
-
-    tensors = LazyTensors({"w": never})
-    assert "w" in tensors
-    assert list(tensors.renamed(lambda name: name + "x")) == ["wx"]
-    with pytest.raises(AssertionError, match="read"):
-        tensors["w"]
-
-
-def test_a_mapping_is_let_go_and_taken_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors_module, "_MAPPED_BYTES", 1000)
+def test_a_file_is_unmapped_and_mapped_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_file, "_MAPPED_BYTES", 1000)
     state = {f"t{i}": torch.full((100,), float(i)) for i in range(9)}
     tensors = open_tensors([write(tmp_path / "m.pt", "zip", state)])
     loads = []
@@ -178,15 +153,6 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
     header = header.ljust(0x80)
     (tmp_path / "m").write_bytes(struct.pack("<Q", len(header)) + header + b"\x05\x06")
     assert open_tensors([tmp_path / "m"])["w"].tolist() == [5, 6]
-
-
-def test_renamed_moves_and_drops(tmp_path):
-    state = {"old.a": torch.zeros(1), "b": torch.ones(1), "c.drop": torch.ones(1)}
-    tensors = open_tensors([write(tmp_path / "m", "safetensors", state)])
-    new = tensors.renamed(lambda n: None if n.endswith("drop") else n.replace("old.", "new."))
-    assert_same(new, {"new.a": torch.zeros(1), "b": torch.ones(1)})
-    with pytest.raises(UserError, match="two tensors become 'x'"):
-        tensors.renamed(lambda name: "x")
 
 
 # Bad files -------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """Tensors written one at a time: held against safetensors' own reader and writer."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gptq.files.opening import LazyTensors
-from gptq.files.safetensors_file import as_lazy, nbytes, shards, write_tensors
+from gptq.files.lazy import Entry, LazyTensors, as_lazy
+from gptq.files.safetensors_file import shards, write_tensors
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.int32).view(2, 3),
@@ -59,11 +60,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
         alive.append(weakref.ref(tensor))
         return tensor
 
-    lazy = LazyTensors(
-        {str(i): (lambda i=i: read(i)) for i in range(5)},
-        shapes={str(i): (10,) for i in range(5)},
-        dtypes={str(i): torch.float32 for i in range(5)},
-    )
+    lazy = LazyTensors({str(i): Entry(partial(read, i), (10,), torch.float32) for i in range(5)})
     write_tensors(tmp_path / "m", lazy, list(lazy), {})
     assert len(alive) == 5
     assert load_file(tmp_path / "m")["3"].tolist() == [3.0] * 10
@@ -80,7 +77,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 def test_shards(limit, expected):
     sizes = {"a": 40, "b": 60, "c": 4, "d": 400, "e": 8}
     lazy = as_lazy({name: torch.zeros(size // 4) for name, size in sizes.items()})
-    assert [nbytes(lazy, name) for name in sizes] == list(sizes.values())
+    assert [lazy.nbytes(name) for name in sizes] == list(sizes.values())
     assert list(shards(lazy, list(sizes), limit)) == expected
 
 

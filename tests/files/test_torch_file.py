@@ -3,13 +3,14 @@
 import weakref
 import zipfile
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
 
-from gptq.files.opening import LazyTensors, check_sums, open_tensors
-from gptq.files.safetensors_file import as_lazy
-from gptq.files.torch_file import write_state_dict
+from gptq.files.lazy import Entry, LazyTensors, as_lazy
+from gptq.files.opening import open_tensors
+from gptq.files.torch_file import check_sums, write_state_dict
 
 TENSORS = {
     "words": torch.arange(-3, 3, dtype=torch.int32).view(2, 3),
@@ -87,11 +88,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
         alive.append(weakref.ref(tensor))
         return tensor
 
-    lazy = LazyTensors(
-        {str(i): (lambda i=i: read(i)) for i in range(5)},
-        shapes={str(i): (10,) for i in range(5)},
-        dtypes={str(i): torch.float32 for i in range(5)},
-    )
+    lazy = LazyTensors({str(i): Entry(partial(read, i), (10,), torch.float32) for i in range(5)})
     write_state_dict(tmp_path / "m.pt", lazy, {}, {})
     assert len(alive) == 5
     assert torch.load(tmp_path / "m.pt", weights_only=True)["3"].tolist() == [3.0] * 10
