@@ -1,6 +1,6 @@
-"""A hook of mkdocs: links out of docs/ lead to the repository, because the site has no such file.
+"""A hook of mkdocs: a link out of docs/ becomes the path that it names.
 
-On disk they stay relative, and tests/project/test_readme.py checks them there.
+The site has no such page. On disk the links work; tests/project/test_readme.py checks them there.
 """
 
 import re
@@ -10,13 +10,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-OUTSIDE = re.compile(r"\]\((\.\./[^)\s]+)\)")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    base = f"{str(config.repo_url).rstrip('/')}/blob/main"
+    def with_path(link: re.Match) -> str:
+        return f"{link[1]} (`{normpath(f'docs/{link[2]}')}` in the repository)"
 
-    def absolute(link: re.Match) -> str:
-        return f"]({base}/{normpath(f'docs/{link[1]}')})"
-
-    return OUTSIDE.sub(absolute, markdown)
+    return OUTSIDE.sub(with_path, markdown)
