@@ -87,7 +87,7 @@ class Outputs:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """In the order in which they are reported; the journal lies beside the first."""
+        """In the order in which they are reported; the journal lies next to the first."""
         return tuple(filter(None, (self.save, self.save_safetensors, self.save_dir)))
 
 
@@ -137,7 +137,7 @@ def quantize(
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
-    max_memory: such as "6GiB"; activations go to disk, beside the output, if they would exceed it,
+    max_memory: such as "6GiB"; activations go to disk, next to the output, if they would exceed it,
         a GPU's first to the machine's memory. By default what is free on the device.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.

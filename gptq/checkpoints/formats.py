@@ -107,7 +107,7 @@ def write(
 
     container: a key of the format's `containers`; by default as the target's ending says.
     shard_bytes: more than this goes into several files of a folder.
-    check: called with what was written before it takes the place of an older `target`.
+    check: called with what was written before it replaces an older `target`.
     Raises UserError if the format cannot hold the model or is not written to such a target.
     """
     row = FORMATS[name]

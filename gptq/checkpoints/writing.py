@@ -179,8 +179,8 @@ def write_tokenizer(folder: Path, source: ModelSource) -> None:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files that are copied from a model's folder."""
-    found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
-    return sorted(path for path in set(found) if path.is_file())
+    paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in paths if path.is_file())
 
 
 def has_chat_template(folder: Path) -> bool:

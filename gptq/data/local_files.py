@@ -128,7 +128,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         line = first_line + error.lineno - 1
         raise UserError(
             f"{path}, line {line}: is not JSON ({error.msg}, column {error.colno}); "
-            "mend it, a file is one object on each line or one list of objects"
+            "correct it, a file is one object on each line or one list of objects"
         ) from error
 
 

@@ -81,6 +81,6 @@ def _templated_text(messages: list[Message], where: str, tokenizer: PreTrainedTo
         text = tokenizer.apply_chat_template(turns, tokenize=False, date_string="1 Jan 2025")
     except jinja2.TemplateError as error:
         raise UserError(
-            f"{where}: the tokenizer's chat template refuses the messages ({error}); mend them"
+            f"{where}: the tokenizer's chat template refuses the messages ({error}); correct them"
         ) from error
     return str(text)
