@@ -154,7 +154,7 @@ def _quantize(
     scratch: where the model is written if the arguments name no output.
     """
     from gptq import api
-    from gptq.cli.console import progress_bar
+    from gptq.cli.progress import quantization_progress
 
     paths = _paths(arguments, model.source.name, config)
     journal = next(filter(None, paths.values()), None)
@@ -178,13 +178,14 @@ def _quantize(
     )
     leader = torchrun.rank() == 0
     done = 0
-    with progress_bar("quantizing") if leader else contextlib.nullcontext() as show:
+    showing = quantization_progress(len(source.spec.linears))
+    with showing if leader else contextlib.nullcontext() as show:
 
         def step(layer: LayerReport, total: int) -> None:
             nonlocal done
             done += 1
             if show is not None:
-                show(done, total, f"block {layer.block} {layer.name}")
+                show(layer, total)
 
         try:
             result = api.run(model, job, step)
@@ -275,12 +276,12 @@ def _open(
 def _evaluate(opened: Opened, inputs: _Inputs) -> dict[str, float]:
     """Print perplexities and return them by data set."""
     from gptq.api import perplexity
-    from gptq.cli.console import progress_bar
+    from gptq.cli.progress import progress_bar
 
     perplexities = {}
     for dataset, windows in inputs.windows.items():
         name = Path(dataset).name
-        with progress_bar(f"evaluating {name}") as show:
+        with progress_bar(f"evaluating {name}", "block") as show:
             value = perplexity(opened, windows, show)
         count, seqlen = windows.shape
         print(f"perplexity {name} {value:.4f} ({count} x {seqlen} tokens)")
@@ -308,10 +309,11 @@ def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None
 
 
 def _benchmark(model, tokens: Tensor, check: bool) -> None:
-    from gptq.cli.console import MIB, progress_bar
+    from gptq.cli.console import MIB
+    from gptq.cli.progress import progress_bar
     from gptq.inference.generate import benchmark
 
-    with progress_bar("benchmark") as show:
+    with progress_bar("benchmark", "token") as show:
         result = benchmark(model, tokens, check, show)
     memory = "GPU memory" if model.device.type == "cuda" else "resident memory"
     print(f"median {result.median * 1e3:.2f} ms a token, {result.tokens_per_second:.2f} tokens/s")
