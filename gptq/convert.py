@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             group_size=arguments.groupsize,
             quantize_embeddings=arguments.quantize_embeddings,
         )
-    except (UserError, KeyboardInterrupt) as stop:
+    except (Exception, KeyboardInterrupt) as stop:
         return report_error(stop)
     print(f"{arguments.out}: {count} layers, the same weights as in {arguments.checkpoint}")
     if Path(arguments.out).is_dir():

@@ -41,6 +41,8 @@ LEAST = {
     "--max-new-tokens": 1,
     "--benchmark": 1,
 }
+# The most, of any count: such numbers are slips, and fit where a count is kept.
+MOST = 2**31 - 1
 EXAMPLES = """examples:
   {command} MODEL c4 --wbits 4 --groupsize 128 --save
   {command} MODEL wikitext2 --load model-4bit-128g.pt --eval
@@ -202,6 +204,8 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag, lowest in least.items():
         if flag in values and values[flag] < lowest:
             raise UserError(f"{flag} {values[flag]} is not possible: give {lowest} or more")
+        if values.get(flag, 0) > MOST:
+            raise UserError(f"{flag} {values[flag]} is not possible: give {MOST} or less")
 
 
 def _flag(name: str) -> str:

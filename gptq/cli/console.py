@@ -7,6 +7,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from gptq.cli.printing import printable
 from gptq.pipeline.report import Report
 
 MIB = 2**20
@@ -56,7 +57,7 @@ def totals_table(report: Report) -> Table:
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", f"{report.peak_memory / MIB:.0f} MiB")
     for path in report.written:
-        table.add_row("written", f"{escape(str(path))} ({size_of(path) / MIB:.1f} MiB)")
+        table.add_row("written", f"{escape(printable(str(path)))} ({size_of(path) / MIB:.1f} MiB)")
     return table
 
 
