@@ -199,7 +199,7 @@ def run(
         team.wait()
         writing_started = perf_counter()
         if team.leads:
-            named = {} if job.dataset is None else {"dataset": Path(job.dataset).name}
+            named = {} if job.dataset is None else {"dataset": _utf8_name(job.dataset)}
             _write(model, job, journal, {**calibration, **named})
             journal.remove()
     now = perf_counter()
@@ -278,6 +278,11 @@ def _windows(source: ModelSource, job: Job) -> Tensor | None:
         raise UserError("no DATASET to calibrate on: give c4, wikitext2, ptb or a text file")
     seqlen = window_length(source, job.seqlen)
     return calibration_windows(job.dataset, source.tokenizer(), job.nsamples, seqlen, job.seed)
+
+
+def _utf8_name(path: str | Path) -> str:
+    """A file's name, with U+FFFD for bytes that are not UTF-8."""
+    return Path(path).name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def window_length(source: ModelSource, seqlen: int | None) -> int:

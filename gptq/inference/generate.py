@@ -15,6 +15,15 @@ from gptq.device import peak_memory, reset_peak_memory
 from gptq.errors import UserError
 from gptq.inference.cuda_graph import stepper
 
+# Whatever the model's generation_config.json asks for.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "penalty_alpha": 0.0,
+}
+
 
 @torch.no_grad()
 def text(
@@ -54,6 +63,10 @@ def chat(
             # A chat template writes its own beginning of text.
             add_special_tokens=tokenizer.chat_template is None,
         )
+        if encoded["input_ids"].shape[1] == 0:
+            raise UserError(
+                "the tokenizer's chat template makes no text of a conversation; mend it"
+            )
         answer = _continuation(model, tokenizer, encoded, max_new_tokens, streamer).strip()
         messages.append({"role": "assistant", "content": answer})
         yield answer
@@ -129,13 +142,17 @@ def _continuation(
     encoded = encoded.to(model.device)
     prompt_length = encoded["input_ids"].shape[1]
     pad = tokenizer.pad_token_id
-    generated = cast(Any, model).generate(
-        **encoded,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-        streamer=streamer,
-    )
+    try:
+        generated = cast(Any, model).generate(
+            **encoded,
+            **GREEDY,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            tokenizer=tokenizer,
+            streamer=streamer,
+        )
+    except ValueError as error:
+        raise UserError(f"the model's generation_config.json cannot be used ({error})") from error
     # Decoded without the prompt, a SentencePiece word would lose its leading space.
     prompt, whole = (
         str(tokenizer.decode(tokens, skip_special_tokens=True))
