@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import default_format, folder_formats, write
 from gptq.checkpoints.settings import from_config
-from gptq.checkpoints.writing import FOLDER, is_ours
+from gptq.checkpoints.writing import FOLDER, check_copied, is_ours
 from gptq.config import QuantConfig
 from gptq.data.windows import calibration_windows, text_fingerprint
 from gptq.device import (
@@ -176,6 +176,8 @@ def run(
     config, source = job.config, model.source
     model_path = source.folder if source.gguf is None else source.folder / source.gguf
     job.outputs.check_apart(model_path, job.dataset)
+    if job.outputs.save_dir is not None:
+        check_copied(source)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     stages = [("reading the calibration text", perf_counter() - started)]

@@ -1,6 +1,7 @@
 """Text, chat, and the latency of one token after another."""
 
 import statistics
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -151,7 +152,9 @@ def _continuation(
             tokenizer=tokenizer,
             streamer=streamer,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
+        if not _refuses_settings(error):
+            raise
         raise UserError(f"the model's generation_config.json cannot be used ({error})") from error
     # Decoded without the prompt, a SentencePiece word would lose its leading space.
     prompt, whole = (
@@ -159,6 +162,15 @@ def _continuation(
         for tokens in (generated[0, :prompt_length], generated[0])
     )
     return whole[len(prompt) :]
+
+
+def _refuses_settings(error: Exception) -> bool:
+    """Whether an error is from the code of transformers that reads generation_config.json.
+
+    An error of the model's forward is a bug, and stays what it is.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("transformers.generation.")
 
 
 def _synchronize(device: torch.device) -> None:
