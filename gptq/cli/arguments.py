@@ -200,12 +200,13 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag, reads_dataset in (("--eval", not arguments.eval_data), ("--benchmark", True)):
         if flag in values and reads_dataset and arguments.dataset is None:
             raise UserError(f"{flag} needs DATASET: c4, wikitext2, ptb or a text file")
+    for flag in (*LEAST, "--groupsize"):
+        if values.get(flag, 0) > MOST:
+            raise UserError(f"{flag} {values[flag]} is not possible: give {MOST} or less")
     least = {**LEAST, "--benchmark": 2 if arguments.check else 1}
     for flag, lowest in least.items():
         if flag in values and values[flag] < lowest:
             raise UserError(f"{flag} {values[flag]} is not possible: give {lowest} or more")
-        if values.get(flag, 0) > MOST:
-            raise UserError(f"{flag} {values[flag]} is not possible: give {MOST} or less")
 
 
 def _flag(name: str) -> str:

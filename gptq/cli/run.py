@@ -193,7 +193,7 @@ def _quantize(
         try:
             result = api.run(model, job, step)
         except (KeyboardInterrupt, Exception) as stop:
-            hint = _resume_hint(journal) if done else None
+            hint = _resume_hint(journal) if done and leader else None
             message = input_error(stop)
             if hint is None or (message is None and isinstance(stop, Exception)):
                 raise

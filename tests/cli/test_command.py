@@ -89,6 +89,13 @@ def test_what_a_user_can_cause_is_one_line(work, line, capsys):
     assert err.count("\n") == 1
 
 
+def test_each_process_prints_what_it_alone_runs_into(capsys, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert report_error(OSError(28, "No space left on device", "x")) == 2
+    assert capsys.readouterr() == ("", "error: x: No space left on device\n")
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_bug_keeps_its_traceback(rank, capsys, monkeypatch):
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():

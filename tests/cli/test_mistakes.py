@@ -220,7 +220,8 @@ def test_a_perplexity_beyond_any_number(run, tmp_path, text_file):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--benchmark", "--nsamples", "--seqlen", "--eval-windows", "--max-new-tokens"]
+    "flag",
+    ["--benchmark", "--nsamples", "--seqlen", "--eval-windows", "--max-new-tokens", "--groupsize"],
 )
 def test_huge_counts(flag, refused, bloom_dir, text_file):
     more = {
@@ -283,6 +284,12 @@ def test_names_of_other_bytes(run, refused, llama_dir, text_file, tmp_path):
     assert r"\udc" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     target = os.fsdecode("模型.pt".encode("gbk"))
     refused(r"\.pt: is not UTF-8; give another name\n", llama_dir, odd, *QUANTIZE, "--save", target)
+
+
+@pytest.mark.parametrize("flag", ["--save", "--save-dir", "--report"])
+def test_a_name_with_a_zero_byte(flag, refused, llama_dir, text_file):
+    argv = [llama_dir, text_file, *QUANTIZE, "--save", "x.pt", flag, "a\0.pt"]
+    refused(r"a\\x00\.pt.*: no name can hold a zero byte", *argv)
 
 
 def test_names_with_control_characters(run, refused, llama_dir, text_file):
