@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import default_format, folder_formats, write
 from gptq.checkpoints.settings import from_config
-from gptq.checkpoints.writing import FOLDER, is_ours
+from gptq.checkpoints.writing import FOLDER, check_copied, is_ours
 from gptq.config import QuantConfig
 from gptq.data.windows import calibration_windows, text_fingerprint
 from gptq.device import (
@@ -176,6 +176,8 @@ def run(
     config, source = job.config, model.source
     model_path = source.folder if source.gguf is None else source.folder / source.gguf
     job.outputs.check_apart(model_path, job.dataset)
+    if job.outputs.save_dir is not None:
+        check_copied(source)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     stages = [("reading the calibration text", perf_counter() - started)]
@@ -199,7 +201,7 @@ def run(
         team.wait()
         writing_started = perf_counter()
         if team.leads:
-            named = {} if job.dataset is None else {"dataset": Path(job.dataset).name}
+            named = {} if job.dataset is None else {"dataset": _utf8_name(job.dataset)}
             _write(model, job, journal, {**calibration, **named})
             journal.remove()
     now = perf_counter()
@@ -278,6 +280,11 @@ def _windows(source: ModelSource, job: Job) -> Tensor | None:
         raise UserError("no DATASET to calibrate on: give c4, wikitext2, ptb or a text file")
     seqlen = window_length(source, job.seqlen)
     return calibration_windows(job.dataset, source.tokenizer(), job.nsamples, seqlen, job.seed)
+
+
+def _utf8_name(path: str | Path) -> str:
+    """A file's name, with U+FFFD for bytes that are not UTF-8."""
+    return Path(path).name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def window_length(source: ModelSource, seqlen: int | None) -> int:

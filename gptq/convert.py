@@ -16,6 +16,7 @@ from gptq.checkpoints.reading import attach
 from gptq.checkpoints.verify import verify
 from gptq.checkpoints.writing import FOLDER, SHARD_BYTES, is_ours
 from gptq.cli.command import Parser, report_error
+from gptq.cli.printing import prepare_streams, printable
 from gptq.config import BITS
 from gptq.errors import UserError
 from gptq.files.atomic import check_apart, check_writable
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
+    prepare_streams()
     try:
         arguments = parser().parse_args(argv)
         count = convert(
@@ -119,9 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             group_size=arguments.groupsize,
             quantize_embeddings=arguments.quantize_embeddings,
         )
-    except (UserError, KeyboardInterrupt) as stop:
+    except (Exception, KeyboardInterrupt) as stop:
         return report_error(stop)
-    print(f"{arguments.out}: {count} layers, the same weights as in {arguments.checkpoint}")
+    names = [printable(path) for path in (arguments.out, arguments.checkpoint)]
+    print(f"{names[0]}: {count} layers, the same weights as in {names[1]}")
     if Path(arguments.out).is_dir():
         for line in folder_lines(Path(arguments.out)):
             print(line)

@@ -1,5 +1,6 @@
 """Where to compute, in which dtype, and how much memory is free or was used."""
 
+import math
 import re
 import resource
 from pathlib import Path
@@ -23,9 +24,10 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as 6GiB, 500MB or 2.5G. Raises UserError for anything else."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     unit = None if size is None else {**_UNITS, **_BINARY_UNITS}.get(size[2])
-    if size is None or unit is None or float(size[1]) == 0:
+    amount = 0.0 if size is None or unit is None else float(size[1]) * unit
+    if amount in (0, math.inf):
         raise UserError(f"--max-memory {text} is not a size: give one such as 6GiB or 500MB")
-    return int(float(size[1]) * unit)
+    return int(amount)
 
 
 def available_memory(device: torch.device) -> int:
@@ -62,6 +64,8 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name} cannot be used (it holds no data); try --device cpu")
     return device
 
 

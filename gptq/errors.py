@@ -28,6 +28,12 @@ class SettingError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, at most 200 characters, to quote in a message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    """The first line of an exception's text, at most 200 characters, to quote in a message.
+
+    A line that ends in a colon goes on with the next one, which has the reason.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    text = lines.pop(0) if lines else type(error).__name__
+    while text.endswith(":") and lines:
+        text = f"{text} {lines.pop(0)}"
+    return text[:200]

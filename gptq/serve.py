@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and not argv[0].startswith("-"):
             check_folder(Path(argv[0]))
         _serve(argv)
-    except (UserError, KeyboardInterrupt) as stop:
+    except (Exception, KeyboardInterrupt) as stop:
         return report_error(stop)
     return 0
 

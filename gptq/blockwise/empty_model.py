@@ -29,6 +29,11 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
             model = AutoModelForCausalLM.from_config(config)
         for name in spec.computed:
             replace(model, name, type(model.get_submodule(name))(config=model.config).to(device))
+    except ImportError as error:
+        raise UserError(
+            f"the configuration of this {spec.model_type} model asks for a package that is not "
+            f"here ({first_line(error)}): remove attn_implementation from its config.json"
+        ) from error
     # Each architecture's code fails in its own way on values that do not go together.
     except Exception as error:
         raise UserError(

@@ -1,5 +1,6 @@
 """A model on disk or on the hub: its configuration, and its tensors one at a time."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def open_model(model: str | Path, weights: bool = True) -> ModelSource:
     weights: if False, the configuration and the tokenizer are enough, and of a name on the hub
         nothing else is fetched. `tensors` are then empty.
     """
-    path = Path(model).expanduser()
+    # os.path, since it leaves a user that there is not as it stands; pathlib raises.
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _open_folder(path, path.resolve().name, weights)
     if path.is_file():
@@ -157,6 +159,12 @@ def _read_config(folder: Path) -> PretrainedConfig:
         value = getattr(config, key, 1)
         if value is not None and not (type(value) is int and 0 < value <= most):
             raise UserError(f"{path}: says {key} is {value!r}, which cannot be; copy it again")
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if shared is not None and heads % shared:
+        raise UserError(
+            f"{path}: says num_key_value_heads is {shared}, which does not divide the {heads} "
+            "of num_attention_heads; copy it again"
+        )
     return config
 
 

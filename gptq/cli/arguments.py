@@ -41,6 +41,8 @@ LEAST = {
     "--max-new-tokens": 1,
     "--benchmark": 1,
 }
+# The most, of any count: such numbers are slips, and fit where a count is kept.
+MOST = 2**31 - 1
 EXAMPLES = """examples:
   {command} MODEL c4 --wbits 4 --groupsize 128 --save
   {command} MODEL wikitext2 --load model-4bit-128g.pt --eval
@@ -198,6 +200,9 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag, reads_dataset in (("--eval", not arguments.eval_data), ("--benchmark", True)):
         if flag in values and reads_dataset and arguments.dataset is None:
             raise UserError(f"{flag} needs DATASET: c4, wikitext2, ptb or a text file")
+    for flag in (*LEAST, "--groupsize"):
+        if values.get(flag, 0) > MOST:
+            raise UserError(f"{flag} {values[flag]} is not possible: give {MOST} or less")
     least = {**LEAST, "--benchmark": 2 if arguments.check else 1}
     for flag, lowest in least.items():
         if flag in values and values[flag] < lowest:

@@ -1,52 +1,16 @@
-"""The bar of a running job, and the tables of a finished one."""
+"""The tables of a finished job."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from gptq.cli.printing import printable
 from gptq.pipeline.report import Report
 
 MIB = 2**20
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """A bar with the time left, on standard error while that is a terminal.
-
-    Gives a function of (steps done, steps in all, what was done last). The bar is gone at the end,
-    so that an error stands alone.
-    """
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    hidden = not console.is_interactive
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(title, total=None)
-
-        def show(done: int, total: int, what: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {what}".strip())
-
-        yield show
 
 
 def layer_table(report: Report) -> Table:
@@ -93,7 +57,7 @@ def totals_table(report: Report) -> Table:
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", f"{report.peak_memory / MIB:.0f} MiB")
     for path in report.written:
-        table.add_row("written", f"{escape(str(path))} ({size_of(path) / MIB:.1f} MiB)")
+        table.add_row("written", f"{escape(printable(str(path)))} ({size_of(path) / MIB:.1f} MiB)")
     return table
 
 

@@ -33,7 +33,8 @@ def write_page(
     page = folder / PAGE
     with whole_file(page) as unfinished:
         text = _template().render(name=name, **_facts(spec, report), perplexities=perplexities)
-        unfinished.write_text(text, encoding="utf-8")
+        # A name of bytes that are not UTF-8 is shown with escapes.
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     return page
 
 

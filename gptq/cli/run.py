@@ -19,7 +19,8 @@ from gptq.cli.arguments import (
     join_optional_values,
     parser,
 )
-from gptq.cli.command import report_error
+from gptq.cli.command import input_error, report_error
+from gptq.cli.printing import prepare_streams, printable, without_surrogates
 from gptq.cli.settings import WBITS, check_agreement, quant_config, settings_from, spelled
 from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
@@ -46,10 +47,11 @@ def main(spec: ModelSpec | None = None, argv: Sequence[str] | None = None) -> in
     argv: without the program's name; None: this process's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
     try:
         # parse_args would not let a flag stand between MODEL and DATASET.
         _run(spec, parser(spec).parse_intermixed_args(join_optional_values(argv)))
-    except (UserError, KeyboardInterrupt) as stop:
+    except (Exception, KeyboardInterrupt) as stop:
         return report_error(stop)
     return 0
 
@@ -88,7 +90,8 @@ def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
             from gptq.cli.html_report import write_page
 
             folder = Path(arguments.report)
-            print(write_page(folder, source.name, source.spec, result, perplexities))
+            page = write_page(folder, source.name, source.spec, result, perplexities)
+            print(printable(str(page)))
         if opened and inputs and running:
             _use(arguments, opened, inputs)
 
@@ -154,7 +157,7 @@ def _quantize(
     scratch: where the model is written if the arguments name no output.
     """
     from gptq import api
-    from gptq.cli.console import progress_bar
+    from gptq.cli.progress import quantization_progress
 
     paths = _paths(arguments, model.source.name, config)
     journal = next(filter(None, paths.values()), None)
@@ -178,22 +181,24 @@ def _quantize(
     )
     leader = torchrun.rank() == 0
     done = 0
-    with progress_bar("quantizing") if leader else contextlib.nullcontext() as show:
+    showing = quantization_progress(len(model.spec.linears))
+    with showing if leader else contextlib.nullcontext() as show:
 
         def step(layer: LayerReport, total: int) -> None:
             nonlocal done
             done += 1
             if show is not None:
-                show(done, total, f"block {layer.block} {layer.name}")
+                show(layer, total)
 
         try:
             result = api.run(model, job, step)
-        except (KeyboardInterrupt, UserError) as stop:
-            hint = _resume_hint(journal) if done else None
-            if hint is None:
+        except (KeyboardInterrupt, Exception) as stop:
+            hint = _resume_hint(journal) if done and leader else None
+            message = input_error(stop)
+            if hint is None or (message is None and isinstance(stop, Exception)):
                 raise
-            if isinstance(stop, UserError):
-                raise UserError(f"{stop}; {hint}") from stop
+            if message is not None:
+                raise UserError(f"{message}; {hint}") from stop
             raise KeyboardInterrupt(hint) from None
     if leader:
         _print_result(result, outputs.save_dir)
@@ -275,12 +280,12 @@ def _open(
 def _evaluate(opened: Opened, inputs: _Inputs) -> dict[str, float]:
     """Print perplexities and return them by data set."""
     from gptq.api import perplexity
-    from gptq.cli.console import progress_bar
+    from gptq.cli.progress import progress_bar
 
     perplexities = {}
     for dataset, windows in inputs.windows.items():
-        name = Path(dataset).name
-        with progress_bar(f"evaluating {name}") as show:
+        name = printable(Path(dataset).name)
+        with progress_bar(f"evaluating {name}", "block") as show:
             value = perplexity(opened, windows, show)
         count, seqlen = windows.shape
         print(f"perplexity {name} {value:.4f} ({count} x {seqlen} tokens)")
@@ -300,7 +305,8 @@ def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None
     if inputs.benchmark is not None:
         _benchmark(model, inputs.benchmark, arguments.check)
     if arguments.text is not None:
-        print(arguments.text + text(model, tokenizer, arguments.text, new_tokens))
+        prompt = without_surrogates(arguments.text)
+        print(prompt + text(model, tokenizer, prompt, new_tokens))
     if arguments.chat:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         for _ in chat(model, tokenizer, _lines(), new_tokens, streamer):
@@ -308,10 +314,11 @@ def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None
 
 
 def _benchmark(model, tokens: Tensor, check: bool) -> None:
-    from gptq.cli.console import MIB, progress_bar
+    from gptq.cli.console import MIB
+    from gptq.cli.progress import progress_bar
     from gptq.inference.generate import benchmark
 
-    with progress_bar("benchmark") as show:
+    with progress_bar("benchmark", "token") as show:
         result = benchmark(model, tokens, check, show)
     memory = "GPU memory" if model.device.type == "cuda" else "resident memory"
     print(f"median {result.median * 1e3:.2f} ms a token, {result.tokens_per_second:.2f} tokens/s")
@@ -328,4 +335,4 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         if line.strip():
-            yield line
+            yield without_surrogates(line)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from gptq.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,8 +50,15 @@ def belle_prompt(messages: Sequence[Message]) -> str:
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """The text of a conversation up to where the assistant continues, by the tokenizer's chat
-    template or, without one, in BELLE's form."""
+    template or, without one, in BELLE's form. Raises UserError if the template fails."""
     if tokenizer.chat_template is None:
         return belle_prompt(messages)
     turns = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # A template is a program: it raises jinja2's errors and Python's.
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer's chat template refuses the conversation ({error}); mend it"
+        ) from error
+    return str(text)

@@ -73,13 +73,12 @@ def _chat_text(messages: list[Message], where: str, tokenizer: PreTrainedTokeniz
 
 
 def _templated_text(messages: list[Message], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    import jinja2
-
     turns = [dict(message) for message in messages]
     try:
         # Some templates write today's date unless given one; calibration must not depend on it.
         text = tokenizer.apply_chat_template(turns, tokenize=False, date_string="1 Jan 2025")
-    except jinja2.TemplateError as error:
+    # A template is a program: it raises jinja2's errors and Python's.
+    except Exception as error:
         raise UserError(
             f"{where}: the tokenizer's chat template refuses the messages ({error}); correct them"
         ) from error

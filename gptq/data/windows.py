@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # After so many draws in a row without a document longer than a window, none is expected.
 MAX_DRAWS = 20_000
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def calibration_windows(
@@ -134,6 +136,8 @@ def _tokens(
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """int64 (n,), with the tokenizer's default special tokens."""
+    # JSON can hold halves of a surrogate pair, which no tokenizer takes.
+    text = _SURROGATES.sub("\ufffd", text)
     # verbose=False: a text is longer than the model's context on purpose, no need to warn of it.
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
 

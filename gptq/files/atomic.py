@@ -92,6 +92,13 @@ def check_writable(path: Path, folder: bool = False, ours: Ours = every_name) ->
     if nothing in it is ours, or if it is a quantized checkpoint.
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        # safetensors takes no such name.
+        raise UserError(f"{path}: is not UTF-8; give another name") from error
+    if "\0" in str(path):
+        raise UserError(f"{path}: no name can hold a zero byte; give another one")
+    try:
         if folder:
             _check_folder(path, ours)
             return

@@ -1,6 +1,7 @@
 """Text, chat, and the latency of one token after another."""
 
 import statistics
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,6 +15,15 @@ from gptq.data.chat import Message, chat_prompt
 from gptq.device import peak_memory, reset_peak_memory
 from gptq.errors import UserError
 from gptq.inference.cuda_graph import stepper
+
+# Whatever the model's generation_config.json asks for.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "penalty_alpha": 0.0,
+}
 
 
 @torch.no_grad()
@@ -54,6 +64,10 @@ def chat(
             # A chat template writes its own beginning of text.
             add_special_tokens=tokenizer.chat_template is None,
         )
+        if encoded["input_ids"].shape[1] == 0:
+            raise UserError(
+                "the tokenizer's chat template makes no text of a conversation; mend it"
+            )
         answer = _continuation(model, tokenizer, encoded, max_new_tokens, streamer).strip()
         messages.append({"role": "assistant", "content": answer})
         yield answer
@@ -129,19 +143,34 @@ def _continuation(
     encoded = encoded.to(model.device)
     prompt_length = encoded["input_ids"].shape[1]
     pad = tokenizer.pad_token_id
-    generated = cast(Any, model).generate(
-        **encoded,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-        streamer=streamer,
-    )
+    try:
+        generated = cast(Any, model).generate(
+            **encoded,
+            **GREEDY,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            tokenizer=tokenizer,
+            streamer=streamer,
+        )
+    except (TypeError, ValueError) as error:
+        if not _refuses_settings(error):
+            raise
+        raise UserError(f"the model's generation_config.json cannot be used ({error})") from error
     # Decoded without the prompt, a SentencePiece word would lose its leading space.
     prompt, whole = (
         str(tokenizer.decode(tokens, skip_special_tokens=True))
         for tokens in (generated[0, :prompt_length], generated[0])
     )
     return whole[len(prompt) :]
+
+
+def _refuses_settings(error: Exception) -> bool:
+    """Whether an error is from the code of transformers that reads generation_config.json.
+
+    An error of the model's forward is a bug, and stays what it is.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("transformers.generation.")
 
 
 def _synchronize(device: torch.device) -> None:

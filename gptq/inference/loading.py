@@ -12,6 +12,7 @@ from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.device import pick_device, pick_dtype
+from gptq.errors import UserError, first_line
 from gptq.inference import cpu_decode
 from gptq.nn import HalfHead, QuantLinear, TiedHead
 from quant_cuda.cpu import library
@@ -111,8 +112,15 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
                     layer.int8_activations = int8_activations
                     layer.prepare()
     cpu_decode.install(module)
-    if (opened.source.folder / "generation_config.json").exists():
-        module.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
+    generation = opened.source.folder / "generation_config.json"
+    if generation.exists():
+        try:
+            module.generation_config = GenerationConfig.from_pretrained(generation.parent)
+        # transformers checks values with several exceptions that share no base.
+        except Exception as error:
+            raise UserError(
+                f"{generation}: cannot be used ({first_line(error)}); mend it"
+            ) from error
     return module
 
 

@@ -12,6 +12,8 @@ from gptq.errors import UserError
 
 # Tokens whose logits are in memory at once.
 LOGIT_TOKENS = 1024
+# exp of more is beyond a float.
+MOST_LOSS = 709.0
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def perplexity(
         raise UserError(
             f"perplexity is {mean}: activations overflow in {model.dtype}; try --dtype float32"
         )
-    return math.exp(mean)
+    return math.exp(mean) if mean < MOST_LOSS else math.inf
 
 
 def _window_loss(norm: nn.Module, head: nn.Module, tokens: Tensor, hidden: Tensor) -> float:

@@ -191,12 +191,16 @@ def _solve_group(
     layers = [block.linear(name) for name in names]
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
     own = run.team.outputs(len(weight))
-    if hessian is None:
-        solution = solve_layer(weight[own], None, run.config)
-    else:
+    if hessian is not None:
         _check_inputs(f"{block.name}.{names[0]}", hessian)
-        # Only the solve holds what is taken here, so that it can free a part.
-        solution = solve_layer(weight[own], hessian.take_outputs(own), run.config)
+    try:
+        if hessian is None:
+            solution = solve_layer(weight[own], None, run.config)
+        else:
+            # Only the solve holds what is taken here, so that it can free a part.
+            solution = solve_layer(weight[own], hessian.take_outputs(own), run.config)
+    except ValueError as error:
+        raise UserError(f"{block.name}.{names[0]}: {error}") from error
     solution = run.team.join(solution, len(weight))
     first = 0
     for name, layer in zip(names, layers, strict=True):

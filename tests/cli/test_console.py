@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from gptq.cli.console import layer_table, progress_bar, size_of, totals_table
+from gptq.cli.console import layer_table, size_of, totals_table
 from gptq.config import QuantConfig
 from gptq.models import BLOOM, LLAMA
 from gptq.pipeline.report import LayerReport, Report
@@ -101,23 +101,3 @@ def test_sizes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(5))
     (tmp_path / "b").write_bytes(bytes(7))
     assert (size_of(tmp_path / "a"), size_of(tmp_path)) == (5, 12)
-
-
-def test_the_bar_is_for_terminals_only(capsys):
-    with progress_bar("working") as show:
-        show(1, 2, "block 0 [mlp]")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_the_bar_on_a_terminal_shows_steps_and_goes_away(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    with progress_bar("working") as show:
-        show(1, 3, "block 0 [mlp]")
-        show(2, 3)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "2/3" in err
-    # The last thing written erases the line.
-    assert err.endswith("\x1b[2K")

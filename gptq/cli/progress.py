@@ -1,0 +1,118 @@
+"""The progress of a job: a bar on a terminal, flushed lines in a log."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gptq.pipeline.report import LayerReport
+
+# Lines of an evaluation in a log.
+LINES = 10
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, unit: str = "step") -> Iterator[Callable[..., None]]:
+    """A bar with the time left, on standard error; where that is no terminal, LINES lines.
+
+    Gives a function of (steps done, steps in all, what was done last). The bar is gone at the end,
+    so that an error stands alone.
+    unit: what a step is, in the lines.
+    """
+    console = Console(stderr=True)
+    if console.is_interactive:
+        with _bar(title, console) as show:
+            yield show
+        return
+    started = perf_counter()
+
+    def log(done: int, total: int, what: str = "") -> None:
+        if done * LINES // total > (done - 1) * LINES // total:
+            seconds = perf_counter() - started
+            left = seconds / done * (total - done)
+            _print_line(f"{title}: {unit} {done} of {total}, {_times(seconds, left)}")
+
+    yield log
+
+
+@contextlib.contextmanager
+def quantization_progress(layers: int) -> Iterator[Callable[[LayerReport, int], None]]:
+    """The same for a quantization, with a line for each block.
+
+    layers: in a block. Gives a function of (a layer's report, layers in all).
+    """
+    console, title, done = Console(stderr=True), "quantizing", 0
+    if console.is_interactive:
+        with _bar(title, console) as show:
+
+            def step(layer: LayerReport, total: int) -> None:
+                nonlocal done
+                done += 1
+                show(done, total, f"block {layer.block} {layer.name}")
+
+            yield step
+        return
+    started = ended = perf_counter()
+    needed = 0.0
+    block: list[LayerReport] = []
+
+    def log(layer: LayerReport, total: int) -> None:
+        nonlocal done, ended, needed
+        block.append(layer)
+        if len(block) < layers:
+            return
+        done, blocks, before, ended = done + 1, total // layers, ended, perf_counter()
+        # A block of an earlier run is read in no time, but says what it took to solve.
+        needed += max(ended - before, sum(it.seconds for it in block))
+        times = _times(ended - started, needed / done * (blocks - done))
+        loss = sum(it.loss for it in block) / layers
+        _print_line(f"{title}: block {done} of {blocks}, mean loss {loss:.3e}, {times}")
+        block.clear()
+
+    yield log
+
+
+@contextlib.contextmanager
+def _bar(title: str, console: Console) -> Iterator[Callable[..., None]]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(done: int, total: int, what: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {what}".strip())
+
+        yield show
+
+
+def _print_line(line: str) -> None:
+    # Hours of work must not end because nobody reads the log any more.
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _times(seconds: float, left: float) -> str:
+    return f"{_clock(seconds)} so far, about {_clock(left)} left"
+
+
+def _clock(seconds: float) -> str:
+    """As hours, minutes and seconds: 0:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
