@@ -104,7 +104,9 @@ class BuildNative(build_ext):
             Step(objects / f"{name}.o", [SOURCES / name], [compiler, *common, *flags, "-c"])
             for name, flags in sources().items()
         ]
-        next(step for step in steps if step.inputs[0].stem == "dispatch").command.append(define_digest("cpu"))
+        next(step for step in steps if step.inputs[0].stem == "dispatch").command.append(
+            define_digest("cpu")
+        )
         shared = [compiler, *common, "-shared", *LINKING]
         try:
             last = Step(target, [step.output for step in steps], shared)
@@ -150,13 +152,17 @@ def build_cuda(target: Path, objects: Path) -> None:
     targets = [target for target in targets if can_compile(nvcc, target)]
     if not targets:
         raise CompileError(f"{nvcc} knows none of {' '.join(named)}: no CUDA kernels")
+    if not any(target.startswith("compute") for target in targets) and named is CUDA_TARGETS:
+        targets.append(targets[-1].replace("sm", "compute"))  # for later GPUs
     codes = [code_for(target) for target in targets]
     codes += ["-DQUANT_CUDA_SM90A"] if "sm_90a" in targets else []
     steps = [
         Step(objects / f"{source.stem}.o", [source], [nvcc, *CUDA_FLAGS, *codes, "-c"])
         for source in sorted(CUDA_SOURCES.glob("*.cu"))
     ]
-    next(step for step in steps if step.inputs[0].stem == "dequantize").command.append(define_digest("cuda"))
+    next(step for step in steps if step.inputs[0].stem == "dequantize").command.append(
+        define_digest("cuda")
+    )
     headers = [*CUDA_SOURCES.glob("*.cuh"), *CUDA_SOURCES.parent.glob("*.h")]
     try:
         last = Step(target, [step.output for step in steps], [nvcc, "-shared"])

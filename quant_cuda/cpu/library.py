@@ -12,6 +12,7 @@ from torch import Tensor
 from quant_cuda import sources
 
 LIBRARY = Path(__file__).with_name("_native.so")
+_NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compiler"
 _NO_MEMORY = 1
 # The library notices forks by itself once it is loaded, which may be in a child only.
 _IMPORTED_BY = os.getpid()
@@ -29,20 +30,20 @@ def fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why it is not there. Warns if there is one that cannot be used."""
     if not LIBRARY.exists():
-        return None, "the compiled CPU code was not built: pip install . with a C++ compiler"
+        return None, _NOT_BUILT
     try:
         found = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        problem = f"the compiled CPU code cannot be loaded ({error}); build it again: pip install ."
+        reason = f"the compiled CPU code cannot be loaded ({error}); build it again: pip install ."
     else:
         if not sources.is_stale(found, "cpu"):
             _declare(found)
             if os.getpid() != _IMPORTED_BY:
                 found.quant_cuda_after_fork()
             return found, ""
-        problem = sources.stale_text(LIBRARY)
-    warnings.warn(problem, stacklevel=4)
-    return None, problem
+        reason = sources.stale_text(LIBRARY)
+    warnings.warn(reason, stacklevel=4)
+    return None, reason
 
 
 def _declare(found: ctypes.CDLL) -> None:
@@ -75,7 +76,9 @@ def _raise_error(code: int, function: object, arguments: tuple) -> None:
     if code == _NO_MEMORY:
         raise MemoryError("the compiled CPU code ran out of memory")
     if code:
-        raise RuntimeError(f"the compiled CPU code failed: {required().quant_cuda_error().decode()}")
+        raise RuntimeError(
+            f"the compiled CPU code failed: {required().quant_cuda_error().decode()}"
+        )
 
 
 def library() -> ctypes.CDLL | None:
@@ -85,14 +88,14 @@ def library() -> ctypes.CDLL | None:
 
 def problem() -> str:
     """Why there is no library."""
-    return _load()[1]
+    return _load()[1] or _NOT_BUILT
 
 
 def required() -> ctypes.CDLL:
     """The library. Raises ValueError if there is none that can be used."""
-    found, problem = _load()
+    found, reason = _load()
     if found is None:
-        raise ValueError(problem)
+        raise ValueError(reason)
     return found
 
 
