@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from quant_cuda import reference
+from quant_cuda import reference, transforms
 from quant_cuda.cpu import layout as cpu_layout
 from quant_cuda.cpu import library
 from quant_cuda.cpu import product as cpu
@@ -168,7 +167,7 @@ def to_layout(weight: AnyWeight, layout: str | None) -> AnyWeight:
     """
     if weight_layout(weight) == layout:
         return weight
-    with torch.inference_mode(False), torch.no_grad():
+    with transforms.suspended():
         if isinstance(weight, PreparedWeight):
             weight = LAYOUTS[weight.layout].restore(weight)
         if layout is None:
