@@ -79,8 +79,16 @@ wheel: venv
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
+# What the compiled libraries are made of: they are not used if it has changed.
+COMPILED := setup.py quant_cuda/sources.py $(wildcard quant_cuda/csrc/*.h quant_cuda/csrc/*/*)
+
 ifeq ($(VENV),.venv)
-venv: .venv/ready
+venv: .venv/built
+
+.venv/built: $(COMPILED) | .venv/ready
+	@test -z "$$(find $^ -newer .venv/ready)" || \
+		CUDA_TARGETS="$(CUDA_TARGETS)" $(PIP) --no-deps --editable .
+	@touch $@
 
 .venv/ready: pyproject.toml
 	@echo "setting up .venv (minutes, the first time)"

@@ -3,6 +3,7 @@ there is nvcc. Without either the package works, but slower."""
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -67,6 +68,13 @@ CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # environment variable CUDA_TARGETS names others.
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "compute_90")
 
+COMPILERS = "the code needs C++17: GCC 11, Clang 14 or later; CXX names the compiler"
+
+
+def define_digest(part: str) -> str:
+    """The flag by which a library knows its sources, see quant_cuda/sources.py."""
+    return f"-DQUANT_CUDA_SOURCES={runpy.run_path('quant_cuda/sources.py')['digest'](part)}"
+
 
 def sources() -> dict[str, list[str]]:
     """The files to compile for this machine, in the order of linking, and the flags of each."""
@@ -96,13 +104,18 @@ class BuildNative(build_ext):
             Step(objects / f"{name}.o", [SOURCES / name], [compiler, *common, *flags, "-c"])
             for name, flags in sources().items()
         ]
+        next(step for step in steps if step.inputs[0].stem == "dispatch").command.append(
+            define_digest("cpu")
+        )
         shared = [compiler, *common, "-shared", *LINKING]
         try:
             last = Step(target, [step.output for step in steps], shared)
             build(objects, steps, last, list(SOURCES.glob("*.h")))
         except (OSError, subprocess.CalledProcessError) as error:
             # An optional extension that fails this way is left out, with a warning.
-            raise CompileError(f"no compiled CPU code ({error}); slower, but all works") from error
+            raise CompileError(
+                f"no compiled CPU code ({error}); slower, but all works. {COMPILERS}"
+            ) from error
 
 
 class PlatformWheel(bdist_wheel):
@@ -136,18 +149,40 @@ def build_cuda(target: Path, objects: Path) -> None:
     # The one GPU that runs sm_90 has all that sm_90a asks for, wgmma.cu's instructions among it.
     named = os.environ.get("CUDA_TARGETS", "").split() or CUDA_TARGETS
     targets = ["sm_90a" if target == "sm_90" else target for target in named]
-    codes = [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in targets]
+    targets = [target for target in targets if can_compile(nvcc, target)]
+    if not targets:
+        raise CompileError(f"{nvcc} knows none of {' '.join(named)}: no CUDA kernels")
+    if not any(target.startswith("compute") for target in targets) and named is CUDA_TARGETS:
+        targets.append(targets[-1].replace("sm", "compute"))  # for later GPUs
+    codes = [code_for(target) for target in targets]
     codes += ["-DQUANT_CUDA_SM90A"] if "sm_90a" in targets else []
     steps = [
         Step(objects / f"{source.stem}.o", [source], [nvcc, *CUDA_FLAGS, *codes, "-c"])
         for source in sorted(CUDA_SOURCES.glob("*.cu"))
     ]
+    next(step for step in steps if step.inputs[0].stem == "dequantize").command.append(
+        define_digest("cuda")
+    )
     headers = [*CUDA_SOURCES.glob("*.cuh"), *CUDA_SOURCES.parent.glob("*.h")]
     try:
         last = Step(target, [step.output for step in steps], [nvcc, "-shared"])
         build(objects, steps, last, headers)
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(f"no CUDA kernels ({error}); Triton's serve instead") from error
+
+
+def code_for(target: str) -> str:
+    """The flag of nvcc for a target, as sm_80 or compute_90."""
+    return f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
+
+
+def can_compile(nvcc: str, target: str) -> bool:
+    """Whether this nvcc knows a target; those before 12.0 do not know sm_90a."""
+    command = [nvcc, "--dryrun", code_for(target), "-c", str(CUDA_SOURCES / "dequantize.cu")]
+    known = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if not known:
+        print(f"{nvcc} does not know {target}: it is left out")
+    return known
 
 
 def build(folder: Path, steps: list[Step], last: Step, headers: list[Path]) -> None:

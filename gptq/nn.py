@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +23,16 @@ if TYPE_CHECKING:
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
 # Those that are freed while a prepared weight replaces them.
 FREED_IF_PREPARED = ("qweight", "qzeros", "scales")
+
+# One for all modules: they stay copyable, and preparing a weight uses all cores anyway. It is
+# reentrant, because reading a buffer restores it.
+_LOCK = threading.RLock()
+
+
+def _exclusive() -> AbstractContextManager:
+    """Held while a weight changes between its two forms: another thread would find neither."""
+    # torch.compile cannot trace a lock; what it traces runs in one thread.
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 class PackedModule(nn.Module):
@@ -76,30 +89,32 @@ class PackedModule(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight in the checkpoint's layout."""
-        if self._prepared is not None:
-            return quant_cuda.restore(self._prepared)
-        return PackedWeight(
-            qweight=self.qweight,
-            qzeros=self.qzeros,
-            scales=self.scales,
-            g_idx=self._g_idx_if_needed(),
-            bits=self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            zero_offset=self.zero_offset,
-        )
+        with _exclusive():
+            if self._prepared is not None:
+                return quant_cuda.restore(self._prepared)
+            return PackedWeight(
+                qweight=self.qweight,
+                qzeros=self.qzeros,
+                scales=self.scales,
+                g_idx=self._g_idx_if_needed(),
+                bits=self.bits,
+                group_size=self.group_size,
+                in_features=self.in_features,
+                zero_offset=self.zero_offset,
+            )
 
     def prepare(self) -> AnyWeight:
         """The weight as the device's kernels read it, for many matmuls; in the checkpoint's layout
         if no kernel takes it."""
-        if self._prepared is None:
-            prepared = quant_cuda.prepare(self.packed())
-            if not isinstance(prepared, PreparedWeight):
-                return prepared
-            self._prepared = prepared
-            for name in FREED_IF_PREPARED:
-                self._buffers[name] = None
-        return self._prepared
+        with _exclusive():
+            if self._prepared is None:
+                prepared = quant_cuda.prepare(self.packed())
+                if not isinstance(prepared, PreparedWeight):
+                    return prepared
+                self._prepared = prepared
+                for name in FREED_IF_PREPARED:
+                    self._buffers[name] = None
+            return self._prepared
 
     def extra_repr(self) -> str:
         return (
@@ -121,40 +136,52 @@ class PackedModule(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        if self._prepared is not None:
-            packed, self._prepared = quant_cuda.restore(self._prepared), None
-            for name in FREED_IF_PREPARED:
-                self._buffers[name] = getattr(packed, name)
+        with _exclusive():
+            if self._prepared is not None:
+                packed = quant_cuda.restore(self._prepared)
+                for name in FREED_IF_PREPARED:
+                    self._buffers[name] = getattr(packed, name)
+                self._prepared = None
 
     def __getattr__(self, name: str):
-        if name in FREED_IF_PREPARED and self.__dict__.get("_prepared") is not None:
-            self._restore()
-        return super().__getattr__(name)
+        if name not in FREED_IF_PREPARED:
+            return super().__getattr__(name)
+        with _exclusive():
+            if self.__dict__.get("_prepared") is not None:
+                self._restore()
+            return super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if name in FREED_IF_PREPARED and self.__dict__.get("_prepared") is not None:
-            self._restore()
-        super().__setattr__(name, value)
+        if name not in FREED_IF_PREPARED:
+            super().__setattr__(name, value)
+            return
+        with _exclusive():
+            if self.__dict__.get("_prepared") is not None:
+                self._restore()
+            super().__setattr__(name, value)
 
     def _apply(self, *args, **kwargs):
-        self._restore()
-        return super()._apply(*args, **kwargs)
+        with _exclusive():
+            self._restore()
+            return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        with _exclusive():
+            self._restore()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._prepared is not None:
-            packed = quant_cuda.restore(self._prepared)
-            # g_idx and bias go last, in the order in which __init__ registers the buffers.
-            rest = {name: destination.pop(prefix + name, None) for name in ("g_idx", "bias")}
-            for name in FREED_IF_PREPARED:
-                destination[prefix + name] = getattr(packed, name)
-            for name, tensor in rest.items():
-                if tensor is not None:
-                    destination[prefix + name] = tensor
+        with _exclusive():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            if self._prepared is not None:
+                packed = quant_cuda.restore(self._prepared)
+                # g_idx and bias go last, in the order in which __init__ registers the buffers.
+                rest = {name: destination.pop(prefix + name, None) for name in ("g_idx", "bias")}
+                for name in FREED_IF_PREPARED:
+                    destination[prefix + name] = getattr(packed, name)
+                for name, tensor in rest.items():
+                    if tensor is not None:
+                        destination[prefix + name] = tensor
 
 
 class QuantLinear(PackedModule):

@@ -72,6 +72,8 @@ def matmul(
         )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
+    if bias is not None:
+        _check_bias(bias, weight)
     if torch.compiler.is_compiling():
         return backends.traced(x, weight, backend, bias, int8)
     if isinstance(weight, PackedWeight):
@@ -85,6 +87,18 @@ def matmul(
     if cached.layout != weight.layout:
         return cached.matmul(x, backends.to_layout(weight, cached.layout), bias, int8)
     return cached.matmul(x, weight, bias, int8)
+
+
+def _check_bias(bias: Tensor, weight: AnyWeight) -> None:
+    if bias.dim() != 1 or bias.shape[0] != weight.out_features:
+        raise ValueError(
+            f"bias of shape {tuple(bias.shape)} does not fit a weight of {weight.out_features} "
+            "outputs"
+        )
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, not {bias.dtype}")
+    if bias.device != weight.device:
+        raise ValueError(f"bias is on {bias.device}, the weight on {weight.device}")
 
 
 def rows(weight: AnyWeight, index: Tensor) -> Tensor:

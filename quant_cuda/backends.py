@@ -6,11 +6,11 @@ To add one, write its functions and a row of `table`; from outside the package, 
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quant_cuda import reference
+from quant_cuda import reference, transforms
 from quant_cuda.cpu import layout as cpu_layout
 from quant_cuda.cpu import library
 from quant_cuda.cpu import product as cpu
@@ -71,17 +71,26 @@ def unregister(name: str) -> None:
 
 def forget() -> None:
     """Look at the machine again, at the next call: what runs here, and what is chosen."""
-    for cached in (table, choose, _warn):
+    for cached in (table, _rows, choose, _warn):
         cached.cache_clear()
 
 
 @functools.cache
 def table() -> dict[str, Backend]:
     """Backends that can run on this machine by name, the best first."""
+    return _rows("cuda")
+
+
+@functools.cache
+def _rows(device: str) -> dict[str, Backend]:
+    """Those that may take a weight on a device of this type.
+
+    The GPU is asked for its own weights alone, because asking it makes a CUDA context.
+    """
     rows = [*reversed(_registered.values())]
     rows += [
         Backend(name, gpu.LAYOUT, gpu.refuses, functools.partial(gpu.matmul, engine=name))
-        for name in gpu.engines()
+        for name in (gpu.engines() if device == "cuda" else ())
     ]
     rows += [
         Backend(
@@ -104,8 +113,10 @@ def choose(product: Facts, name: str | None = None) -> Backend:
     Warns, once for each reason, if that is plain torch.
     Raises ValueError if the one named is not there or cannot.
     """
-    rows = table()
+    rows = _rows(product.device)
     if name is not None:
+        if name not in rows:
+            rows = table()
         if name not in rows:
             raise ValueError(f"backend {name!r} is not available; choose one of {tuple(rows)}")
         reason = rows[name].refuses(product)
@@ -120,7 +131,7 @@ def choose(product: Facts, name: str | None = None) -> Backend:
         reasons[reason] = None
     if row.layout is None:
         if product.device == "cpu" and not library.compiled():
-            reasons[cpu.NOT_BUILT] = None
+            reasons[library.problem()] = None
         if product.device == "cuda" and not gpu.engines():
             reasons = {gpu.NOT_THERE: None}
         _warn("; ".join(reasons) or f"there is no kernel for a {product.device} device")
@@ -150,9 +161,25 @@ def traced(
 
 
 def to_layout(weight: AnyWeight, layout: str | None) -> AnyWeight:
-    """The same weight in another layout; itself if it has that layout."""
-    if isinstance(weight, PreparedWeight):
-        if weight.layout == layout:
+    """The same weight in another layout; itself if it has that layout.
+
+    Its tensors may be used for training, whatever mode it is called in.
+    """
+    if weight_layout(weight) == layout:
+        return weight
+    with transforms.suspended():
+        if isinstance(weight, PreparedWeight):
+            weight = LAYOUTS[weight.layout].restore(weight)
+        if layout is None:
             return weight
-        weight = LAYOUTS[weight.layout].restore(weight)
-    return weight if layout is None else LAYOUTS[layout].prepare(weight)
+        made = LAYOUTS[layout].prepare(weight)
+        if not any(tensor.is_inference() for tensor in made.tensors):
+            return made
+        # A layout may keep tensors of the weight, which was then made in inference mode.
+        tensors = tuple(t.clone() if t.is_inference() else t for t in made.tensors)
+        return replace(made, tensors=tensors)
+
+
+def weight_layout(weight: AnyWeight) -> str | None:
+    """A key of LAYOUTS; None for the checkpoint's own."""
+    return weight.layout if isinstance(weight, PreparedWeight) else None

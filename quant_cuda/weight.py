@@ -36,8 +36,13 @@ class PackedWeight:
     """1 for checkpoints of format "gptq", 0 for "gptq_v2"."""
 
     def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what does not fit together: kernels check nothing."""
         if self.bits not in BITS:
             raise ValueError(f"{self.bits} bits are not supported; choose one of 2, 3, 4, 8")
+        if self.group_size < 1 and self.group_size != -1 and self.in_features:
+            raise ValueError(f"group_size must be positive or -1, not {self.group_size}")
+        if self.scales.dim() != 2:
+            raise ValueError(f"scales must be (groups, out), not {tuple(self.scales.shape)}")
         rows = words_for(self.in_features, self.bits)
         zero_words = words_for(self.out_features, self.bits)
         for name, tensor, shape in (
@@ -50,17 +55,32 @@ class PackedWeight:
                 raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
         if not self.scales.is_floating_point():
             raise TypeError(f"scales must be floating point, not {self.scales.dtype}")
-        if self.g_idx is None and self.scales.shape[0] != self.groups:
+        for name in ("qzeros", "scales", "g_idx"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != self.qweight.device:
+                raise ValueError(f"{name} is on {tensor.device}, qweight on {self.qweight.device}")
+        if self.g_idx is not None:
+            self._check_g_idx(self.g_idx)
+        elif self.scales.shape[0] != self.groups:
             raise ValueError(
                 f"scales must have {self.groups} rows for {self.in_features} inputs in groups of "
                 f"{self.group_size}, not {self.scales.shape[0]}"
             )
-        if self.g_idx is not None and self.g_idx.dtype != torch.int32:
-            raise TypeError(f"g_idx must be int32, not {self.g_idx.dtype}")
-        if self.g_idx is not None and tuple(self.g_idx.shape) != (self.in_features,):
+
+    def _check_g_idx(self, g_idx: Tensor) -> None:
+        if g_idx.dtype != torch.int32:
+            raise TypeError(f"g_idx must be int32, not {g_idx.dtype}")
+        if tuple(g_idx.shape) != (self.in_features,):
             raise ValueError(
-                f"g_idx must have shape ({self.in_features},), not {tuple(self.g_idx.shape)}"
+                f"g_idx must have shape ({self.in_features},), not {tuple(g_idx.shape)}"
             )
+        # What torch traces has no values, and neither have meta tensors.
+        if not self.in_features or g_idx.is_meta or torch.compiler.is_compiling():
+            return
+        low, high = (int(value) for value in torch.aminmax(g_idx))
+        groups = self.scales.shape[0]
+        if low < 0 or high >= groups:
+            raise ValueError(f"g_idx must be in 0..{groups - 1}, not {low}..{high}")
 
     @property
     def out_features(self) -> int:
@@ -106,6 +126,13 @@ class PreparedWeight:
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device
+
+    def __getstate__(self) -> dict:
+        """All but the cache, for pickle and copy: it holds functions."""
+        return {**self.__dict__, "chosen": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
 
 
 AnyWeight = PackedWeight | PreparedWeight

@@ -2,12 +2,20 @@
 
 import ctypes
 import functools
+import os
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quant_cuda import sources
+
 LIBRARY = Path(__file__).with_name("_native.so")
+_NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compiler"
+_NO_MEMORY = 1
+# The library notices forks by itself once it is loaded, which may be in a child only.
+_IMPORTED_BY = os.getpid()
 
 
 def fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
@@ -19,50 +27,75 @@ def fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, or None if it was not built."""
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why it is not there. Warns if there is one that cannot be used."""
     if not LIBRARY.exists():
-        return None
-    found = ctypes.CDLL(str(LIBRARY))
+        return None, _NOT_BUILT
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        reason = f"the compiled CPU code cannot be loaded ({error}); build it again: pip install ."
+    else:
+        if not sources.is_stale(found, "cpu"):
+            _declare(found)
+            if os.getpid() != _IMPORTED_BY:
+                found.quant_cuda_after_fork()
+            return found, ""
+        reason = sources.stale_text(LIBRARY)
+    warnings.warn(reason, stacklevel=4)
+    return None, reason
+
+
+def _declare(found: ctypes.CDLL) -> None:
+    """Set the types of the library's functions."""
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     found.quant_cuda_instruction_set.restype = ctypes.c_char_p
-    for solver in (found.quant_cuda_sweep, found.quant_cuda_refine):
-        solver.restype = None
-        solver.argtypes = (number, pointer)
-    found.quant_cuda_blocks.restype = None
-    found.quant_cuda_blocks.argtypes = (number, pointer, number)
-    found.quant_cuda_product.restype = None
-    found.quant_cuda_product.argtypes = (
-        *(number, pointer, pointer, pointer, pointer, pointer),
-        *(long, number, number, number),
-    )
-    found.quant_cuda_halves.restype = None
-    found.quant_cuda_halves.argtypes = (
-        *(number, pointer, pointer, pointer),
-        *(long, long, long, number, number),
-    )
-    found.quant_cuda_read.restype = ctypes.c_uint64
-    found.quant_cuda_read.argtypes = (pointer, long, number)
+    found.quant_cuda_error.restype = ctypes.c_char_p
     found.quant_cuda_tiles_bytes.restype = long
     found.quant_cuda_tiles_bytes.argtypes = (pointer,)
-    found.quant_cuda_tiles_rows.restype = None
-    found.quant_cuda_tiles_rows.argtypes = (*[pointer] * 4, long, number)
-    found.quant_cuda_tiles_numbers.restype = None
-    found.quant_cuda_tiles_numbers.argtypes = (*[pointer] * 3, number, number, number)
-    for name in ("pack", "unpack"):
-        function = getattr(found, f"quant_cuda_tiles_{name}")
-        function.restype = None
-        function.argtypes = (*[pointer] * 5, number)
-    return found
+    arguments = {
+        "sweep": (number, pointer),
+        "refine": (number, pointer),
+        "blocks": (number, pointer, number),
+        "product": (number, *[pointer] * 5, long, number, number, number),
+        "halves": (number, *[pointer] * 3, long, long, long, number, number),
+        "read": (pointer, long, number, pointer),
+        "tiles_rows": (*[pointer] * 4, long, number),
+        "tiles_numbers": (*[pointer] * 3, number, number, number),
+        "tiles_pack": (*[pointer] * 5, number),
+        "tiles_unpack": (*[pointer] * 5, number),
+    }
+    for name, types in arguments.items():
+        function = getattr(found, f"quant_cuda_{name}")
+        function.argtypes = types
+        function.errcheck = _raise_error
+
+
+def _raise_error(code: int, function: object, arguments: tuple) -> None:
+    """Raise what a C function returned as a code of csrc/cpu/boundary.h."""
+    if code == _NO_MEMORY:
+        raise MemoryError("the compiled CPU code ran out of memory")
+    if code:
+        raise RuntimeError(
+            f"the compiled CPU code failed: {required().quant_cuda_error().decode()}"
+        )
+
+
+def library() -> ctypes.CDLL | None:
+    """The library; None if it was not built, or from other sources than those beside it."""
+    return _load()[0]
+
+
+def problem() -> str:
+    """Why there is no library."""
+    return _load()[1] or _NOT_BUILT
 
 
 def required() -> ctypes.CDLL:
-    """The library. Raises ValueError if it was not built."""
-    found = library()
+    """The library. Raises ValueError if there is none that can be used."""
+    found, reason = _load()
     if found is None:
-        raise ValueError(
-            "the compiled CPU code is not there: run pip install . with a C++ compiler"
-        )
+        raise ValueError(reason)
     return found
 
 
@@ -99,4 +132,7 @@ def read(data: Tensor) -> int:
     found = library()
     if found is None or data.nbytes % 64 or not data.is_contiguous():
         raise ValueError("reading needs the compiled code and a contiguous multiple of 64 bytes")
-    return found.quant_cuda_read(data.data_ptr(), data.nbytes, torch.get_num_threads())
+    result = ctypes.c_uint64()
+    address, threads = ctypes.byref(result), torch.get_num_threads()
+    found.quant_cuda_read(data.data_ptr(), data.nbytes, threads, address)
+    return result.value

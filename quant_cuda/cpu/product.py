@@ -8,15 +8,19 @@ import functools
 import torch
 from torch import Tensor
 
+from quant_cuda import transforms
 from quant_cuda.cpu import library
 from quant_cuda.cpu.layout import dequantize_outputs
 from quant_cuda.weight import Facts, PreparedWeight
 
-NOT_BUILT = "the compiled CPU code was not built: pip install . with a C++ compiler"
 MANY_ROWS, MANY_ROWS_OF_BYTES = 64, 192
 """From here on torch's dense matmul may be faster, see `_dense_dtype`."""
 DENSE_OUTPUTS = 512
 """Outputs whose dequantized weights are in memory at a time; a multiple of 32."""
+_PLAIN_BIASES = (Tensor, torch.nn.Parameter)
+_trace = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 # The order of csrc/cpu/product_args.h.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -47,6 +51,9 @@ def matmul(
     Differentiable in x and bias.
     """
     if not is_plain(x, bias):
+        if transforms.are_active():
+            dense = functools.partial(_dequantize, weight)
+            return transforms.matmul(x, weight, bias, int8, dense)
         return traced(x, weight, bias, int8, instruction_set)
     bias = bias if bias is None else bias.detach().float().contiguous()
     data, plan = weight.tensors
@@ -74,19 +81,31 @@ def traced(
     return operator(x, *weight.tensors, bias, weight.out_features, int8, instruction_set)
 
 
+def _dequantize(weight: PreparedWeight, dtype: torch.dtype) -> Tensor:
+    sizes = weight.in_features, weight.out_features
+    return torch.ops.quant_cuda.cpu_dequantize(*weight.tensors, *sizes).to(dtype)
+
+
 def is_plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch's dispatcher can be left out: no gradient, no mode, no tensor subclass.
+    """Whether torch's dispatcher can be left out: no gradient, forward-mode AD, transform of
+    torch.func, trace, mode or tensor subclass.
 
     It would add only its time, which is more than the matmul of a small layer takes.
     """
     return (
         type(x) is Tensor
+        and (bias is None or (type(bias) in _PLAIN_BIASES and not bias.is_neg()))
         and not (
             torch.is_grad_enabled()
             and (x.requires_grad or (bias is not None and bias.requires_grad))
         )
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and not transforms.are_active()
+        and _trace() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        # The memory of the first holds the numbers with the other sign; the second has none.
+        and not x.is_neg()
+        and not x._is_zerotensor()
     )
 
 

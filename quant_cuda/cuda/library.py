@@ -6,11 +6,14 @@ that the host's compiler made of the same source.
 
 import ctypes
 import functools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from quant_cuda import sources
 
 __all__ = ["LIBRARY", "SIGNATURES", "Launch", "available", "current", "load"]
 
@@ -36,7 +39,18 @@ def load(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return load(LIBRARY) if LIBRARY.exists() else None
+    """The library. Warns, and returns None, if there is one that cannot be used."""
+    if not LIBRARY.exists():
+        return None
+    try:
+        found = load(LIBRARY)
+    except OSError as error:
+        warnings.warn(f"{LIBRARY} cannot be loaded ({error}): pip install . again", stacklevel=4)
+        return None
+    if sources.is_stale(found, "cuda"):
+        warnings.warn(sources.stale_text(LIBRARY), stacklevel=4)
+        return None
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,14 +87,14 @@ def available() -> bool:
     """Whether the kernels were built and there is a GPU that runs them (compute capability 8.0)."""
     if not LIBRARY.exists() or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability() >= (8, 0) and _library() is not None
 
 
 def current(x: Tensor) -> Launch:
     """The library on the current stream of x's GPU. Raises RuntimeError if it was not built."""
     library = _library()
     if library is None:
-        raise RuntimeError("the CUDA kernels were not built; install again where nvcc is")
+        raise RuntimeError("no CUDA kernels were built from these sources: pip install . with nvcc")
     stream = torch.cuda.current_stream(x.device).cuda_stream
     processors, wgmma = _capabilities(x.device)
     return Launch(library, stream, processors, wgmma)

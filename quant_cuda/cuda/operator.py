@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant_cuda import reference
+from quant_cuda import reference, transforms
 from quant_cuda.cuda import kernels, layout, library
 from quant_cuda.weight import Facts, PackedWeight, PreparedWeight
 
@@ -81,9 +81,16 @@ def matmul(
     int8: round activations to 8 bits with a scale for each group, as the reference does.
     engine: one of `engines()`; none for the first. Differentiable in x and bias.
     """
+    sizes = (weight.bits, weight.group_size, weight.in_features, weight.out_features)
+    if not torch.compiler.is_compiling() and transforms.are_active():
+
+        def dense(dtype: torch.dtype) -> Tensor:
+            operator = torch.ops.quant_cuda.gpu_dequantize
+            return operator(list(weight.tensors), *sizes, dtype, engine)
+
+        return transforms.matmul(x, weight, bias, int8, dense)
     if int8:
         x = reference.to_int8(x, weight)
-    sizes = (weight.bits, weight.group_size, weight.in_features, weight.out_features)
     return torch.ops.quant_cuda.gpu_product(x, list(weight.tensors), bias, *sizes, engine)
 
 

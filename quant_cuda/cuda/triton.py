@@ -124,18 +124,20 @@ def _launch(x: Tensor, weight: Tiled, dtype: torch.dtype) -> Tensor:
     splits = max(1, min(256 // (blocks_n * blocks_m), steps // 4))
     stored = dtype if splits == 1 else torch.float32
     y = x.new_empty((splits, x.shape[0], weight.out_features), dtype=stored)
-    product[(blocks_n, blocks_m, splits)](
-        x,
-        weight.words,
-        weight.table,
-        y,
-        rows=x.shape[0],
-        inputs=weight.in_features,
-        outputs=weight.out_features,
-        columns=weight.columns,
-        blocks=weight.words.shape[1],
-        shift=weight.shift,
-        STEPS=triton.cdiv(steps, splits),
-        **constants,
-    )
+    # Triton launches on the current device, whatever its arguments are on.
+    with torch.cuda.device_of(x):
+        product[(blocks_n, blocks_m, splits)](
+            x,
+            weight.words,
+            weight.table,
+            y,
+            rows=x.shape[0],
+            inputs=weight.in_features,
+            outputs=weight.out_features,
+            columns=weight.columns,
+            blocks=weight.words.shape[1],
+            shift=weight.shift,
+            STEPS=triton.cdiv(steps, splits),
+            **constants,
+        )
     return y[0] if splits == 1 else y.sum(0).to(dtype)

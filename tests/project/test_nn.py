@@ -1,6 +1,8 @@
 """QuantLinear: the checkpoint's layout in, the same layout out, one forward."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -138,3 +140,32 @@ def test_a_named_backend_and_int8_activations():
     rounded = layer(x)
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_threads_share_a_layer_while_it_is_prepared_and_restored():
+    solution = solved(4)
+    x = torch.randn(1, 96)
+    expected = QuantLinear.from_solution(solution)(x)
+    failures = []
+
+    def use(action):
+        try:
+            action()
+        except Exception as error:
+            failures.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            layer = QuantLinear.from_solution(solution)
+            actions = (lambda: layer(x), lambda: layer.qweight.sum(), layer.state_dict, layer.half)  # noqa: B023
+            threads = [threading.Thread(target=use, args=(action,)) for action in actions * 2]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert torch.equal(layer(x), expected)
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures

@@ -9,6 +9,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "product_args.h"
 #include "tiles.h"
 
@@ -36,11 +40,35 @@ inline float as_float(const void* x, int kind, size_t i) {
   return value;
 }
 
+// Rounds to nearest, ties to even; GCC has _Float16 in C++ for x86 from version 12 on only.
+inline uint16_t to_half(float value) {
+#if defined(__F16C__)
+  return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (bits >> 13 & 0x3ff));
+  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (bits >= 0x38800000) {
+    const uint32_t rounded = bits + 0xfff + (bits >> 13 & 1);
+    return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+  }
+  // Below 2**-14 the bits end at 2**-24: adding 1/2 leaves those in the last places.
+  float magnitude;
+  std::memcpy(&magnitude, &bits, 4);
+  magnitude += 0.5f;
+  std::memcpy(&bits, &magnitude, 4);
+  return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+#endif
+}
+
 inline void store(void* y, int kind, size_t i, float value) {
   if (kind == FLOAT32) {
     static_cast<float*>(y)[i] = value;
   } else if (kind == FLOAT16) {
-    static_cast<_Float16*>(y)[i] = static_cast<_Float16>(value);
+    static_cast<uint16_t*>(y)[i] = to_half(value);
   } else {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);

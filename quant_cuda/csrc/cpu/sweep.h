@@ -6,13 +6,12 @@
 // Each solver_*.cpp includes this file once with its own instruction set and NAMED.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "lanes.h"
+#include "parallel.h"
 #include "solver_args.h"
 
 namespace {
@@ -151,6 +150,9 @@ struct Shared {
 struct Scratch {
   std::vector<Row> w, block_error, group_error;
   std::vector<Grid> grids;
+
+  Scratch(const SweepArgs& args, int longest, int widest)
+      : w(args.inputs), block_error(longest), group_error(widest), grids(args.groups) {}
 };
 
 void solve_tile(const SweepArgs& args, const Shared& shared, int first, Scratch& scratch) {
@@ -219,17 +221,8 @@ void NAMED(sweep)(const SweepArgs& args) {
         return stop[-1] == j ? *stop : 0;
       })};
   const int tiles = (args.outputs + LANES - 1) / LANES;
-  std::atomic<int> next{0};
-  auto work = [&] {
-    Scratch scratch;
-    scratch.w.resize(args.inputs);
-    scratch.block_error.resize(longest);
-    scratch.group_error.resize(widest);
-    scratch.grids.resize(args.groups);
-    for (int tile; (tile = next.fetch_add(1)) < tiles;) solve_tile(args, shared, tile * LANES, scratch);
-  };
-  std::vector<std::thread> threads;
-  for (int t = 1; t < std::min(args.threads, tiles); ++t) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
+  parallel_for(args.threads, tiles, [&](int tile) {
+    Scratch scratch(args, longest, widest);
+    solve_tile(args, shared, tile * LANES, scratch);
+  });
 }

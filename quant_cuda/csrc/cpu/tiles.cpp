@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "boundary.h"
 #include "parallel.h"
 
 namespace {
@@ -128,6 +129,24 @@ void pack_heads(const Plan& plan, const uint32_t* qzeros, const uint8_t* scales,
   }
 }
 
+void unpack_scales(const Plan& plan, const Tile& tile, uint8_t* scales) {
+  const size_t row = static_cast<size_t>(plan.outputs) * plan.scale_bytes;
+  for (int g = 0; g < plan.groups; ++g)
+    std::memcpy(scales + g * row + static_cast<size_t>(tile.first) * plan.scale_bytes,
+                tile.head + plan.head_bytes() * g,
+                static_cast<size_t>(tile.lanes) * plan.scale_bytes);
+}
+
+void unpack_zeros(const Plan& plan, uint8_t* data, uint32_t* qzeros) {
+  const size_t zero_words = (static_cast<size_t>(plan.outputs) * plan.bits + 31) / 32;
+  for (int output = 0; output < plan.outputs; ++output) {
+    const Tile tile(plan, data, output / TILE);
+    for (int g = 0; g < plan.groups; ++g)
+      set_field(qzeros + g * zero_words, 1, plan.bits, output,
+                tile.head[plan.head_bytes() * g + TILE * plan.scale_bytes + output % TILE]);
+  }
+}
+
 // Copies a run with unchanged words, for some tiles, from the checkpoint's rows or back.
 template <bool PACK>
 void copy_run(const Plan& plan, int run, const std::vector<Tile>& tiles, uint32_t* qweight) {
@@ -240,50 +259,47 @@ int64_t quant_cuda_tiles_bytes(const int32_t* plan) {
 }
 
 // qweight (inputs * bits / 32, outputs), qzeros (groups, outputs * bits / 32), scales (groups,
-// outputs) of the plan's scale_bytes, into `data`.
-void quant_cuda_tiles_pack(const int32_t* plan, const uint32_t* qweight, const uint32_t* qzeros,
-                           const uint8_t* scales, uint8_t* data, int threads) {
+// outputs) of the plan's scale_bytes, into `data`. This and the following return a code of boundary.h.
+int quant_cuda_tiles_pack(const int32_t* plan, const uint32_t* qweight, const uint32_t* qzeros,
+                          const uint8_t* scales, uint8_t* data, int threads) {
   const Plan p(plan);
-  move_words<true>(p, data, const_cast<uint32_t*>(qweight), threads,
-                   [&](const Tile& tile) { pack_heads(p, qzeros, scales, tile); });
+  return guarded([&] {
+    move_words<true>(p, data, const_cast<uint32_t*>(qweight), threads,
+                     [&](const Tile& tile) { pack_heads(p, qzeros, scales, tile); });
+  });
 }
 
 // The inverse; qweight and qzeros must be zero before.
-void quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweight,
-                             uint32_t* qzeros, uint8_t* scales, int threads) {
+int quant_cuda_tiles_unpack(const int32_t* plan, uint8_t* data, uint32_t* qweight, uint32_t* qzeros,
+                            uint8_t* scales, int threads) {
   const Plan p(plan);
-  const size_t row = static_cast<size_t>(p.outputs) * p.scale_bytes;
-  move_words<false>(p, data, qweight, threads, [&](const Tile& tile) {
-    for (int g = 0; g < p.groups; ++g)
-      std::memcpy(scales + g * row + static_cast<size_t>(tile.first) * p.scale_bytes,
-                  tile.head + p.head_bytes() * g,
-                  static_cast<size_t>(tile.lanes) * p.scale_bytes);
+  return guarded([&] {
+    move_words<false>(p, data, qweight, threads,
+                      [&](const Tile& tile) { unpack_scales(p, tile, scales); });
+    // A word of zero points may belong to two tiles, so one thread writes them all.
+    unpack_zeros(p, data, qzeros);
   });
-  // A word of zero points may belong to two tiles, so one thread writes them all.
-  const size_t zero_words = (static_cast<size_t>(p.outputs) * p.bits + 31) / 32;
-  for (int output = 0; output < p.outputs; ++output) {
-    const Tile tile(p, data, output / TILE);
-    for (int g = 0; g < p.groups; ++g)
-      set_field(qzeros + g * zero_words, 1, p.bits, output,
-                tile.head[p.head_bytes() * g + TILE * p.scale_bytes + output % TILE]);
-  }
 }
 
 // Dequantizes outputs first..first + count - 1 to float32 (inputs, count); first: a multiple of TILE.
-void quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int first, int count,
-                              int threads) {
+int quant_cuda_tiles_numbers(const int32_t* plan, uint8_t* data, float* w, int first, int count,
+                             int threads) {
   const Plan p(plan);
-  parallel_for(threads, (count + TILE - 1) / TILE, [&](int tile) {
-    numbers_of_tile(p, data, first / TILE + tile, count, w + static_cast<size_t>(tile) * TILE);
+  return guarded([&] {
+    parallel_for(threads, (count + TILE - 1) / TILE, [&](int tile) {
+      numbers_of_tile(p, data, first / TILE + tile, count, w + static_cast<size_t>(tile) * TILE);
+    });
   });
 }
 
 // Dequantizes the `count` outputs of `index`, each in 0..outputs - 1, to float32 (count, inputs).
-void quant_cuda_tiles_rows(const int32_t* plan, uint8_t* data, const int64_t* index, float* w,
-                           int64_t count, int threads) {
+int quant_cuda_tiles_rows(const int32_t* plan, uint8_t* data, const int64_t* index, float* w,
+                          int64_t count, int threads) {
   const Plan p(plan);
-  parallel_for(threads, static_cast<int>(count), [&](int i) {
-    numbers_of_row(p, data, static_cast<int>(index[i]), w + static_cast<size_t>(i) * p.inputs);
+  return guarded([&] {
+    parallel_for(threads, static_cast<int>(count), [&](int i) {
+      numbers_of_row(p, data, static_cast<int>(index[i]), w + static_cast<size_t>(i) * p.inputs);
+    });
   });
 }
 

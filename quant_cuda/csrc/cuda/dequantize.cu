@@ -124,3 +124,12 @@ EXPORT int quant_cuda_add_partials(int type, const float* partial, const float* 
 EXPORT const char* quant_cuda_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
+
+// setup.py defines it: the digest of the sources that the library was built from, see
+// quant_cuda/sources.py.
+#ifndef QUANT_CUDA_SOURCES
+#define QUANT_CUDA_SOURCES unknown
+#endif
+#define TEXT_OF(name) #name
+#define VALUE_OF(name) TEXT_OF(name)
+EXPORT const char* quant_cuda_sources() { return VALUE_OF(QUANT_CUDA_SOURCES); }
