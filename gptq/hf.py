@@ -19,8 +19,9 @@ from gptq.checkpoints.settings import folder_settings
 from gptq.errors import UserError
 from gptq.files.opening import open_tensors
 from gptq.inference import cpu_decode
+from gptq.inference.saved_settings import follow_state
 from gptq.models import SPECS
-from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
+from gptq.nn import QuantEmbedding, QuantLinear, TiedHead, format_of
 from quant_cuda.reference import dequantize
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # For save_pretrained: the zero points as they are in memory, whatever the file declared.
         config: Any = self.quantization_config
-        config.format = "gptq" if self.checkpoint.zero_offset else "gptq_v2"
+        config.format = format_of(self.checkpoint.zero_offset)
+        follow_state(model)
         cpu_decode.install(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):

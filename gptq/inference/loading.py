@@ -13,6 +13,7 @@ from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.device import pick_device, pick_dtype
 from gptq.inference import cpu_decode
+from gptq.inference.saved_settings import keep_settings
 from gptq.nn import HalfHead, QuantLinear, TiedHead
 from quant_cuda.cpu import library
 
@@ -111,6 +112,8 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
                     layer.int8_activations = int8_activations
                     layer.prepare()
     cpu_decode.install(module)
+    if opened.checkpoint is not None:
+        keep_settings(module, opened.checkpoint)
     if (opened.source.folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
     return module
