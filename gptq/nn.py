@@ -118,6 +118,11 @@ class PackedModule(nn.Module):
                     self._buffers[name] = None
             return self._prepared
 
+    def prepared_bytes(self) -> int:
+        """Bytes of the prepared weight, which is no buffer; 0 if there is none."""
+        prepared = self._prepared
+        return 0 if prepared is None else sum(tensor.nbytes for tensor in prepared.tensors)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
@@ -327,10 +332,10 @@ class HalfHead(nn.Linear):
 
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:
-            self._widen()
+            self.widen()
         return super().requires_grad_(requires_grad)
 
-    def _widen(self) -> None:
+    def widen(self) -> None:
         """Make a 16-bit weight float32; the parameter stays the object that an optimizer holds."""
         if self.weight.dtype in (torch.float16, torch.bfloat16):
             self.weight.data = self.weight.data.float()
@@ -340,7 +345,7 @@ class HalfHead(nn.Linear):
         weight = self.weight
         traced = torch.compiler.is_compiling()
         if weight.requires_grad and torch.is_grad_enabled() and not traced:
-            self._widen()
+            self.widen()
         differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         if traced or differentiable or self.bias is not None or not half_matmul.fits(input, weight):
             return nn.functional.linear(input, weight.to(input.dtype), self.bias)

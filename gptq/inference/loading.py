@@ -12,7 +12,7 @@ from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.device import pick_device, pick_dtype
-from gptq.inference import cpu_decode
+from gptq.inference import cpu_decode, overrides
 from gptq.inference.saved_settings import keep_settings
 from gptq.nn import HalfHead, QuantLinear, TiedHead
 from quant_cuda.cpu import library
@@ -114,6 +114,7 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
     cpu_decode.install(module)
     if opened.checkpoint is not None:
         keep_settings(module, opened.checkpoint)
+        overrides.install(module)
     if (opened.source.folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(opened.source.folder)
     return module
