@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -18,10 +17,11 @@ from gptq.checkpoints.reading import Checkpoint, place
 from gptq.checkpoints.settings import folder_settings
 from gptq.errors import UserError
 from gptq.files.opening import open_tensors
-from gptq.inference import cpu_decode
+from gptq.inference import cpu_decode, overrides
+from gptq.inference.overrides import dense, dense_embedding
+from gptq.inference.saved_settings import follow_state
 from gptq.models import SPECS
-from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
-from quant_cuda.reference import dequantize
+from gptq.nn import QuantEmbedding, QuantLinear, TiedHead, format_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -55,7 +55,9 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # For save_pretrained: the zero points as they are in memory, whatever the file declared.
         config: Any = self.quantization_config
-        config.format = "gptq" if self.checkpoint.zero_offset else "gptq_v2"
+        config.format = format_of(self.checkpoint.zero_offset)
+        follow_state(model)
+        overrides.install(model)
         cpu_decode.install(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
@@ -65,7 +67,7 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(layer, QuantLinear):
                 replace(model, name, dense(layer, dtype or model.dtype))
             elif isinstance(layer, QuantEmbedding):
-                _dense_embedding(model, name, layer, dtype or layer.like.dtype)
+                dense_embedding(model, name, layer, dtype or layer.like.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -75,34 +77,6 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True: adapters are trained; the packed weights stay as they are."""
         return True
-
-
-def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    """A dequantized copy of a layer: weight `dtype` (out, in), bias `dtype` (out,) or None."""
-    bias = layer.bias is not None
-    linear = nn.Linear(layer.in_features, layer.out_features, bias, "meta", dtype)
-    linear.weight = nn.Parameter(dequantize(layer.packed(), dtype).T.contiguous())
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.to(dtype))
-    return linear
-
-
-def _dense_embedding(
-    model: PreTrainedModel, name: str, layer: QuantEmbedding, dtype: torch.dtype
-) -> None:
-    """Replace the embedding of that name by a dequantized copy, and a head that is tied to it."""
-    weight = nn.Parameter(dequantize(layer.packed(), dtype).T.contiguous())
-    head = model.get_output_embeddings()
-    if isinstance(head, TiedHead):
-        linear = nn.Linear(layer.in_features, layer.out_features, False, "meta", dtype)
-        linear.weight = weight
-        model.set_output_embeddings(linear)
-        # _attach hid the class's own names of tied weights by an empty dictionary.
-        del model._tied_weights_keys
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    embedding = nn.Embedding(layer.out_features, layer.in_features, device="meta", dtype=dtype)
-    embedding.weight = weight
-    replace(model, name, embedding)
 
 
 def lora(config: LoraConfig) -> LoraConfig:

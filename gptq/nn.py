@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,11 @@ if TYPE_CHECKING:
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
 # Those that are freed while a prepared weight replaces them.
 FREED_IF_PREPARED = ("qweight", "qzeros", "scales")
-
-# One for all modules: they stay copyable, and preparing a weight uses all cores anyway. It is
-# reentrant, because reading a buffer restores it.
-_LOCK = threading.RLock()
-
-
-def _exclusive() -> AbstractContextManager:
-    """Held while a weight changes between its two forms: another thread would find neither."""
-    # torch.compile cannot trace a lock; what it traces runs in one thread.
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
+# The key of a module's part of a state dict's `_metadata` for what the tensors do not tell.
+ZERO_OFFSET_KEY = "zero_offset"
+# One for all modules, since a lock in a module could be neither copied nor pickled. A forward with
+# a prepared weight does not take it.
+_swap_lock = threading.RLock()
 
 
 class PackedModule(nn.Module):
@@ -43,7 +39,10 @@ class PackedModule(nn.Module):
     int32 (in,) and `bias` floating (out,).
 
     `prepare` puts the integers in the order that the device's kernels read and frees the buffers.
-    An attribute, state_dict or a move to another device restores them, bit for bit.
+    An attribute, state_dict or a move to another device restores them, bit for bit. Threads may do
+    all of this at once. `model.to(dtype)` changes the dtype of the bias alone.
+
+    state_dict keeps `zero_offset` in its `_metadata`; load_state_dict takes it over.
 
     in_features, out_features: of the weight (in, out).
     group_size: inputs in a group; -1 means that all inputs are one group.
@@ -89,7 +88,7 @@ class PackedModule(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight in the checkpoint's layout."""
-        with _exclusive():
+        with _swapping():
             if self._prepared is not None:
                 return quant_cuda.restore(self._prepared)
             return PackedWeight(
@@ -106,15 +105,23 @@ class PackedModule(nn.Module):
     def prepare(self) -> AnyWeight:
         """The weight as the device's kernels read it, for many matmuls; in the checkpoint's layout
         if no kernel takes it."""
-        with _exclusive():
+        prepared = self._prepared
+        if prepared is not None:
+            return prepared
+        with _swapping():
             if self._prepared is None:
-                prepared = quant_cuda.prepare(self.packed())
-                if not isinstance(prepared, PreparedWeight):
-                    return prepared
-                self._prepared = prepared
+                weight = quant_cuda.prepare(self.packed())
+                if not isinstance(weight, PreparedWeight):
+                    return weight
+                self._prepared = weight
                 for name in FREED_IF_PREPARED:
                     self._buffers[name] = None
             return self._prepared
+
+    def prepared_bytes(self) -> int:
+        """Bytes of the prepared weight, which is no buffer; 0 if there is none."""
+        prepared = self._prepared
+        return 0 if prepared is None else sum(tensor.nbytes for tensor in prepared.tensors)
 
     def extra_repr(self) -> str:
         return (
@@ -136,7 +143,7 @@ class PackedModule(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        with _exclusive():
+        with _swapping():
             if self._prepared is not None:
                 packed = quant_cuda.restore(self._prepared)
                 for name in FREED_IF_PREPARED:
@@ -144,35 +151,63 @@ class PackedModule(nn.Module):
                 self._prepared = None
 
     def __getattr__(self, name: str):
-        if name not in FREED_IF_PREPARED:
-            return super().__getattr__(name)
-        with _exclusive():
-            if self.__dict__.get("_prepared") is not None:
+        if name in FREED_IF_PREPARED and "_prepared" in self.__dict__:
+            # Read under the lock: another thread may prepare the weight again at once.
+            with _swapping():
                 self._restore()
-            return super().__getattr__(name)
+                return super().__getattr__(name)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if name not in FREED_IF_PREPARED:
-            super().__setattr__(name, value)
-            return
-        with _exclusive():
-            if self.__dict__.get("_prepared") is not None:
+        if name in FREED_IF_PREPARED and "_prepared" in self.__dict__:
+            with _swapping():
                 self._restore()
+                super().__setattr__(name, value)
+        else:
             super().__setattr__(name, value)
 
-    def _apply(self, *args, **kwargs):
-        with _exclusive():
-            self._restore()
-            return super()._apply(*args, **kwargs)
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: buffers and prepared weight as they are at one moment."""
+        with _swapping():
+            state = {**self.__dict__, "_buffers": dict(self._buffers)}
+            if self._prepared is not None:
+                # The cache of chosen backends holds functions, which pickle may not find.
+                state["_prepared"] = replace(self._prepared, chosen={})
+            return state
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        with _exclusive():
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        with _swapping():
             self._restore()
-            super()._load_from_state_dict(*args, **kwargs)
+            stored = {name: self._buffers.get(name) for name in STORED_AS_IS}
+            super()._apply(fn, recurse)
+            for name, tensor in stored.items():
+                moved = self._buffers.get(name)
+                # A change of dtype would round scales for good; activations have their own dtype.
+                if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                    self._buffers[name] = tensor.to(moved.device)
+            return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix: str, local_metadata: dict[str, Any], *args, **kwargs
+    ) -> None:
+        with _swap_lock:
+            self._restore()
+            for name in ("scales", "bias"):
+                # torch would round to the dtype of the buffer that is there.
+                buffer, tensor = self._buffers[name], state_dict.get(prefix + name)
+                floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+                if buffer is not None and floating:
+                    self._buffers[name] = buffer.to(tensor.dtype)
+            if prefix + "qzeros" in state_dict:
+                self.zero_offset = local_metadata.get(ZERO_OFFSET_KEY, self.zero_offset)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        with _exclusive():
+        with _swapping():
             super()._save_to_state_dict(destination, prefix, keep_vars)
+            if hasattr(destination, "_metadata"):
+                metadata = destination._metadata.setdefault(prefix.removesuffix("."), {})
+                metadata[ZERO_OFFSET_KEY] = self.zero_offset
             if self._prepared is not None:
                 packed = quant_cuda.restore(self._prepared)
                 # g_idx and bias go last, in the order in which __init__ registers the buffers.
@@ -182,6 +217,25 @@ class PackedModule(nn.Module):
                 for name, tensor in rest.items():
                     if tensor is not None:
                         destination[prefix + name] = tensor
+
+
+def format_of(zero_offset: int) -> str:
+    """The name of the format with this offset, as `checkpoint_format` has it."""
+    return "gptq" if zero_offset else "gptq_v2"
+
+
+@contextmanager
+def _swapping() -> Iterator[None]:
+    """Hold the lock under which buffers and prepared weights replace each other.
+
+    Tensors made meanwhile can be trained through later, also if inference mode is on now.
+    """
+    # torch.compile cannot trace a lock; what it traces runs in one thread.
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _swap_lock, torch.inference_mode(False):
+        yield
 
 
 class QuantLinear(PackedModule):
@@ -248,20 +302,55 @@ class QuantEmbedding(PackedModule):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens, integer (...), to embeddings (..., embedding_dim) in the dtype of `like`."""
+        """tokens, integer (...), to embeddings (..., embedding_dim) in the dtype of `like`.
+
+        Raises IndexError for a token that has no row; on a GPU the device reports it.
+        """
+        if tokens.numel() == 0:
+            return self.like.new_empty((*tokens.shape, self.in_features))
+        _check_tokens(tokens, self.out_features)
         rows = quant_cuda.rows(self._prepared or self.packed(), tokens)
         return rows.to(self.like.dtype)
 
 
+def _check_tokens(tokens: Tensor, count: int) -> None:
+    """Raise IndexError for a token outside of 0..count - 1, as nn.Embedding does."""
+    if tokens.is_meta:
+        return
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu":
+        # A CUDA graph cannot capture a Python check; the device reports the failure.
+        torch._assert_async(((tokens >= 0) & (tokens < count)).all())
+    elif not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
+        raise IndexError(
+            f"tokens {int(tokens.min())}..{int(tokens.max())} are not all in 0..{count - 1}"
+        )
+
+
 class HalfHead(nn.Linear):
     """An output head with a float16 or bfloat16 weight for float32 activations: a CPU reads half as
-    much memory for each token."""
+    much memory for each token.
+
+    A head that is trained gets a float32 weight first: steps of an optimizer vanish or become NaN
+    in 16 bits.
+    """
+
+    def requires_grad_(self, requires_grad: bool = True):
+        if requires_grad:
+            self.widen()
+        return super().requires_grad_(requires_grad)
+
+    def widen(self) -> None:
+        """Make a 16-bit weight float32; the parameter stays the object that an optimizer holds."""
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            self.weight.data = self.weight.data.float()
 
     def forward(self, input: Tensor) -> Tensor:
         """input floating (..., in) to (..., out), in input's dtype."""
         weight = self.weight
-        differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         traced = torch.compiler.is_compiling()
+        if weight.requires_grad and torch.is_grad_enabled() and not traced:
+            self.widen()
+        differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         if traced or differentiable or self.bias is not None or not half_matmul.fits(input, weight):
             return nn.functional.linear(input, weight.to(input.dtype), self.bias)
         return half_matmul.matmul(input, weight)

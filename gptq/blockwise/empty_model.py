@@ -1,6 +1,7 @@
 """A Hugging Face model without weights: its modules, masks and position terms."""
 
 import copy
+import threading
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gptq.errors import UserError, first_line
 from gptq.models import ModelSpec
+
+# transformers makes a model under torch's default dtype, which it sets for all threads.
+_building = threading.Lock()
 
 
 def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> PreTrainedModel:
@@ -25,7 +29,7 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
     if hasattr(config, "slow_but_exact"):
         config.slow_but_exact = False
     try:
-        with torch.device("meta"):
+        with _building, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         for name in spec.computed:
             replace(model, name, type(model.get_submodule(name))(config=model.config).to(device))

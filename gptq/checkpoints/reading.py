@@ -20,7 +20,7 @@ from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
 from gptq.files.torch_file import check_sums
 from gptq.models import ModelSpec
-from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
+from gptq.nn import ZERO_OFFSET_KEY, QuantEmbedding, QuantLinear, TiedHead, format_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,25 @@ def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
         check_sums(path)
         declared = opened.metadata.get(SETTINGS_KEY)
         # A file that declares nothing may lie in a folder whose configuration does.
-        return opened, folder_settings(path.parent) if declared is None else parse(path, declared)
+        settings = folder_settings(path.parent) if declared is None else parse(path, declared)
+        return opened, {**settings, **_modules_format(path, opened.metadata)}
     return open_packed_weights(path), folder_settings(path)
+
+
+def _modules_format(path: Path, metadata: Mapping[str, object]) -> dict[str, object]:
+    """`checkpoint_format`, if packed modules have left it in the state dict that the file holds."""
+    offsets = [
+        module[ZERO_OFFSET_KEY]
+        for module in metadata.values()
+        if isinstance(module, dict) and ZERO_OFFSET_KEY in module
+    ]
+    if not offsets:
+        return {}
+    if offsets[0] not in (0, 1) or any(offset != offsets[0] for offset in offsets):
+        raise UserError(
+            f"{path}: its layers are not all of one format; save one model's state dict"
+        )
+    return {"checkpoint_format": format_of(offsets[0])}
 
 
 def attach(

@@ -59,6 +59,6 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     # A template is a program: it raises jinja2's errors and Python's.
     except Exception as error:
         raise UserError(
-            f"the tokenizer's chat template refuses the conversation ({error}); mend it"
+            f"the tokenizer's chat template refuses the conversation ({error}); correct it"
         ) from error
     return str(text)

@@ -8,7 +8,7 @@ computes what they would.
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -17,9 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 
-from gptq.nn import QuantLinear
+from gptq.inference.kv_buffer import kv_buffer
+from gptq.inference.llama_code import (
+    ATTENTION,
+    BLOCK_CLASSES,
+    has_global_state,
+    is_observed,
+    is_own,
+)
+from gptq.nn import QuantEmbedding, QuantLinear
 from quant_cuda.cpu import decoder_block, layout, library, product
 from quant_cuda.cpu.decoder_block import Block
 from quant_cuda.weight import PreparedWeight
@@ -30,7 +39,31 @@ _LINEARS = (
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-MIN_CAPACITY = 64  # tokens
+# What a block calls, and the classes of all that it consists of, in the order of BLOCK_CLASSES.
+_PATHS = (
+    ("",),
+    _NORMS,
+    ("self_attn",),
+    ("mlp",),
+    ("mlp.act_fn",),
+    _LINEARS,
+)
+_CLASS_OF = {
+    path: kind for paths, kind in zip(_PATHS, BLOCK_CLASSES, strict=True) for path in paths
+}
+# Attributes of modules that a block is made from.
+_ATTRIBUTES = {
+    "": ("training",),
+    "self_attn": ("training", "scaling", "head_dim", "layer_idx", "config"),
+    **dict.fromkeys(_NORMS, ("variance_epsilon",)),
+    **dict.fromkeys(_LINEARS, ("_prepared", "backend", "int8_activations")),
+}
+# Settings that make a model return what the blocks compute in between.
+_RECORDING = ("output_attentions", "output_hidden_states")
+# transformers 5.24 has renamed the argument and the field of the output.
+CACHE_NAME = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 
 
 def install(model: PreTrainedModel) -> None:
@@ -53,101 +86,106 @@ class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
     # generate reads from the signature which arguments it may pass.
     @functools.wraps(modeling_llama.LlamaForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        inputs = args[0] if args else kwargs.get("input_ids")
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        # torch.compile must trace the modules, not the call of compiled code.
-        if inputs is None or inputs.shape[:2] != (1, 1) or torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        # -----------------------------------------------------------------------------------------
-        # Why "layers" is put in the model's __dict__: transformers' forward loops over self.layers.
-        # Python looks in an instance's __dict__ first and asks nn.Module, which has submodules in
-        # _modules, only if that fails. During this forward alone self.layers is therefore the
-        # stack, while _modules, and with it state_dict, hooks and names, stays untouched.
-        # -----------------------------------------------------------------------------------------
-        attributes = vars(self.model)
-        layers = cast(nn.ModuleList, attributes["_modules"]["layers"])
-        attributes["layers"] = _BlockStack(layers)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            # With two threads in one model, the first to finish removes it for both. The other may
-            # then run the modules themselves, which compute the same.
-            attributes.pop("layers", None)
+        output = _one_token(self, *args, **kwargs)
+        return super().forward(*args, **kwargs) if output is None else output
 
 
-class _BlockStack:
-    """All blocks of a model in place of a list of them: its one element runs them all."""
+def _one_token(
+    model: LlamaForCausalLM, input_ids: Any = None, *others: Any, **arguments: Any
+) -> CausalLMOutputWithPast | None:
+    """What transformers' forward returns for one token; None if it has to compute that itself.
 
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self.layers = layers
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        # transformers loops over self.layers[:num_hidden_layers]; any other index is a module.
-        if isinstance(index, slice) and range(len(self))[index] == range(len(self)):
-            return [self]
-        return self.layers[index]
-
-    def __iter__(self) -> Iterator["_BlockStack"]:
-        return iter([self])
-
-    def __call__(self, x: Tensor, **kwargs: Any) -> Tensor:
-        cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
-        if _is_plain_step(x, cache, len(self), kwargs) and not _has_global_hooks():
-            cached = [_cached_layer(layer) for layer in self.layers]
-            blocks = [layer.block for layer in cached if layer.block is not None]
-            # -------------------------------------------------------------------------------------
-            # Why the order is checked: a module finds its keys and values in the cache by its own
-            # layer_idx, compiled code by the position in the list. The two differ if a user has
-            # reordered or repeated layers. A layer without a block makes the list too short.
-            # -------------------------------------------------------------------------------------
-            in_order = [layer.index for layer in cached] == list(range(len(blocks)))
-            if in_order and _is_uniform(cache.layers, *kwargs["position_embeddings"]):
-                return _run_blocks(blocks, x, cache.layers, *kwargs["position_embeddings"])
-        for layer in self.layers:
-            x = layer(x, **kwargs)
-        return x
+    Embedding, rotary terms, last norm and head are the model's modules. The blocks alone are not
+    called: no module is changed meanwhile, since other threads may be using them.
+    """
+    embeds, cache = arguments.pop("inputs_embeds", None), arguments.pop(CACHE_NAME, None)
+    given = input_ids if embeds is None else embeds
+    if others or type(given) is not Tensor or given.shape[:2] != (1, 1):
+        return None
+    if (input_ids is not None and embeds is not None) or given.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() or has_global_state() or not product.is_plain(given, None):
+        return None
+    if not _is_usual_model(model) or not _is_plain_cache(cache, model.config.num_hidden_layers):
+        return None
+    length = cache.layers[0].keys.shape[2]
+    positions = arguments.pop("position_ids", None)
+    if not _are_usual(arguments, positions, length):
+        return None
+    blocks = _blocks(model)
+    if blocks is None:
+        return None
+    inner = model.model
+    x = inner.embed_tokens(given) if embeds is None else embeds
+    if positions is None:
+        positions = torch.full((1, 1), length)
+    cos, sin = inner.rotary_emb(x, position_ids=positions)
+    if not (product.is_plain(x, None) and _fit(x, cos, sin, cache.layers[0].keys.shape[3])):
+        return None
+    x = inner.norm(_run_blocks(blocks, x, cache.layers, cos, sin))
+    return CausalLMOutputWithPast(logits=model.lm_head(x), **{CACHE_NAME: cache})
 
 
-def _is_plain_step(x: Tensor, cache: Any, count: int, arguments: dict[str, Any]) -> bool:
-    """Whether x is one token after others in a plain cache of `count` layers, without a mask,
-    gradients or attention weights as a result."""
+def _is_usual_model(model: LlamaForCausalLM) -> bool:
+    """Whether transformers' code would call the blocks of this model one after another."""
+    config, inner = cast(Any, model.config), model.model
     return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and arguments.get("attention_mask") is None
-        and not arguments.get("output_attentions")
-        and not torch.is_grad_enabled()
-        and product.is_plain(x, None)
-        and type(cache) is DynamicCache
-        and len(cache.layers) == count
+        is_own()
+        and type(inner) is modeling_llama.LlamaModel
+        and inner.config is config
+        and config._attn_implementation == ATTENTION
+        and not any(getattr(config, name, False) for name in _RECORDING)
+        and getattr(config, "return_dict", True) is True
+        and type(inner.layers) is nn.ModuleList
+        and len(inner.layers) == config.num_hidden_layers
+        and type(inner.embed_tokens) in (nn.Embedding, QuantEmbedding)
+        and not any(map(is_observed, (inner, inner.embed_tokens)))
     )
 
 
-def _is_uniform(layers: list[Any], cos: Tensor, sin: Tensor) -> bool:
-    """Whether all layers of a cache hold equally many tokens of one sequence in float32, with heads
-    as wide as the rotary terms."""
-    if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
+def _are_usual(arguments: dict[str, Any], positions: Any, length: int) -> bool:
+    """Whether the arguments are those of generate for a token after `length` others, all seen."""
+    mask, keep = arguments.pop("attention_mask", None), arguments.pop("logits_to_keep", 0)
+    usual = arguments.pop("use_cache", None) is not False
+    usual = usual and arguments.pop("return_dict", None) in (None, True)
+    return (
+        usual
+        and type(keep) is int
+        and keep in (0, 1)
+        and all(value is None or value is False for value in arguments.values())
+        and (positions is None or (type(positions) is Tensor and positions.shape == (1, 1)))
+        and (mask is None or (type(mask) is Tensor and mask.shape == (1, length + 1)))
+        and (mask is None or bool(mask.all()))
+    )
+
+
+def _is_plain_cache(cache: Any, count: int) -> bool:
+    """Whether all of `count` layers hold equally many tokens of one sequence in float32."""
+    if type(cache) is not DynamicCache or len(cache.layers) != count or count == 0:
+        return False
+    layers: list[Any] = cache.layers
+    if getattr(cache, "offloading", False) or "update" in vars(cache):
+        return False
+    if any(
+        type(layer) is not DynamicLayer or not layer.is_initialized or "update" in vars(layer)
+        for layer in layers
+    ):
         return False
     shape = (1, *layers[0].keys.shape[1:])
-    return (
-        0 not in shape
-        and cos.numel() == sin.numel() == shape[3]
-        and cos.dtype == sin.dtype == torch.float32
-        and all(
-            states.shape == shape and states.dtype == torch.float32 and states.device.type == "cpu"
-            for layer in layers
-            for states in (layer.keys, layer.values)
-        )
+    return 0 not in shape and all(
+        states.shape == shape and states.dtype == torch.float32 and states.device.type == "cpu"
+        for layer in layers
+        for states in (layer.keys, layer.values)
     )
 
 
-def _has_global_hooks() -> bool:
-    """Whether hooks are registered for all modules."""
-    module = nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+def _fit(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
+    """Whether a token and its rotary terms are such as compiled code takes."""
+    return (
+        x.dtype == cos.dtype == sin.dtype == torch.float32
+        and cos.device.type == "cpu"
+        and cos.numel() == sin.numel() == head_dim
+    )
 
 
 # A block's weights -----------------------------------------------------------------------------
@@ -162,6 +200,13 @@ class _CachedLayer:
 
     checks: tuple[tuple[dict, ...], tuple[str, ...], tuple[object, ...]]
     """Dictionaries of the layer's modules, a key in each, and the value that it must have."""
+    modules: tuple[nn.Module, ...]
+    classes: tuple[type, ...]
+    """Of the modules."""
+    tensors: tuple[Tensor, ...]
+    """Those that compiled code reads in place."""
+    addresses: tuple[int, ...]
+    """Of the tensors' memory, which `tensor.data = ...` replaces."""
     hooks: tuple[dict, ...]
     """The modules' own dictionaries of hooks, which compiled code would not call."""
     had_hooks: bool
@@ -169,6 +214,8 @@ class _CachedLayer:
     """None for a layer that compiled code cannot replace, or that has hooks."""
     index: int
     """The layer's own layer_idx."""
+    config: object
+    """Of its attention."""
 
     def is_valid(self) -> bool:
         # -----------------------------------------------------------------------------------------
@@ -179,52 +226,89 @@ class _CachedLayer:
         # and token.
         # -----------------------------------------------------------------------------------------
         dictionaries, names, values = self.checks
-        unchanged = all(map(operator.is_, map(dict.get, dictionaries, names), values))
-        return unchanged and any(self.hooks) == self.had_hooks
+        return (
+            all(map(operator.is_, map(dict.get, dictionaries, names), values))
+            and any(self.hooks) == self.had_hooks
+            and tuple(map(type, self.modules)) == self.classes
+            and tuple(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
 
 
+# Not valid for the next token: it has no hooks, but says that it had.
+_UNKNOWN = _CachedLayer(
+    checks=((), (), ()),
+    modules=(),
+    classes=(),
+    tensors=(),
+    addresses=(),
+    hooks=(),
+    had_hooks=True,
+    block=None,
+    index=0,
+    config=None,
+)
 # Apart from the layers, since layers can be copied and pickled, and pointers cannot.
 _cache: WeakKeyDictionary[nn.Module, _CachedLayer] = WeakKeyDictionary()
 
 
-def _cached_layer(layer: nn.Module) -> _CachedLayer:
-    cached = _cache.get(layer)
-    if cached is None or not cached.is_valid():
-        cached = _cache[layer] = _inspect(layer)
-    return cached
+def _blocks(model: LlamaForCausalLM) -> list[Block] | None:
+    """The blocks of all layers in their order; None if compiled code cannot replace them all."""
+    blocks = []
+    for index, layer in enumerate(model.model.layers):
+        cached = _cache.get(layer)
+        if cached is None or not cached.is_valid():
+            cached = _cache[layer] = _inspect(layer)
+        # -----------------------------------------------------------------------------------------
+        # Why the order is checked: a module finds its keys and values in the cache by its own
+        # layer_idx, compiled code by the position in the list. The two differ if a user has
+        # reordered or repeated layers.
+        # -----------------------------------------------------------------------------------------
+        if cached.block is None or cached.index != index or cached.config is not model.config:
+            return None
+        blocks.append(cached.block)
+    return blocks
 
 
 def _inspect(layer: nn.Module) -> _CachedLayer:
     """The block of a decoder layer if it is of the usual kind, and what tells that it changed."""
-    if type(layer) is not modeling_llama.LlamaDecoderLayer:
-        return _CachedLayer(((), (), ()), (), False, None, 0)
-    paths = [*_LINEARS, *_NORMS, "self_attn", "mlp", ""]
-    modules = {path: layer.get_submodule(path) for path in paths}
+    try:
+        modules = {path: layer.get_submodule(path) for path in _CLASS_OF}
+        attention: Any = modules["self_attn"]
+        index, config = attention.layer_idx, attention.config
+    except AttributeError:
+        # Of another kind altogether.
+        return _UNKNOWN
     hooks = tuple(
         hooks
         for module in modules.values()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
     )
-    had_hooks = any(hooks)
-    block = None
-    if not had_hooks and _is_usual(layer, modules):
-        linears = [cast(QuantLinear, modules[path]) for path in _LINEARS]
-        block = _make_block(linears, [modules[path] for path in _NORMS], layer.self_attn)
-    # After the block is made, which prepares the weights that are compared.
-    checks = _checks(layer, modules)
-    return _CachedLayer(checks, hooks, had_hooks, block, layer.self_attn.layer_idx)
-
-
-def _is_usual(layer: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Whether a layer computes what compiled code does, with nothing in its modules replaced."""
-    config = cast(Any, layer.self_attn).config
-    return (
-        all(type(modules[path]) is QuantLinear for path in _LINEARS)
-        and all(type(modules[path]) is modeling_llama.LlamaRMSNorm for path in _NORMS)
-        and not any("forward" in vars(module) for module in modules.values())
+    classes = tuple(map(type, modules.values()))
+    block, tensors = None, cast(tuple[Tensor, ...], ())
+    if (
+        classes == tuple(_CLASS_OF.values())
+        and not any(map(is_observed, modules.values()))
         and not layer.training
-        and config.hidden_act == "silu"
-        and config._attn_implementation in ("sdpa", "eager")
+        and not attention.training
+    ):
+        linears = [cast(QuantLinear, modules[path]) for path in _LINEARS]
+        norms = [modules[path] for path in _NORMS]
+        biases = [linear._buffers["bias"] for linear in linears]
+        norm_weights = [cast(Tensor, norm.weight) for norm in norms]
+        tensors = (*norm_weights, *(bias for bias in biases if bias is not None))
+        block = _make_block(linears, norms, attention)
+    return _CachedLayer(
+        # After the block is made, which prepares the weights that are compared.
+        checks=_checks(layer, modules),
+        modules=tuple(modules.values()),
+        classes=classes,
+        tensors=tensors,
+        addresses=tuple(map(Tensor.data_ptr, tensors)),
+        hooks=hooks,
+        had_hooks=any(hooks),
+        block=block,
+        index=index,
+        config=config,
     )
 
 
@@ -235,12 +319,12 @@ def _checks(layer: nn.Module, modules: dict[str, nn.Module]) -> Any:
         parent, _, name = path.rpartition(".")
         if name:
             checks.append((layer.get_submodule(parent)._modules, name, module))
-        attributes, names = vars(module), ["forward", *(["training"] if module is layer else [])]
         if path in _LINEARS:
-            names += ["_prepared", "backend", "int8_activations"]
             checks.append((module._buffers, "bias", module._buffers.get("bias")))
         elif path in _NORMS:
             checks.append((module._parameters, "weight", module._parameters.get("weight")))
+        attributes = vars(module)
+        names = ("forward", "_compiled_call_impl", *_ATTRIBUTES.get(path, ()))
         checks += ((attributes, name, attributes.get(name)) for name in names)
     return tuple(zip(*checks, strict=True))
 
@@ -257,43 +341,27 @@ def _make_block(
         if isinstance(weight, PreparedWeight) and weight.layout == layout.LAYOUT
     ]
     norm_weights = [cast(Tensor, norm.weight).detach() for norm in norms]
+    biases = [linear._buffers["bias"] for linear in linears]
+    # Read in place: a copy would not follow what people change.
+    in_place = [*norm_weights, *(bias for bias in biases if bias is not None)]
     if (
         len(prepared) != len(weights)
         or any(linear.backend is not None for linear in linears)
         or len({linear.int8_activations for linear in linears}) > 1
-        or any(weight.dtype != torch.float32 for weight in norm_weights)
+        or any(it.dtype != torch.float32 or not it.is_contiguous() for it in in_place)
     ):
         return None
     return Block(
         prepared,
-        [None if it.bias is None else it.bias.float().contiguous() for it in linears],
+        biases,
         [
-            (weight.contiguous(), cast(Any, norm).variance_epsilon)
+            (weight, cast(Any, norm).variance_epsilon)
             for weight, norm in zip(norm_weights, norms, strict=True)
         ],
         attention.head_dim,
         attention.scaling,
         int8=linears[0].int8_activations,
     )
-
-
-# The key-value cache ---------------------------------------------------------------------------
-
-
-@dataclass
-class _KVBuffer:
-    """Keys and values with capacity for more tokens; a cache's layer holds views of them.
-
-    transformers appends a token by copying the whole cache; into a buffer only the token is
-    written.
-    """
-
-    keys: Tensor
-    """float32 (1, heads, capacity, head_dim)."""
-    values: Tensor
-    """As the keys."""
-    length: int
-    """Tokens written."""
 
 
 def _run_blocks(
@@ -304,7 +372,7 @@ def _run_blocks(
     cos, sin: float32 (1, 1, head_dim), the rotary terms of x's position.
     """
     length = layers[0].keys.shape[2]
-    buffers = [_kv_buffer(layer) for layer in layers]
+    buffers = [kv_buffer(layer) for layer in layers]
     caches = [(buffer.keys, buffer.values) for buffer in buffers]
     cos, sin = cos.contiguous(), sin.contiguous()
     y = decoder_block.run(blocks, x.contiguous(), cos, sin, caches, length)
@@ -313,28 +381,3 @@ def _run_blocks(
         layer.keys = buffer.keys[:, :, : length + 1]
         layer.values = buffer.values[:, :, : length + 1]
     return y
-
-
-def _kv_buffer(layer: Any) -> _KVBuffer:
-    """A buffer with the tokens of a cache's layer and capacity for at least one more."""
-    keys, values = layer.keys, layer.values
-    buffer = layer.__dict__.get("_kv_buffer")
-    length = keys.shape[2]
-    # ---------------------------------------------------------------------------------------------
-    # Why a buffer is not always used again: a cache can be cropped or copied, and a shallow copy
-    # shares the buffer. The next token must not overwrite one that another cache still reads, so
-    # that only the cache whose length is the buffer's own appends to it. Keys elsewhere in memory
-    # were replaced by transformers, which knows nothing of the buffer.
-    # ---------------------------------------------------------------------------------------------
-    if (
-        buffer is not None
-        and buffer.length == length < buffer.keys.shape[2]
-        and buffer.keys.data_ptr() == keys.data_ptr()
-        and buffer.values.data_ptr() == values.data_ptr()
-    ):
-        return buffer
-    shape = (1, keys.shape[1], max(MIN_CAPACITY, 2 * length), keys.shape[3])
-    buffer = _KVBuffer(keys.new_empty(shape), values.new_empty(shape), length)
-    buffer.keys[:, :, :length], buffer.values[:, :, :length] = keys, values
-    layer.__dict__["_kv_buffer"] = buffer
-    return buffer

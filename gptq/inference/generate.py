@@ -66,7 +66,7 @@ def chat(
         )
         if encoded["input_ids"].shape[1] == 0:
             raise UserError(
-                "the tokenizer's chat template makes no text of a conversation; mend it"
+                "the tokenizer's chat template makes no text of a conversation; correct it"
             )
         answer = _continuation(model, tokenizer, encoded, max_new_tokens, streamer).strip()
         messages.append({"role": "assistant", "content": answer})

@@ -13,7 +13,8 @@ from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.device import pick_device, pick_dtype
 from gptq.errors import UserError, first_line
-from gptq.inference import cpu_decode
+from gptq.inference import cpu_decode, overrides
+from gptq.inference.saved_settings import keep_settings
 from gptq.nn import HalfHead, QuantLinear, TiedHead
 from quant_cuda.cpu import library
 
@@ -112,6 +113,9 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
                     layer.int8_activations = int8_activations
                     layer.prepare()
     cpu_decode.install(module)
+    if opened.checkpoint is not None:
+        keep_settings(module, opened.checkpoint)
+        overrides.install(module)
     generation = opened.source.folder / "generation_config.json"
     if generation.exists():
         try:
@@ -119,7 +123,7 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
         # transformers checks values with several exceptions that share no base.
         except Exception as error:
             raise UserError(
-                f"{generation}: cannot be used ({first_line(error)}); mend it"
+                f"{generation}: cannot be used ({first_line(error)}); correct it"
             ) from error
     return module
 

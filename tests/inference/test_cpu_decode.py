@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import llama_config, make_model
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.activations import ACT2FN
+from transformers.integrations import sdpa_attention
 from transformers.models.llama import modeling_llama
 
 import gptq
 from gptq import QuantConfig
 from gptq.inference import cpu_decode
+from gptq.nn import QuantLinear
 from quant_cuda.cpu import decoder_block, library
 
 pytestmark = pytest.mark.skipif(not library.compiled(), reason="the CPU code was not built")
@@ -227,19 +230,152 @@ def test_what_is_traced_is_transformers_own(model, steps):
     torch.testing.assert_close(result, exact, **TOLERANCE)
 
 
-def test_layers_are_found_as_ever(model):
-    """By index, in part, and by calling a stack without a cache."""
-    layers = model.model.layers
-    assert len(layers[:2]) == 2
-    x = torch.randn(1, 1, 64)
-    rotary = model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
-    stack = cpu_decode._BlockStack(layers)
-    assert stack[:1][0] is layers[0]
-    assert stack[-1] is layers[-1]
-    assert list(stack) == stack[:2] == [stack]
-    with torch.no_grad():
-        expected = layers[1](layers[0](x, position_embeddings=rotary), position_embeddings=rotary)
-        assert torch.equal(stack(x, position_embeddings=rotary), expected)
+def test_layers_are_found_as_ever(model, steps):
+    """Alone and in part, also while a token is decoded: modules are shared with other threads."""
+    layers, found = model.model.layers, []
+
+    def look(*_):
+        found.append(model.get_submodule("model.layers.0.mlp") is layers[0].mlp)
+        found.append(list(model.model.layers) == list(layers) and len(layers[:2]) == 2)
+        found.append("layers" not in vars(model.model))
+
+    model.model.norm.register_forward_hook(look)
+    logits(model, some_tokens(7))
+    assert len(steps) == 4
+    assert len(found) == 9
+    assert all(found)
+
+
+def on_class(owner, name, change):
+    """Replace a function of a class or module for one test; `change` makes the new from the old."""
+
+    def apply(model, monkeypatch):
+        monkeypatch.setattr(owner, name, change(getattr(owner, name)))
+
+    return apply
+
+
+def on_layers(path, name, value):
+    """Set an attribute of a module of every layer."""
+
+    def apply(model, monkeypatch):
+        for layer in model.model.layers:
+            setattr(layer.get_submodule(path), name, value)
+
+    return apply
+
+
+def scaled(old):
+    return lambda self, x: old(self, x) * 0.3
+
+
+def new_norms(model, monkeypatch):
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data = layer.input_layernorm.weight.data * 2
+
+
+def another_attention(model, monkeypatch):
+    def attention(*args, **kwargs):
+        states, weights = sdpa_attention.sdpa_attention_forward(*args, **kwargs)
+        return states * 0.5, weights
+
+    AttentionInterface.register("half_of_sdpa", attention)
+    model.set_attn_implementation("half_of_sdpa")
+
+
+def another_class(model, monkeypatch):
+    class Loud(modeling_llama.LlamaMLP):
+        def forward(self, x):
+            return super().forward(x) * 3
+
+    model.model.layers[1].mlp.__class__ = Loud
+
+
+CHANGES = {
+    "mlp class": on_class(modeling_llama.LlamaMLP, "forward", scaled),
+    "norm class": on_class(modeling_llama.LlamaRMSNorm, "forward", scaled),
+    "packed class": on_class(QuantLinear, "forward", scaled),
+    "act class": on_class(type(ACT2FN["silu"]), "forward", scaled),
+    "layer class": on_class(
+        modeling_llama.LlamaDecoderLayer,
+        "forward",
+        lambda old: lambda self, *args, **kwargs: old(self, *args, **kwargs) * 1.3,
+    ),
+    "call": on_class(
+        modeling_llama.LlamaAttention,
+        "__call__",
+        lambda old: lambda self, *args, **kwargs: (old(self, *args, **kwargs)[0] * 0.2, None),
+    ),
+    "rotary": on_class(
+        modeling_llama, "apply_rotary_pos_emb", lambda _: lambda q, k, *args, **kwargs: (q, k)
+    ),
+    "torch": on_class(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda old: lambda *args, **kwargs: old(*args, **kwargs) * 0.5,
+    ),
+    "act_fn": on_layers("mlp", "act_fn", torch.nn.Tanh()),
+    "scaling": on_layers("self_attn", "scaling", 0.9),
+    "epsilon": on_layers("input_layernorm", "variance_epsilon", 0.5),
+    "norm storage": new_norms,
+    "attention": another_attention,
+    "class of one": another_class,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_people_change_counts_for_every_token(name, model, monkeypatch):
+    tokens = some_tokens(9)
+    before = logits(model, tokens)[0]
+    CHANGES[name](model, monkeypatch)
+    after = logits(model, tokens)[0]
+    torch.testing.assert_close(after, whole(model, tokens), **TOLERANCE)
+    assert not torch.allclose(after, before, **TOLERANCE)
+
+
+def test_a_hook_on_an_activation_is_called(model, steps):
+    calls = []
+    logits(model, some_tokens(7))
+    count = len(steps)
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *args: calls.append(args))
+    logits(model, some_tokens(7))
+    assert len(calls) == 3
+    assert len(steps) == count
+
+
+def test_an_inner_model_is_compiled_or_replaced(model, steps):
+    tokens = some_tokens(8)
+    expected = logits(model, tokens)[0]
+    count = len(steps)
+    model.model = torch.compile(model.model, backend="eager")
+    torch.testing.assert_close(logits(model, tokens)[0], expected, **TOLERANCE)
+    assert len(steps) == count
+
+
+@pytest.mark.parametrize("name", ["mask", "positions", "embeddings", "labels", "tuple", "autocast"])
+def test_arguments_are_as_transformers_takes_them(name, model, steps):
+    tokens, token = some_tokens(6), torch.tensor([[9]])
+    arguments = {
+        "mask": {"attention_mask": torch.ones(1, 7, dtype=torch.long)},
+        "positions": {"position_ids": torch.tensor([[11]])},
+        "embeddings": {"inputs_embeds": model.model.embed_tokens(token)},
+        "labels": {"labels": token},
+        "tuple": {"return_dict": False},
+        "autocast": {},
+    }[name]
+    arguments = arguments if "inputs_embeds" in arguments else {"input_ids": token, **arguments}
+    results = []
+    for kind in (cpu_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
+        model.__class__ = kind
+        cache = logits(model, tokens)[1]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            results.append((model(**arguments, **{CACHE: cache}), cache.get_seq_length()))
+    assert len(steps) == (4 if name in ("mask", "positions", "embeddings") else 2)
+    (ours, length), (theirs, same_length) = results
+    assert type(ours) is type(theirs)
+    assert length == same_length == 7
+    torch.testing.assert_close(ours[name == "labels"], theirs[name == "labels"], **TOLERANCE)
+    assert list(getattr(ours, "keys", list)()) == list(getattr(theirs, "keys", list)())
 
 
 def test_layers_in_another_order_or_repeated(tmp_path, steps):

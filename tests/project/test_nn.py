@@ -1,8 +1,10 @@
 """QuantLinear: the checkpoint's layout in, the same layout out, one forward."""
 
 import copy
+import pickle
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from helpers.solving import solve
 
 import quant_cuda
 from gptq.config import QuantConfig
-from gptq.nn import QuantLinear
+from gptq.nn import HalfHead, QuantEmbedding, QuantLinear
+from quant_cuda.packing import pack_zeros, unpack_zeros
 from quant_cuda.weight import natural_groups
 
 BITS = (2, 3, 4, 8)
@@ -169,3 +172,130 @@ def test_threads_share_a_layer_while_it_is_prepared_and_restored():
     finally:
         sys.setswitchinterval(before)
     assert not failures
+
+
+def in_v2(layer):
+    """The same weight, its zero points stored as they are."""
+    weight = layer.packed()
+    zeros = unpack_zeros(weight.qzeros, layer.bits, layer.out_features, 1)
+    groups = weight.groups
+    twin = QuantLinear(
+        layer.in_features,
+        layer.out_features,
+        layer.bits,
+        groups=groups,
+        group_size=layer.group_size,
+        zero_offset=0,
+    )
+    twin.load_state_dict({**layer.state_dict(), "qzeros": pack_zeros(zeros, layer.bits, 0)})
+    return twin
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_state_dict_keeps_the_zero_points_format(prepared, tmp_path):
+    v1 = QuantLinear.from_solution(solved(4), None)
+    v2 = in_v2(v1)
+    x = torch.randn(3, 96)
+    expected = v1(x)
+    torch.testing.assert_close(v2(x), expected, rtol=0, atol=0)
+    for source in (v1, v2):
+        torch.save(source.state_dict(), tmp_path / "layer.pt")
+        for state in (source.state_dict(), torch.load(tmp_path / "layer.pt", weights_only=True)):
+            for offset in (0, 1):
+                fresh = QuantLinear(96, 64, 4, 64, zero_offset=offset)
+                if prepared:
+                    fresh(x)
+                fresh.load_state_dict(state)
+                assert fresh.zero_offset == source.zero_offset
+                assert torch.equal(fresh(x), expected)
+
+
+def test_loading_rounds_neither_scales_nor_bias():
+    layer = QuantLinear.from_solution(solved(4), torch.randn(64))
+    layer.scales = layer.scales.float() + 1e-6
+    fresh = QuantLinear(96, 64, 4, 64, bias=True)
+    fresh.load_state_dict(layer.state_dict())
+    assert bytes_of(fresh.state_dict()) == bytes_of(layer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_scales_keep_their_dtype(dtype, prepared):
+    layer = QuantLinear.from_solution(solved(4, "act"), torch.randn(64))
+    state = layer.state_dict()
+    if prepared:
+        layer.prepare()
+    layer.to(dtype)
+    assert layer.bias.dtype == dtype
+    layer.float()
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        assert layer.state_dict()[name].dtype == state[name].dtype
+        assert torch.equal(layer.state_dict()[name], state[name])
+
+
+def test_threads_prepare_and_read_one_layer():
+    layer = QuantLinear.from_solution(solved(4), None)
+    x = torch.randn(1, 96)
+    expected, state = layer(x), bytes_of(layer.state_dict())
+
+    def use(turn):
+        kind = turn % 4
+        if kind == 0:
+            return layer.qweight.shape == (12, 64)
+        if kind == 1:
+            return bytes_of(layer.state_dict()) == state
+        if kind == 2:
+            return torch.equal(copy.deepcopy(layer)(x), expected)
+        return torch.equal(layer(x), expected)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(use, range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert bytes_of(layer.state_dict()) == state
+
+
+@pytest.mark.filterwarnings("ignore:slow")
+def test_pickled_after_matmuls_of_all_dtypes():
+    layer = QuantLinear.from_solution(solved(4), None)
+    results = [layer(torch.ones(1, 96, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    twin = pickle.loads(pickle.dumps(layer))
+    for result in results:
+        assert torch.equal(twin(torch.ones(1, 96, dtype=result.dtype)), result)
+
+
+def test_a_layer_that_ran_in_inference_mode_can_be_trained_through():
+    layer = QuantLinear.from_solution(solved(4), None)
+    with torch.inference_mode():
+        layer(torch.randn(3, 96))
+        assert not layer.packed().qweight.is_inference()
+    test_input = torch.randn(3, 96, requires_grad=True)
+    layer(test_input).sum().backward()
+    assert test_input.grad is not None
+
+
+def test_an_embedding_refuses_tokens_that_it_has_not():
+    embedding = QuantEmbedding(96, 64, 4, 64)
+    assert embedding(torch.tensor([[0, 95]])).shape == (1, 2, 64)
+    assert embedding(torch.empty(0, dtype=torch.long)).shape == (0, 64)
+    for token in (-1, -96, 96):
+        with pytest.raises(IndexError, match=r"0\.\.95"):
+            embedding(torch.tensor([[3, token]]))
+
+
+@pytest.mark.parametrize("asked", ["module", "parameter"])
+def test_a_head_is_trained_in_float32(asked):
+    head = HalfHead(64, 96, bias=False, dtype=torch.float16).requires_grad_(False)
+    before = head.weight
+    optimizer = torch.optim.AdamW([head.weight], lr=1e-3)
+    (head if asked == "module" else head.weight).requires_grad_(True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        head(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+    assert head.weight is before
+    assert head.weight.dtype == torch.float32
+    assert bool(head.weight.isfinite().all())

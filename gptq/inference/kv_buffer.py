@@ -1,0 +1,49 @@
+"""Room for more tokens in transformers' key-value cache, so that a token is not a copy of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+MIN_CAPACITY = 64  # tokens
+
+
+@dataclass
+class KVBuffer:
+    """Keys and values with capacity for more tokens; a cache's layer holds views of them.
+
+    transformers appends a token by copying the whole cache; into a buffer only the token is
+    written.
+    """
+
+    keys: Tensor
+    """float32 (1, heads, capacity, head_dim)."""
+    values: Tensor
+    """As the keys."""
+    length: int
+    """Tokens written."""
+
+
+def kv_buffer(layer: Any) -> KVBuffer:
+    """A buffer with the tokens of a cache's layer and capacity for at least one more."""
+    keys, values = layer.keys, layer.values
+    buffer = layer.__dict__.get("_kv_buffer")
+    length = keys.shape[2]
+    # ---------------------------------------------------------------------------------------------
+    # Why a buffer is not always used again: a cache can be cropped or copied, and a shallow copy
+    # shares the buffer. The next token must not overwrite one that another cache still reads, so
+    # that only the cache whose length is the buffer's own appends to it. Keys elsewhere in memory
+    # were replaced by transformers, which knows nothing of the buffer.
+    # ---------------------------------------------------------------------------------------------
+    if (
+        buffer is not None
+        and buffer.length == length < buffer.keys.shape[2]
+        and buffer.keys.data_ptr() == keys.data_ptr()
+        and buffer.values.data_ptr() == values.data_ptr()
+    ):
+        return buffer
+    shape = (1, keys.shape[1], max(MIN_CAPACITY, 2 * length), keys.shape[3])
+    buffer = KVBuffer(keys.new_empty(shape), values.new_empty(shape), length)
+    buffer.keys[:, :, :length], buffer.values[:, :, :length] = keys, values
+    layer.__dict__["_kv_buffer"] = buffer
+    return buffer
