@@ -1,10 +1,9 @@
 """A model on disk or on the hub: its configuration, and its tensors one at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
@@ -42,7 +41,7 @@ class ModelSource:
     folder: Path
     config: PretrainedConfig
     spec: ModelSpec
-    tensors: Mapping[str, torch.Tensor]
+    tensors: LazyTensors
     """By the names of today's Hugging Face class; each is read when asked for, and a copy."""
     gguf: str | None = None
     """Name of the .gguf file inside `folder`, if the model is one."""
