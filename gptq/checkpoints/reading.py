@@ -14,7 +14,13 @@ from gptq.blockwise.source import to_todays_names
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.weight_files import open_packed_weights
 from gptq.checkpoints.layouts import Packed, PackedLayer, StoredLayer, group_size, normal_form
-from gptq.checkpoints.settings import SETTINGS_KEY, declared_integer, folder_settings, parse
+from gptq.checkpoints.settings import (
+    SETTINGS_KEY,
+    declared_integer,
+    folder_settings,
+    parse,
+    settings_folder,
+)
 from gptq.errors import SettingError, UserError
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
@@ -51,8 +57,11 @@ def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
         opened = open_tensors([path])
         check_sums(path)
         declared = opened.metadata.get(SETTINGS_KEY)
-        # A file that declares nothing may lie in a folder whose configuration does.
-        return opened, folder_settings(path.parent) if declared is None else parse(path, declared)
+        if declared is not None:
+            return opened, parse(path, declared)
+        # A file that declares nothing may be of a folder whose configuration does.
+        folder = settings_folder(path)
+        return opened, {} if folder is None else folder_settings(folder)
     return open_packed_weights(path), folder_settings(path)
 
 
