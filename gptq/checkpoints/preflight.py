@@ -13,8 +13,8 @@ from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.embeddings import check_rows
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
-from gptq.errors import UserError
-from gptq.files.opening import LazyTensors, cause
+from gptq.errors import UserError, first_line
+from gptq.files.lazy import LazyTensors
 
 _HALF_MAX = torch.finfo(torch.float16).max
 # Of a file that is read only to find out whether it can be.
@@ -81,7 +81,8 @@ def check_tokenizer_files(source: ModelSource) -> None:
                     pass
         except OSError as error:
             raise UserError(
-                f"{path}: goes into --save-dir but cannot be read ({cause(error)}); mend or move it"
+                f"{path}: goes into --save-dir but cannot be read ({first_line(error)}); "
+                "mend or move it"
             ) from error
     has_chat_template(source.folder)
 

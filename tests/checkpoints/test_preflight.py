@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import llama_config, make_model
 from safetensors.torch import load_file, save_file
 
 import gptq
 from gptq.errors import UserError
-from tests.conftest import llama_config, make_model
 
 CONFIG = gptq.QuantConfig(bits=8, group_size=32, method="rtn", scale_search="minmax")
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"

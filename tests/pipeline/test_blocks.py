@@ -1,6 +1,7 @@
 """Quantize, save each way, load each way: the same numbers everywhere."""
 
 import json
+import shutil
 import sys
 import weakref
 from dataclasses import replace
