@@ -15,8 +15,9 @@ from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.canonical import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import default_format, folder_formats, write
+from gptq.checkpoints.preflight import check_before_run
 from gptq.checkpoints.settings import from_config
-from gptq.checkpoints.writing import FOLDER, check_copied, is_ours
+from gptq.checkpoints.writing import FOLDER, is_ours
 from gptq.config import QuantConfig
 from gptq.data.windows import calibration_windows, text_fingerprint
 from gptq.device import (
@@ -176,8 +177,7 @@ def run(
     config, source = job.config, model.source
     model_path = source.folder if source.gguf is None else source.folder / source.gguf
     job.outputs.check_apart(model_path, job.dataset)
-    if job.outputs.save_dir is not None:
-        check_copied(source)
+    check_before_run(model, _embedding_bits(job), job.outputs.save_dir is not None)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     stages = [("reading the calibration text", perf_counter() - started)]
@@ -210,14 +210,24 @@ def run(
     return Report(config, tuple(layers), job.outputs.paths, seconds, peak, tuple(stages))
 
 
+def _embedding_bits(job: Job) -> set[int]:
+    """Bits of the embedding and the head in each of the outputs."""
+    outputs, bits = job.outputs, job.config.embedding_bits
+    files = {bits} if outputs.save or outputs.save_safetensors else set()
+    return files | ({_folder_bits(job)} if outputs.save_dir else set())
+
+
+def _folder_bits(job: Job) -> int:
+    return job.config.embedding_bits if job.outputs.quantize_embeddings else 16
+
+
 def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, object]) -> None:
     """Write every output from the journal's blocks."""
     config, outputs = job.config, job.outputs
     settings = from_config(config, meta)
     plain = from_blocks(model.source, model.module, journal.tensors(), settings)
     if outputs.save_dir is not None:
-        bits = config.embedding_bits if outputs.quantize_embeddings else 16
-        packed = pack_embeddings(plain, bits)
+        packed = pack_embeddings(plain, _folder_bits(job))
         name = outputs.format or default_format(packed, FOLDER)
         write(packed, outputs.save_dir, name, container=FOLDER)
     files = {".pt": outputs.save, ".safetensors": outputs.save_safetensors}

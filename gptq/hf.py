@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from gptq.blockwise.empty_model import replace
 from gptq.blockwise.source import to_todays_names
 from gptq.checkpoints.reading import Checkpoint, place
-from gptq.checkpoints.settings import folder_settings
+from gptq.checkpoints.settings import folder_settings, settings_folder
 from gptq.errors import UserError
 from gptq.files.opening import open_tensors
 from gptq.inference import cpu_decode, overrides
@@ -93,7 +93,7 @@ def lora(config: LoraConfig) -> LoraConfig:
 
 def _attach(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
     """Replace the layers that these files of one folder have packed, before their weights load."""
-    folder = files[0].parent
+    folder = settings_folder(files[0]) or files[0].parent
     stored = open_tensors(files)
     spec = SPECS.get(model.config.model_type)
     tensors = stored if spec is None else stored.renamed(to_todays_names(spec))

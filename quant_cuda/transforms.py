@@ -36,11 +36,11 @@ def suspended() -> Iterator[None]:
         _disable_current_modes(),
         temporarily_clear_interpreter_stack(),
     ):
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            torch._C._set_tracing_state(trace)
+            torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
 
 
 def matmul(

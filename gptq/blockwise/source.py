@@ -1,11 +1,10 @@
 """A model on disk or on the hub: its configuration, and its tensors one at a time."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
@@ -43,7 +42,7 @@ class ModelSource:
     folder: Path
     config: PretrainedConfig
     spec: ModelSpec
-    tensors: Mapping[str, torch.Tensor]
+    tensors: LazyTensors
     """By the names of today's Hugging Face class; each is read when asked for, and a copy."""
     gguf: str | None = None
     """Name of the .gguf file inside `folder`, if the model is one."""
@@ -51,7 +50,11 @@ class ModelSource:
     @property
     def quantized(self) -> bool:
         """Whether the folder is a quantized checkpoint itself."""
-        return self.gguf is None and _is_quantized(self.folder, self.config)
+        return (
+            self.gguf is None
+            and _is_quantized(self.folder, self.config)
+            and not _is_full(self.config, self.spec, self.tensors)
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises UserError if there is none or it cannot be read."""
@@ -116,13 +119,23 @@ def _open_folder(folder: Path, name: str, weights: bool) -> ModelSource:
         is_quantized = _is_quantized(folder, config)
         tensors = open_packed_weights(folder) if is_quantized else open_full_weights(folder)
     tensors = tensors.renamed(to_todays_names(spec))
+    if _is_full(config, spec, tensors):
+        tensors = open_full_weights(folder).renamed(to_todays_names(spec))
     config, tensors = resolve_ties(config, spec, tensors)
     return ModelSource(name, folder, config, spec, tensors)
 
 
 def _is_quantized(folder: Path, config: PretrainedConfig) -> bool:
-    declared = getattr(config, "quantization_config", None) is not None
-    return declared or (folder / "quantize_config.json").is_file()
+    return _declares(config) or (folder / "quantize_config.json").is_file()
+
+
+def _declares(config: PretrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _is_full(config: PretrainedConfig, spec: ModelSpec, tensors: Collection[str]) -> bool:
+    """Whether a model is full, whatever a quantize_config.json that lies beside it says."""
+    return not _declares(config) and f"{spec.block(0)}.{spec.linears[0]}.weight" in tensors
 
 
 # Beyond any model there is; building from such a number would fill the memory.

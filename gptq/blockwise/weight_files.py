@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,40 @@ PACKED = (
 
 
 def open_full_weights(folder: Path) -> LazyTensors:
-    """The tensors of a full model's folder. Raises UserError if files are absent or damaged."""
+    """The tensors of a full model's folder. Raises UserError if files are absent or damaged.
+
+    Files of packed layers are not the model if the folder has other weights: somebody wrote a
+    quantized model beside the one that it was made from.
+    """
+    for kind in FULL:
+        tensors = _open_kind(folder, kind)
+        if tensors is not None and not is_packed(tensors):
+            return tensors
+        unpacked = [] if tensors is None else _parts(folder, kind[2])
+        unpacked = [file for file in unpacked if not is_packed(open_tensors([file]))]
+        if unpacked:
+            _check_numbering(unpacked)
+            return open_tensors(unpacked)
     return _open_weights(folder, FULL)
+
+
+def is_packed(tensors: Iterable[str]) -> bool:
+    """Whether these names are of a checkpoint with packed layers."""
+    return any(name.endswith(".qweight") for name in tensors)
+
+
+def is_packed_file_of(folder: Path, file: Path) -> bool:
+    """Whether `open_packed_weights(folder)` reads this file."""
+    for single, index, parts in PACKED:
+        if (folder / single).is_file():
+            return file == folder / single
+        if indices := sorted(folder.glob(index)):
+            weight_map = read_json(indices[0]).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else ()
+            return file in {folder / name for name in names if isinstance(name, str)}
+        if files := _parts(folder, parts):
+            return file in files
+    return False
 
 
 def open_packed_weights(folder: Path) -> LazyTensors:
@@ -33,21 +66,34 @@ def open_packed_weights(folder: Path) -> LazyTensors:
 
 
 def _open_weights(folder: Path, kinds: tuple[tuple[str, str, str], ...]) -> LazyTensors:
-    for single, index, parts in kinds:
-        if (folder / single).is_file():
-            return open_tensors([folder / single])
-        if indices := sorted(folder.glob(index)):
-            return _open_indexed(indices[0])
-        files = sorted(f for f in folder.glob(parts) if not f.name.startswith("adapter_"))
-        if files:
-            _check_numbering(files)
-            return open_tensors(files)
+    for kind in kinds:
+        tensors = _open_kind(folder, kind)
+        if tensors is not None:
+            return tensors
     wanted = " or ".join(single for single, _, _ in kinds)
     original = any(folder.glob("consolidated*.pth"))
     hint = (
         "convert Meta's original files to Hugging Face's" if original else "copy the weights there"
     )
     raise UserError(f"no weights in {folder} ({wanted}, whole or in parts): {hint}")
+
+
+def _open_kind(folder: Path, kind: tuple[str, str, str]) -> LazyTensors | None:
+    """The tensors in files of one kind; None if there are none."""
+    single, index, parts = kind
+    if (folder / single).is_file():
+        return open_tensors([folder / single])
+    if indices := sorted(folder.glob(index)):
+        return _open_indexed(indices[0])
+    files = _parts(folder, parts)
+    if not files:
+        return None
+    _check_numbering(files)
+    return open_tensors(files)
+
+
+def _parts(folder: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("adapter_"))
 
 
 def _open_indexed(index: Path) -> LazyTensors:

@@ -44,7 +44,8 @@ class Canonical:
 
     A packed layer has qweight, qzeros and scales, and g_idx and bias if it needs them, as
     docs/format.md defines them. `qzeros` hold the zero points as they are, without the offset of
-    format "gptq", which cannot store 0. What is not packed is of `dtype`.
+    format "gptq", which cannot store 0. What is not packed is of `dtype`, or float32 if `dtype`
+    cannot hold its values.
     """
     layers: tuple[PackedLayer, ...]
     settings: Settings
@@ -117,7 +118,8 @@ def from_blocks(
         own["qzeros"] = own["qzeros"]._replace(read=partial(_zeros, packed, layer, 1))
         layers.append(layer)
         modules[name] = own
-    tensors = with_modules(_unpacked(source, module, source.folder, source.tensors), modules)
+    unpacked = _unpacked(source, module, source.folder, source.tensors, modules)
+    tensors = with_modules(unpacked, modules)
     return Canonical(source, source.folder, tensors, tuple(layers), settings)
 
 
@@ -130,7 +132,7 @@ def from_checkpoint(
     """
     source = _with_ties(source, module.config.tie_word_embeddings)
     modules = {layer.name: _layer(module, checkpoint, layer) for layer in checkpoint.layers}
-    stored = _unpacked(source, module, checkpoint.path, checkpoint.tensors)
+    stored = _unpacked(source, module, checkpoint.path, checkpoint.tensors, modules)
     settings = from_declared(checkpoint.settings, checkpoint.bits, checkpoint.group_size)
     tensors = with_modules(stored, modules)
     return Canonical(source, checkpoint.path, tensors, checkpoint.layers, settings)
@@ -167,17 +169,35 @@ def _layer(module: PreTrainedModel, checkpoint: Checkpoint, layer: PackedLayer) 
 
 
 def _unpacked(
-    source: ModelSource, module: PreTrainedModel, origin: Path, stored: Mapping[str, Tensor]
+    source: ModelSource,
+    module: PreTrainedModel,
+    origin: Path,
+    stored: LazyTensors,
+    packed: Collection[str],
 ) -> LazyTensors:
-    """Every tensor of the model in order, read as if none were packed."""
-    dtype, state = half_dtype(source.config.dtype), module.state_dict()
+    """Every tensor of the model in order, read as if none were packed.
+
+    packed: layers whose tensors are replaced afterwards, so that their types do not matter.
+    """
+    half, state = half_dtype(source.config.dtype), module.state_dict()
     tied = empty_model.tied(source.config, source.spec, state)
     entries: Entries = {}
     for name, expected in state.items():
         if name not in tied:
             shape = tuple(expected.shape)
+            is_packed = name.rpartition(".")[0] in packed or name not in stored
+            dtype = half if is_packed else _type_to_write(stored, name, half)
             entries[name] = Entry(partial(_dense, stored, name, shape, dtype, origin), shape, dtype)
     return LazyTensors(entries)
+
+
+def _type_to_write(stored: LazyTensors, name: str, half: torch.dtype) -> torch.dtype:
+    """The model's 16-bit type; float32 for a tensor with values that are beyond that type."""
+    dtype = stored.dtype(name)
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16) or dtype == half:
+        return half
+    low, high = stored[name].aminmax()
+    return half if max(-float(low), float(high)) <= torch.finfo(half).max else torch.float32
 
 
 def _dense(

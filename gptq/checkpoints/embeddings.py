@@ -54,12 +54,8 @@ def pack_rows(name: str, weight: Tensor, bits: int, sym: bool) -> dict[str, Tens
     Zero points are stored as they are ("gptq_v2"); there is no g_idx. Raises UserError if `in`
     does not fill whole words, and for a weight that is not finite.
     """
-    inputs = weight.shape[1]
-    if inputs * bits % 32:
-        raise UserError(
-            f"{name}: {inputs} inputs at {bits} bits do not fill whole 32-bit words; use --plain"
-        )
-    outputs = len(weight)
+    outputs, inputs = weight.shape
+    check_rows(name, inputs, bits)
     groups = group_count(inputs, EMBEDDING_GROUP)
     qweight = torch.empty((words_for(inputs, bits), outputs), dtype=torch.int32)
     qzeros = torch.empty((groups, words_for(outputs, bits)), dtype=torch.int32)
@@ -76,6 +72,15 @@ def pack_rows(name: str, weight: Tensor, bits: int, sym: bool) -> dict[str, Tens
         scales[:, columns] = chunk_scales
     packed = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
     return {f"{name}.{key}": tensor for key, tensor in packed.items()}
+
+
+def check_rows(name: str, inputs: int, bits: int) -> None:
+    """Raise UserError unless the inputs of an embedding or head fill whole words, if packed."""
+    if bits < 16 and inputs * bits % 32:
+        raise UserError(
+            f"{name}: {inputs} inputs at {bits} bits do not fill whole 32-bit words; "
+            "use --embedding-bits 16 or --plain"
+        )
 
 
 def _grid(w: Tensor, bits: int, sym: bool) -> Grid:

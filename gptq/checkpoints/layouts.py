@@ -185,7 +185,7 @@ def _layer(path: Path, name: str, size: tuple[int, int], tensors: LazyTensors) -
     qweight, scales = tensors.shape(f"{name}.qweight"), tensors.shape(f"{name}.scales")
     if len(qweight) != 2 or len(scales) != 2:
         raise UserError(f"{path}: {name}.qweight or {name}.scales is not a matrix; make it again")
-    bits = next((bits for bits in BITS if qweight[0] == words_for(inputs, bits)), None)
+    bits = _layer_bits(size, qweight[0], tensors.shape(f"{name}.{zeros}")[-1:])
     if bits is None or qweight[1] != outputs:
         raise UserError(f"{path}: {name}.qweight {_misfit(qweight, inputs, outputs)}")
     column = zeros == "zeros" and scales == (outputs, 1)
@@ -204,6 +204,21 @@ def _layer(path: Path, name: str, size: tuple[int, int], tensors: LazyTensors) -
                 "rest; the file is damaged or made by a tool that cut off what it could not pack"
             )
     return layer
+
+
+def _layer_bits(size: tuple[int, int], rows: int, columns: tuple[int, ...]) -> int | None:
+    """The bits at which a layer has `rows` rows of packed words, None if there are none.
+
+    Of a narrow layer several can, since rows are rounded up: then the width of the zero points
+    decides, columns, and then which of them fills whole words.
+    """
+    inputs, outputs = size
+    fitting = [bits for bits in BITS if rows == words_for(inputs, bits)]
+
+    def likelihood(bits: int) -> tuple[bool, bool]:
+        return columns == (words_for(outputs, bits),), inputs * bits % 32 == 0
+
+    return max(fitting, key=likelihood, default=None)
 
 
 def _fitting_type(dtype: torch.dtype, floating: bool, key: str) -> bool:

@@ -14,7 +14,13 @@ from gptq.blockwise.source import to_todays_names
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.weight_files import open_packed_weights
 from gptq.checkpoints.layouts import Packed, PackedLayer, StoredLayer, group_size, normal_form
-from gptq.checkpoints.settings import SETTINGS_KEY, declared_integer, folder_settings, parse
+from gptq.checkpoints.settings import (
+    SETTINGS_KEY,
+    declared_integer,
+    folder_settings,
+    parse,
+    settings_folder,
+)
 from gptq.errors import SettingError, UserError
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
@@ -51,8 +57,12 @@ def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
         opened = open_tensors([path])
         check_sums(path)
         declared = opened.metadata.get(SETTINGS_KEY)
-        # A file that declares nothing may lie in a folder whose configuration does.
-        settings = folder_settings(path.parent) if declared is None else parse(path, declared)
+        if declared is not None:
+            settings = parse(path, declared)
+        else:
+            # A file that declares nothing may be of a folder whose configuration does.
+            folder = settings_folder(path)
+            settings = {} if folder is None else folder_settings(folder)
         return opened, {**settings, **_modules_format(path, opened.metadata)}
     return open_packed_weights(path), folder_settings(path)
 

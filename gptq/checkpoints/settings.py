@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptq import __version__
+from gptq.blockwise.weight_files import is_packed_file_of
 from gptq.config import QuantConfig
 from gptq.errors import UserError
 
@@ -13,6 +14,9 @@ CONFIG_NAME = "quantize_config.json"
 # The key of a file's own metadata that holds the same, as JSON.
 SETTINGS_KEY = "quantize_config"
 QUANTIZER = f"belle-gptq:{__version__}"
+_SETTINGS_FILES = (CONFIG_NAME, "quant_config.json", "config.json")
+# Keys that say how weights are to be read.
+_OF_WEIGHTS = ("bits", "group_size", "sym", "desc_act")
 # Fields of QuantConfig that quantize_config.json has a key of its own for.
 _STANDARD = ("bits", "group_size", "sym", "true_sequential", "static_groups")
 
@@ -107,26 +111,45 @@ def quantize_config(settings: Settings, layout: str, embedding_bits: int) -> dic
 
 
 def folder_settings(folder: Path) -> dict[str, object]:
-    """The content of a folder's quantize_config.json, or else config.json; empty if neither has it.
+    """What quantize_config.json and config.json of a folder say together; empty if nothing.
 
-    Raises UserError for a file that cannot be read.
+    If they contradict each other config.json's word counts, as it does for transformers: the other
+    file is an older one's. Raises UserError for a file that cannot be read.
     """
-    for name in (CONFIG_NAME, "quant_config.json", "config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            settings = parse(file, file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as text; copy it again") from error
-        if name == "config.json":
-            inner = settings.get("quantization_config", {})
-            if not isinstance(inner, dict):
-                raise UserError(f"{file}: its quantization_config is no JSON object; copy it again")
-            settings = inner
-        if settings:
-            return settings
-    return {}
+    own = _read(folder / CONFIG_NAME) or _read(folder / "quant_config.json")
+    file = folder / "config.json"
+    inner = _read(file).get("quantization_config") or {}
+    if not isinstance(inner, dict):
+        raise UserError(f"{file}: its quantization_config is no JSON object; copy it again")
+    return inner if _contradict(inner, own) else {**inner, **own}
+
+
+def settings_folder(file: Path) -> Path | None:
+    """The folder whose settings are a weight file's: its own, or the one above, whose shards can
+    lie in a folder of theirs. None if the file is not among the weights that the folder holds."""
+    for folder in file.parents[:2]:
+        has_settings = any((folder / name).is_file() for name in _SETTINGS_FILES)
+        if has_settings and is_packed_file_of(folder, file):
+            return folder
+    return None
+
+
+def _read(file: Path) -> dict[str, object]:
+    """Settings from a file; empty if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        return parse(file, file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text; copy it again") from error
+
+
+def _contradict(some: Mapping[str, object], others: Mapping[str, object]) -> bool:
+    """Whether two settings cannot be of the same weights."""
+    keys = [key for key in _OF_WEIGHTS if key in some and key in others]
+    layouts = [each.get("checkpoint_format", each.get("format")) for each in (some, others)]
+    differ = any(some[key] != others[key] for key in keys)
+    return differ or (None not in layouts and layouts[0] != layouts[1])
 
 
 def parse(path: Path, text: object) -> dict[str, object]:

@@ -171,21 +171,10 @@ def write_tokenizer(folder: Path, source: ModelSource) -> None:
     if source.gguf is not None:
         source.tokenizer().save_pretrained(folder)
         return
-    check_copied(source)
     for original in tokenizer_files(source.folder):
         shutil.copyfile(original, folder / original.name)
     if source.name.upper().startswith("BELLE-") and not has_chat_template(folder):
         (folder / "chat_template.jinja").write_text(BELLE_TEMPLATE, encoding="utf-8")
-
-
-def check_copied(source: ModelSource) -> None:
-    """Raise UserError for a file that belongs into a folder's copy and cannot be read."""
-    for path in () if source.gguf is not None else tokenizer_files(source.folder):
-        try:
-            with path.open("rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -54,6 +54,8 @@ def totals_table(report: Report) -> Table:
     kept, rows = sum(x.kept_rtn for x in report.layers), sum(x.rows for x in report.layers)
     table.add_row("rows that keep rounding", f"{kept} of {rows}")
     table.add_row("damp", ", ".join(f"{damp:g} ({n} layers)" for damp, n in sorted(damps.items())))
+    if dead := sum(layer.dead for layer in report.layers):
+        table.add_row("dead inputs", f"{dead}, zero on all calibration tokens; rounded to nearest")
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", f"{report.peak_memory / MIB:.0f} MiB")
     for path in report.written:

@@ -22,15 +22,18 @@ _PREFIXES = {"system": "", "user": _USER, "assistant": f"{_ASSISTANT} "}
 ROLES = tuple(_PREFIXES)
 
 # -------------------------------------------------------------------------------------------------
-# BELLE's form as a chat template, for programs that ask the tokenizer for one. Two differences to
-# `belle_text` are on purpose. "Assistant:" closes a user's turn in any case, since some programs
-# do not ask for a generation prompt. System messages are left out, since BELLE was trained on none.
+# BELLE's form as a chat template, for programs that ask the tokenizer for one. One difference to
+# `belle_text` is on purpose: "Assistant:" closes a user's turn in any case, since some programs do
+# not ask for a generation prompt. A system message is text of its own before the first turn.
 # -------------------------------------------------------------------------------------------------
 BELLE_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% if not loop.first %}{{ '" + _BETWEEN + "' }}{% endif %}"
     "{{ '" + _USER + "' + message['content'] + '" + _BETWEEN + _ASSISTANT + "' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}"
+    "{% elif message['role'] == 'system' %}"
+    "{% if not loop.first %}{{ '" + _BETWEEN + "' }}{% endif %}{{ message['content'] }}"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -42,9 +45,9 @@ def belle_text(messages: Sequence[Message]) -> str:
 def belle_prompt(messages: Sequence[Message]) -> str:
     """A conversation in BELLE's form, up to where the assistant continues.
 
-    Only the user's and the assistant's messages are written, as BELLE_TEMPLATE does.
+    Messages of other roles than ROLES are left out, as BELLE_TEMPLATE does.
     """
-    turns = [message for message in messages if message["role"] in ("user", "assistant")]
+    turns = [message for message in messages if message["role"] in ROLES]
     return belle_text(turns) + _BETWEEN + _ASSISTANT
 
 

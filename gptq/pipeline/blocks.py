@@ -242,6 +242,7 @@ def _report(block: int, name: str, solution: Solution) -> LayerReport:
         rows=len(solution.loss),
         damp=solution.damp,
         seconds=0.0,
+        dead=solution.dead,
     )
 
 

@@ -71,10 +71,7 @@ class Journal:
             )
         tensors = dict(opened)
         if record.get("packed") != _hash(tensors):
-            raise UserError(
-                f"{part}: is damaged; delete it, and --resume solves its block and those after it "
-                "again"
-            )
+            raise UserError(f"{part}: is damaged; delete it, and --resume solves its block again")
         return tensors, record["layers"]
 
     def tensors(self) -> LazyTensors:

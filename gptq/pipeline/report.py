@@ -21,6 +21,8 @@ class LayerReport:
     rows: int
     damp: float
     seconds: float
+    dead: int = 0
+    """Inputs that were zero on all calibration tokens."""
 
 
 @dataclass(frozen=True)

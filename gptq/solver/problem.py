@@ -24,7 +24,7 @@ class Problem:
     """Minimise tr((W - Q) H (W - Q)^T) over Q on a grid."""
 
     w: Tensor
-    """(in, out): W transposed, zero at dead inputs."""
+    """(in, out): W transposed; at dead inputs no larger than an output's other weights."""
     H: Tensor | None
     """(in, in): mean of x x^T, undamped, with an ordinary diagonal at dead inputs. None if no
     inputs are known."""
@@ -101,7 +101,12 @@ def make_problem(W: Tensor, H: Tensor | None, config: QuantConfig) -> Problem:
     dead = torch.zeros(w.shape[0], dtype=torch.bool, device=device)
     if H is not None:
         H, dead = repair_dead(H)
-        w[dead] = 0
+        if bool(dead.any()) and not bool(dead.all()):
+            # Nothing is known of dead inputs but that their weights must not widen a group's range
+            # at the cost of the others. H has zeros beside their diagonal: no other column's error
+            # reaches them, and they are rounded to nearest.
+            bound = w[~dead].abs().amax(0)
+            w[dead] = torch.minimum(torch.maximum(w[dead], -bound), bound)
     return Problem(w, H, dead, config)
 
 

@@ -34,6 +34,8 @@ class Solution:
     bits: int
     group_size: int
     """Inputs in a group; -1 if all are one group."""
+    dead: int = 0
+    """Inputs that were zero on all tokens; their weights are rounded to nearest."""
 
     def outputs(self, start: int, stop: int) -> "Solution":
         """The solution of outputs start..stop alone."""
@@ -49,6 +51,7 @@ class Solution:
             damp=self.damp,
             bits=self.bits,
             group_size=self.group_size,
+            dead=self.dead,
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,4 +92,5 @@ def keep_better_rows(problem: Problem, candidate: Candidate) -> Solution:
         damp=problem.damp,
         bits=config.bits,
         group_size=config.group_size,
+        dead=int(problem.dead.sum()),
     )

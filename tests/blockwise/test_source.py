@@ -127,6 +127,34 @@ def test_an_untouched_quantized_folder_opens(tmp_path, llama):
     assert source.tensors[name].dtype == torch.int32
 
 
+PACKED_NAME = "model.layers.0.self_attn.q_proj.qweight"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "out.safetensors"])
+@pytest.mark.parametrize("kind", ["bin", "bin-parts"])
+def test_packed_weights_beside_the_model(tmp_path, llama, kind, name):
+    """A quantized model's file among those of the full model is not the model."""
+    save(llama, tmp_path, kind)
+    save_file({PACKED_NAME: torch.ones(8, 64, dtype=torch.int32)}, tmp_path / name)
+    assert_holds(open_model(tmp_path), llama)
+
+
+def test_packed_weights_among_unnamed_ones(tmp_path, llama):
+    save(llama, tmp_path, "safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    save_file({PACKED_NAME: torch.ones(8, 64, dtype=torch.int32)}, tmp_path / "out.safetensors")
+    assert_holds(open_model(tmp_path), llama)
+
+
+def test_settings_beside_a_full_model(tmp_path, llama):
+    """A stray quantize_config.json does not make full weights quantized."""
+    save(llama, tmp_path, "safetensors")
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+    source = open_model(tmp_path)
+    assert not source.quantized
+    assert_holds(source, llama)
+
+
 # Old names ---------------------------------------------------------------------------------------
 
 

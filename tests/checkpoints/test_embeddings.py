@@ -205,7 +205,7 @@ def test_pieces_make_the_whole(bits, monkeypatch):
 def test_what_cannot_be_packed():
     with pytest.raises(UserError, match="holds NaN"):
         pack_rows("x", torch.full((32, 32), torch.nan), 8, sym=False)
-    with pytest.raises(UserError, match="use --plain"):
+    with pytest.raises(UserError, match="use --embedding-bits 16 or --plain"):
         pack_rows("x", torch.ones(32, 30), 8, sym=False)
     with pytest.raises(UserError, match=r"^embedding_bits 5 is not possible"):
         QuantConfig(embedding_bits=5)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import gptq
 from gptq import QuantLinear
 from gptq.api import load_weights, open_weights
+from gptq.checkpoints.settings import settings_folder
 from gptq.errors import UserError
 
 
@@ -203,9 +204,38 @@ def test_a_gptqmodel_folder(layout, dirs, tmp_path):
         config={**config, "quantization_config": said},
     )
     check(made, folder)
-    # quantize_config.json, where there is one, is the one that counts.
     (folder / "quantize_config.json").write_text(json.dumps(said))
     check(made, folder)
+    # One that contradicts config.json is an older file's, and so is no file of another folder.
+    stale = {**said, "bits": 8, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    (folder / "quantize_config.json").write_text(json.dumps(stale))
+    check(made, folder)
+
+
+def test_settings_of_a_neighbour(dirs, tmp_path):
+    """A file that declares nothing, beside another quantized model."""
+    neighbour, made = write(dirs["llama"], "v2", 8, 32), write(dirs["llama"], "v1", 4, 64)
+    said = {**AUTOGPTQ, "bits": 8, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    folder = folder_of(
+        dirs, "llama", neighbour, tmp_path / "m", "model.safetensors", quantize_config=said
+    )
+    check(made, dirs["llama"], saved(made.state, folder / "mine.pt"))
+
+
+def test_shards_in_a_folder_of_their_own(dirs, tmp_path):
+    """The settings lie where the index does."""
+    made = write(dirs["llama"], "v2", 4, 64)
+    said = {**AUTOGPTQ, "checkpoint_format": "gptq_v2"}
+    folder = folder_of(
+        dirs, "llama", made, tmp_path / "m", "model.safetensors", quantize_config=said
+    )
+    (folder / "parts").mkdir()
+    shard = (folder / "model.safetensors").rename(folder / "parts" / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(made.state, "parts/a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert settings_folder(shard) == folder
+    check(made, folder)
+    check(made, dirs["llama"], shard)
 
 
 def test_exceptions_for_some_layers(dirs, tmp_path):

@@ -80,13 +80,19 @@ def test_the_template_as_files_have_it():
         "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
         "{{ 'Human: ' + message['content'] + '\n\nAssistant:' }}"
         "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] }}"
+        "{% elif message['role'] == 'system' %}"
+        "{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}"
         "{% endif %}{% endfor %}"
     )
 
 
-def test_system_messages_are_text_of_records_only(plain, templated):
+def test_a_system_message_comes_before_the_first_turn(plain, templated):
     system = {"role": "system", "content": "Be kind."}
-    assert belle_prompt([system, *TURNS]) == PROMPT
-    assert "Be kind." not in templated_text(templated, [system, *TURNS])
+    expected = f"Be kind.\n\n{PROMPT}"
+    assert belle_prompt([system, *TURNS]) == expected
+    assert templated_text(templated, [system, *TURNS]) == expected
+    assert chat_prompt(plain, [system, *TURNS]) == chat_prompt(templated, [system, *TURNS])
+    tool = {"role": "tool", "content": "42"}
+    assert belle_prompt([*TURNS, tool]) == PROMPT == templated_text(templated, [*TURNS, tool])
     record = record_text({"messages": [system, *TURNS[:2]]}, "line 1", plain)
     assert record == "Be kind.\n\nHuman: 你好\n\nAssistant: Hello."

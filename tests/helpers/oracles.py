@@ -140,7 +140,10 @@ def without_dead(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     dead = np.diag(H) == 0
     mean = float(np.diag(H)[~dead].mean()) if not dead.all() else 1.0
     for j in np.flatnonzero(dead):
-        W[:, j] = 0.0
+        for row in W:
+            if not dead.all():
+                bound = max(abs(weight) for weight in row[~dead])
+                row[j] = min(max(row[j], -bound), bound)
         H[j, j] = mean
     return W, H, mean
 
@@ -198,6 +201,7 @@ def obq(
     Frantar and Alistarh 2022 (arXiv 2208.11580), eq. 3, in a fixed order of columns: quantize one
     weight, then move all that remain by the least-squares step of the remaining inverse Hessian.
     """
+    given = H.astype(np.float64)  # a dead input costs nothing
     W, H, mean = without_dead(W, H)
     n_out, n_in = W.shape
     damped = H + percdamp * mean * np.eye(n_in)
@@ -237,8 +241,8 @@ def obq(
         for j in range(n_in):
             g = g_idx[j]
             rounded[r, j] = round_on_grid(W[r, j], scales[g, r], int(zeros[g, r]), bits)
-    swept_loss = quadratic(W - on_grid(q), H)
-    rtn_loss = quadratic(W - on_grid(rounded), H)
+    swept_loss = quadratic(W - on_grid(q), given)
+    rtn_loss = quadratic(W - on_grid(rounded), given)
     kept = rtn_loss < swept_loss
     q = np.where(kept[:, None], rounded, q)
     loss = np.where(kept, rtn_loss, swept_loss)
@@ -249,6 +253,7 @@ def rtn(
     W: np.ndarray, H: np.ndarray, *, bits: int, group_size: int, sym: bool, scale_search: str
 ) -> Solved:
     """Plain rounding of W (out, in) on natural groups."""
+    given = H.astype(np.float64)
     W, H, _ = without_dead(W, H)
     n_out, n_in = W.shape
     _, g_idx = visiting_order(H, group_size, "natural", True)
@@ -261,5 +266,5 @@ def rtn(
         for r in range(n_out):
             q[r, m] = round_on_grid(W[r, m], scales[g, r], int(zeros[g, r]), bits)
     dequantized = scales[g_idx].T * (q - zeros[g_idx].T)
-    loss = quadratic(W - dequantized, H)
+    loss = quadratic(W - dequantized, given)
     return Solved(q, scales, zeros, g_idx, dequantized, loss, loss, loss)

@@ -1,6 +1,7 @@
 """Quantize, save each way, load each way: the same numbers everywhere."""
 
 import json
+import shutil
 import sys
 import weakref
 from dataclasses import replace
@@ -296,9 +297,10 @@ def test_weights_that_are_not_numbers_are_named(value, llama_dir, text_file, tmp
 
 
 def test_activations_that_are_not_numbers_are_named(llama_dir, text_file, tmp_path):
-    folder = damaged(llama_dir, tmp_path / "m", "model.embed_tokens.weight", 0)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.model.embed_tokens.weight.data[:] = float("nan")
+    folder = tmp_path / "m"
+    shutil.copytree(llama_dir, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.layers[0].input_layernorm.weight.data[:] = 1e30  # finite, its square is not
     model.save_pretrained(folder)
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: its inputs hold NaN"):
         gptq.quantize(folder, text_file, QuantConfig(group_size=32), save=tmp_path / "m.pt", **RUN)

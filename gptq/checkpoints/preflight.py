@@ -1,0 +1,101 @@
+"""Checks before a run: that what it will write at its end can be written.
+
+Headers are read, every tensor that is not quantized by the solver once, and every file that goes
+along.
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from gptq.blockwise.model import BlockwiseModel
+from gptq.blockwise.source import ModelSource
+from gptq.checkpoints.embeddings import check_rows
+from gptq.checkpoints.writing import has_chat_template, tokenizer_files
+from gptq.errors import UserError, first_line
+from gptq.files.lazy import LazyTensors
+
+_HALF_MAX = torch.finfo(torch.float16).max
+# Of a file that is read only to find out whether it can be.
+_CHUNK = 2**20
+
+
+def check_before_run(model: BlockwiseModel, embedding_bits: Collection[int], folder: bool) -> None:
+    """Raise UserError for what would fail only when the outputs are written.
+
+    embedding_bits: of the embedding and the head in each output. folder: whether a Hugging Face
+    folder is among the outputs.
+    """
+    model.check_tensors()
+    check_shapes(model)
+    state = model.module.state_dict()
+    for bits in embedding_bits:
+        for name in (model.spec.embed[0], model.spec.head):
+            check_rows(name, state[f"{name}.weight"].shape[1], bits)
+    check_values(model)
+    if folder:
+        check_tokenizer_files(model.source)
+
+
+def check_shapes(model: BlockwiseModel) -> None:
+    """Raise UserError for a tensor whose header has another shape than the model's."""
+    if not isinstance(model.tensors, LazyTensors):
+        return
+    for name, expected in model.module.state_dict().items():
+        shape = model.tensors.shape(name) if name in model.tensors else tuple(expected.shape)
+        if shape != tuple(expected.shape):
+            raise UserError(
+                f"{name}: has shape {shape} where the model's configuration wants "
+                f"{tuple(expected.shape)}; the weights are another model's"
+            )
+
+
+def check_values(model: BlockwiseModel) -> None:
+    """Raise UserError for NaN or infinity in a tensor that the solver does not quantize, and for a
+    packed layer's bias beyond float16, which is its type in every checkpoint format."""
+    packed = set(_packed_layers(model))
+    for name in model.module.state_dict():
+        layer, _, kind = name.rpartition(".")
+        if name not in model.tensors or (layer in packed and kind == "weight"):
+            continue
+        largest = _largest(model.tensors[name])
+        if not largest < torch.inf:
+            raise UserError(f"{name}: holds NaN or infinity; the model is damaged, fetch it again")
+        if layer in packed and largest > _HALF_MAX:
+            raise UserError(
+                f"{name}: holds {largest:g}, but biases of packed layers are float16, which ends "
+                f"at {_HALF_MAX:g}; this model cannot be written as GPTQ"
+            )
+
+
+def check_tokenizer_files(source: ModelSource) -> None:
+    """Raise UserError for a file that is to be copied beside the weights and cannot be read."""
+    if source.gguf is not None:
+        source.tokenizer()
+        return
+    for path in tokenizer_files(source.folder):
+        try:
+            with path.open("rb") as file:
+                while file.read(_CHUNK):
+                    pass
+        except OSError as error:
+            raise UserError(
+                f"{path}: goes into --save-dir but cannot be read ({first_line(error)}); "
+                "mend or move it"
+            ) from error
+    has_chat_template(source.folder)
+
+
+def _packed_layers(model: BlockwiseModel) -> Iterator[str]:
+    for index in range(model.block_count):
+        yield from (f"{model.spec.block(index)}.{name}" for name in model.spec.linears)
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor; NaN if it holds one."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    # NaN goes through both; |x| of a large tensor would be a copy.
+    low, high = tensor.aminmax()
+    return float(torch.maximum(-low, high))

@@ -1,0 +1,139 @@
+"""What would fail only when the outputs are written is refused before the first block."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama_config, make_model
+from safetensors.torch import load_file, save_file
+
+import gptq
+from gptq.errors import UserError
+
+CONFIG = gptq.QuantConfig(bits=8, group_size=32, method="rtn", scale_search="minmax")
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+
+
+def rounded(model: Path, config: gptq.QuantConfig = CONFIG, **outputs):
+    """Quantize; a layer that is solved before an error is a failure."""
+    solved = []
+    try:
+        gptq.quantize(
+            model, None, config, device="cpu", progress=lambda *_: solved.append(1), **outputs
+        )
+    except UserError:
+        assert not solved
+        raise
+
+
+def changed(model: Path, folder: Path, name: str, change, dtype=None) -> Path:
+    """A copy of a model with another tensor `name`, its floats of another type."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    if dtype is not None:
+        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        config = (folder / "config.json").read_text()
+        kind = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(config.replace('"float16"', f'"{kind}"'))
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def spoilt(value: float):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(llama_dir, tmp_path, name, value):
+    model = changed(llama_dir, tmp_path / "m", name, spoilt(value))
+    with pytest.raises(UserError, match=f"^{name}: holds NaN or infinity"):
+        rounded(model, save=tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight"])
+def test_other_shapes(llama_dir, tmp_path, name):
+    model = changed(llama_dir, tmp_path / "m", name, lambda tensor: tensor[:-1])
+    with pytest.raises(UserError, match=f"^{name}: has shape .* configuration wants"):
+        rounded(model, save_dir=tmp_path / "out")
+
+
+def test_embedding_bits_that_do_not_fill_words(tmp_path):
+    config = llama_config(
+        hidden_size=36, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = make_model(tmp_path / "m", config)
+    outputs = {"save_dir": tmp_path / "out", "quantize_embeddings": True}
+    config = gptq.QuantConfig(bits=8, embedding_bits=4, group_size=32, method="rtn")
+    with pytest.raises(UserError, match=r"36 inputs at 4 bits .* use --embedding-bits 16"):
+        rounded(model, config, **outputs)
+    rounded(model, config, save_dir=tmp_path / "out")
+
+
+def test_tokenizer_files_that_cannot_be_read(llama_dir, tmp_path, monkeypatch):
+    model = tmp_path / "m"
+    shutil.copytree(llama_dir, model)
+    refused, open_file = model / "generation_config.json", Path.open
+
+    def refuse(path, mode="r", *arguments, **keywords):
+        if path == refused and mode == "rb":
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, mode, *arguments, **keywords)
+
+    refused.write_text("{}")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"generation_config.json: goes into --save-dir but"):
+        rounded(model, save_dir=tmp_path / "out")
+    rounded(model, save=tmp_path / "m.pt")  # no folder, no copy
+
+
+# Values beyond float16 ---------------------------------------------------------------------------
+
+
+def test_biases_beyond_float16_are_refused(tmp_path):
+    model = make_model(tmp_path / "half", llama_config(attention_bias=True))
+    model = changed(model, tmp_path / "m", BIAS, spoilt(1e5), torch.bfloat16)
+    with pytest.raises(UserError, match=f"^{BIAS}: holds .* but biases of packed layers"):
+        rounded(model, save=tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight"])
+def test_tensors_beyond_float16_stay_float32(llama_dir, tmp_path, name):
+    model = changed(llama_dir, tmp_path / "m", name, spoilt(-1e5), torch.float32)
+    rounded(model, save_dir=tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    full = load_file(model / "model.safetensors")
+    assert torch.equal(written[name], full[name])
+    others = {key for key in (NORM, EMBEDDING, "lm_head.weight") if key != name}
+    assert {written[key].dtype for key in others} == {torch.float16}
+    loaded, _ = gptq.load(tmp_path / "out", device="cpu", dtype="float32")
+    assert torch.equal(loaded.get_parameter(name), full[name])
+
+
+def test_an_embedding_beyond_float16_is_packed(llama_dir, tmp_path):
+    model = changed(llama_dir, tmp_path / "m", EMBEDDING, spoilt(1e5), torch.float32)
+    rounded(model, save=tmp_path / "m.pt")
+    loaded, _ = gptq.load(model, tmp_path / "m.pt", device="cpu", dtype="float32")
+    with torch.no_grad():
+        row = loaded.get_input_embeddings()(torch.tensor([0]))
+    assert row[0, 3] == pytest.approx(1e5, rel=0.01)
+
+
+# Narrow layers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 16, 24])
+def test_narrow_layers_are_read_back(tmp_path, width):
+    config = llama_config(hidden_size=width, intermediate_size=64, num_key_value_heads=4)
+    model = make_model(tmp_path / "m", config)
+    rounded(model, gptq.QuantConfig(bits=4, group_size=32, method="rtn"), save=tmp_path / "m.pt")
+    loaded, _ = gptq.load(model, tmp_path / "m.pt", device="cpu")
+    assert loaded.model.layers[0].mlp.gate_proj.bits == 4
