@@ -115,11 +115,11 @@ def _open_folder(folder: Path, name: str, weights: bool) -> ModelSource:
     config = _read_config(folder)
     spec = SPECS[config.model_type]
     tensors = LazyTensors({})
+    is_quantized = _is_quantized(folder, config)
     if weights:
-        is_quantized = _is_quantized(folder, config)
         tensors = open_packed_weights(folder) if is_quantized else open_full_weights(folder)
     tensors = tensors.renamed(to_todays_names(spec))
-    if _is_full(config, spec, tensors):
+    if is_quantized and _is_full(config, spec, tensors):
         tensors = open_full_weights(folder).renamed(to_todays_names(spec))
     config, tensors = resolve_ties(config, spec, tensors)
     return ModelSource(name, folder, config, spec, tensors)

@@ -82,7 +82,7 @@ def check_tokenizer_files(source: ModelSource) -> None:
         except OSError as error:
             raise UserError(
                 f"{path}: goes into --save-dir but cannot be read ({first_line(error)}); "
-                "mend or move it"
+                "correct or move it"
             ) from error
     has_chat_template(source.folder)
 
