@@ -13,10 +13,9 @@ import torch
 from helpers import emulated, selection
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
-    BloomForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -106,8 +105,7 @@ def bloom_config(**changes) -> BloomConfig:
 def make_model(folder: Path, config) -> Path:
     """A random model of this configuration, its biases and norms random too, with a tokenizer."""
     torch.manual_seed(7)
-    kind = LlamaForCausalLM if isinstance(config, LlamaConfig) else BloomForCausalLM
-    model = kind(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -44,21 +44,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 @pytest.fixture(params=CONFIGS)
 def folder(request, tmp_path, monkeypatch):
     monkeypatch.setitem(SPECS, request.param, replace(LLAMA, model_type=request.param))
-    return save(tmp_path / request.param, CONFIGS[request.param])
-
-
-def save(folder, config):
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "embed" not in name:
-                parameter.mul_(4)
-    model.half().save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
+    return make_model(tmp_path / request.param, CONFIGS[request.param])
 
 
 def windows(count=4, length=40):
@@ -109,7 +95,7 @@ def test_a_block_that_the_record_does_not_describe_is_refused(tmp_path, monkeypa
     """Gemma2 has two norms more in a block, and LLaMA's names for all the rest."""
     monkeypatch.setitem(SPECS, "gemma2", replace(LLAMA, model_type="gemma2"))
     config = Gemma2Config(**SIZES, **WINDOW, head_dim=16, query_pre_attn_scalar=16)
-    folder = save(tmp_path / "gemma2", config)
+    folder = make_model(tmp_path / "gemma2", config)
     with pytest.raises(UserError, match=r"model.layers.0: the description of 'gemma2' models"):
         gptq.quantize(
             folder,
