@@ -12,10 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
-from gptq.checkpoints.canonical import from_blocks
+from gptq.checkpoints.assembly import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
-from gptq.checkpoints.formats import default_format, folder_formats, write
-from gptq.checkpoints.preflight import check_before_run
+from gptq.checkpoints.formats import (
+    FORMATS,
+    check_layers,
+    default_format,
+    folder_formats,
+    write,
+)
+from gptq.checkpoints.preflight import check_before_run, planned_layers
 from gptq.checkpoints.settings import from_config
 from gptq.checkpoints.writing import FOLDER, is_ours
 from gptq.config import QuantConfig
@@ -132,9 +138,10 @@ def quantize(
         method "rtn" can do without.
     save, save_safetensors, save_dir: a `.pt`, a `.safetensors`, a Hugging Face folder; at least
         one. Each appears complete or not at all.
-    format: of the folder; by default "gptq" if symmetric, else "gptq_v2".
-    quantize_embeddings: also in the folder, which then no other program reads; files always have
-        the embedding and the head in `config.embedding_bits`.
+    format: of the folder, a key of `checkpoints.formats.FORMATS`; by default as `default_format`
+        there says.
+    quantize_embeddings: also in the folder, which then fewer programs read; files and format "mlx"
+        always have the embedding and the head in `config.embedding_bits`.
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
@@ -178,6 +185,9 @@ def run(
     model_path = source.folder if source.gguf is None else source.folder / source.gguf
     job.outputs.check_apart(model_path, job.dataset)
     check_before_run(model, _embedding_bits(job), job.outputs.save_dir is not None)
+    if job.outputs.save_dir is not None and job.outputs.format is not None:
+        layers_to_be = planned_layers(model, config, _folder_bits(job))
+        check_layers(job.outputs.format, layers_to_be, model_path)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     stages = [("reading the calibration text", perf_counter() - started)]
@@ -218,7 +228,9 @@ def _embedding_bits(job: Job) -> set[int]:
 
 
 def _folder_bits(job: Job) -> int:
-    return job.config.embedding_bits if job.outputs.quantize_embeddings else 16
+    name = job.outputs.format
+    packs = job.outputs.quantize_embeddings or (name in FORMATS and FORMATS[name].packs_embeddings)
+    return job.config.embedding_bits if packs else 16
 
 
 def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, object]) -> None:
@@ -228,7 +240,7 @@ def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, ob
     plain = from_blocks(model.source, model.module, journal.tensors(), settings)
     if outputs.save_dir is not None:
         packed = pack_embeddings(plain, _folder_bits(job))
-        name = outputs.format or default_format(packed, FOLDER)
+        name = outputs.format or default_format(map(packed.facts, packed.layers), FOLDER)
         write(packed, outputs.save_dir, name, container=FOLDER)
     files = {".pt": outputs.save, ".safetensors": outputs.save_safetensors}
     if any(files.values()):

@@ -9,7 +9,8 @@ import torch
 
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import open_model
-from gptq.checkpoints.canonical import Canonical, from_checkpoint, measure, unpack
+from gptq.checkpoints.assembly import from_checkpoint
+from gptq.checkpoints.canonical import Canonical, measure, unpack
 from gptq.checkpoints.compatibility import folder_lines
 from gptq.checkpoints.formats import FORMATS, container_of, default_format, write
 from gptq.checkpoints.reading import attach
@@ -38,11 +39,11 @@ def convert(
     checkpoint: a `.pt`, `.safetensors` or folder of any layout and tool that `gptq.load` takes.
     out: a `.pt` or `.safetensors` file, or a folder.
     model: where the configuration and tokenizer are; needed if `checkpoint` is a file.
-    format: a key of `checkpoints.formats.FORMATS`, such as "gptq", "gptq_v2", or "dense" for a full
-        model in 16 bits; by default "gptq" for symmetric models and for `.pt`, else "gptq_v2".
+    format: a key of `checkpoints.formats.FORMATS`, such as "gptq", "awq", or "dense" for a full
+        model in 16 bits; by default as `formats.default_format` says.
     bits, group_size: only for files that do not declare them.
     quantize_embeddings: whether an embedding and a head that are packed stay so; by default in
-        files, not in folders, since no other program reads them.
+        files and in formats whose readers take them.
     One tensor is in memory at a time. Returns the number of layers. Raises UserError for input that
     cannot be read or that the format cannot hold.
     """
@@ -55,9 +56,11 @@ def convert(
     inputs = (checkpoint,) if model is None else (checkpoint, model)
     folder = target if container == FOLDER else None
     check_apart([target], [Path(path) for path in inputs], folder)
-    keep = container != FOLDER if quantize_embeddings is None else quantize_embeddings
+    keep = quantize_embeddings
+    if keep is None:
+        keep = container != FOLDER or (format is not None and FORMATS[format].packs_embeddings)
     converted = measure(original if keep else unpack(original, original.embeddings))
-    chosen = format or default_format(converted, container)
+    chosen = format or default_format(map(converted.facts, converted.layers), container)
 
     def check(written: Path) -> None:
         verify(original, converted, written, chosen)
@@ -94,13 +97,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--format",
         choices=tuple(FORMATS),
-        help="zero points of gptq or gptq_v2, or a full model of 16 bits "
-        "(default: gptq for .pt and symmetric models, else gptq_v2)",
+        help="dense is a full model of 16 bits (default: gptq for .pt and symmetric models; else "
+        "compressed-tensors for a folder, gptq_v2 for a file)",
     )
     add(
         "--quantize-embeddings",
         action=argparse.BooleanOptionalAction,
-        help="leave a packed embedding and head packed (default: in files, not in folders)",
+        help="leave a packed embedding and head packed (default: in files and format mlx)",
     )
     add("--wbits", type=int, choices=BITS, help="if CHECKPOINT does not say")
     add("--groupsize", type=int, metavar="N", help="if CHECKPOINT does not say")
@@ -127,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{names[0]}: {count} layers, the same weights as in {names[1]}")
     if Path(arguments.out).is_dir():
         for line in folder_lines(Path(arguments.out)):
-            print(line)
+            print(printable(line))
     return 0
 
 

@@ -130,7 +130,8 @@ def _is_quantized(folder: Path, config: PretrainedConfig) -> bool:
 
 
 def _declares(config: PretrainedConfig) -> bool:
-    return getattr(config, "quantization_config", None) is not None
+    keys = ("quantization_config", "quantization")
+    return any(getattr(config, key, None) is not None for key in keys)
 
 
 def _is_full(config: PretrainedConfig, spec: ModelSpec, tensors: Collection[str]) -> bool:

@@ -21,6 +21,8 @@ PACKED = (
     ("pytorch_model.bin", "*.bin.index.json", "*.bin"),
     ("model.pt", "*.pt.index.json", "*.pt"),
 )
+# Of tensors that only packed layers have, in the formats that can be read.
+PACKED_ENDINGS = (".qweight", ".weight_packed", ".scales")
 
 
 def open_full_weights(folder: Path) -> LazyTensors:
@@ -43,7 +45,7 @@ def open_full_weights(folder: Path) -> LazyTensors:
 
 def is_packed(tensors: Iterable[str]) -> bool:
     """Whether these names are of a checkpoint with packed layers."""
-    return any(name.endswith(".qweight") for name in tensors)
+    return any(name.endswith(PACKED_ENDINGS) for name in tensors)
 
 
 def is_packed_file_of(folder: Path, file: Path) -> bool:

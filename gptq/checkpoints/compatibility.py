@@ -1,13 +1,20 @@
-"""Which other programs load a quantized folder, and which flags would let more of them."""
+"""Which other programs load a quantized folder, and which flags would let more of them.
 
+As of November 2026: vLLM 0.33, SGLang 0.5.23, GPTQModel 7.7, exllamav2 0.3.2, transformers 5.24,
+mlx-lm 0.32; docs/format.md says what each reads, and a test holds the two together.
+"""
+
+import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from gptq.blockwise.weight_files import read_json
 from gptq.checkpoints.reading import open_checkpoint
 from gptq.checkpoints.settings import folder_settings
+from gptq.checkpoints.translation import fitting_group
 
 
 @dataclass(frozen=True)
@@ -17,12 +24,15 @@ class Written:
     bits: int
     group_size: int
     sym: bool
-    layout: str
-    """ "gptq" or "gptq_v2"."""
+    format: str
+    """A key of `formats.FORMATS`."""
     sizes: frozenset[tuple[int, int]]
     """(in, out) of its packed layers."""
     embeddings: bool = False
     """Whether the embedding and the head are packed too."""
+    desc_act: bool = False
+    """Whether groups are not runs of neighbouring inputs."""
+    model_type: str = "llama"
 
     @property
     def short_groups(self) -> bool:
@@ -30,96 +40,175 @@ class Written:
         return self.group_size > 0 and any(size % self.group_size for size, _ in self.sizes)
 
 
+Needs = Callable[[Written], Iterator[str]]
+"""Flags without which a program does not load a folder of some format; none if it does."""
+
+
+def _anything(folder: Written) -> Iterator[str]:
+    return iter(())
+
+
+def _four_bits(folder: Written) -> Iterator[str]:
+    if folder.bits != 4:
+        yield "--wbits 4"
+
+
 def _gptqmodel(folder: Written) -> Iterator[str]:
-    if folder.layout == "gptq" and not folder.sym:
+    if folder.format == "gptq" and not folder.sym:
         yield "--format gptq_v2"
     if folder.group_size not in (-1, 16, 32, 64, 128, 256, 512, 1024):
         yield "--groupsize 128"
 
 
-def _autogptq(folder: Written) -> Iterator[str]:
-    if folder.layout != "gptq":
-        yield "--format gptq"
-
-
-def _vllm(folder: Written) -> Iterator[str]:
+def _marlin(folder: Written) -> Iterator[str]:
+    """vLLM's and SGLang's kernels for the format gptq."""
     if folder.bits not in (4, 8):
         yield "--wbits 4"
     if not folder.sym:
         yield "--sym"
-    elif folder.layout != "gptq":
-        yield "--format gptq"
+    yield from _server_groups(folder)
+
+
+def _server_groups(folder: Written) -> Iterator[str]:
+    if folder.desc_act:
+        yield "--order gar"
     if folder.short_groups or folder.group_size not in (-1, 32, 64, 128):
-        yield _whole_groups(folder, (128, 64, 32))
+        yield _whole_groups(folder)
 
 
-def _sglang(folder: Written) -> Iterator[str]:
-    if folder.short_groups:
-        yield _whole_groups(folder, (128, 64, 32, 16))
+def _sglang_compressed(folder: Written) -> Iterator[str]:
+    yield from _four_bits(folder)
+    yield from _server_groups(folder)
 
 
 def _exllamav2(folder: Written) -> Iterator[str]:
-    if folder.bits != 4:
-        yield "--wbits 4"
-    if folder.layout != "gptq":
-        yield "--format gptq"
+    yield from _four_bits(folder)
     if folder.short_groups:
-        yield _whole_groups(folder, (128, 64, 32))
+        yield _whole_groups(folder)
 
 
-def _whole_groups(folder: Written, sizes: tuple[int, ...]) -> str:
-    fitting = [n for n in sizes if all(inputs % n == 0 for inputs, _ in folder.sizes)]
-    return f"--groupsize {fitting[0] if fitting else -1}"
+def _whole_groups(folder: Written) -> str:
+    return f"--groupsize {min(fitting_group(inputs) for inputs, _ in folder.sizes)}"
 
 
-# docs/format.md says what each program reads; a test holds the two together.
-READERS: dict[str, Callable[[Written], Iterator[str]]] = {
-    "GPTQModel": _gptqmodel,
-    "AutoGPTQ": _autogptq,
-    "vLLM": _vllm,
-    "SGLang": _sglang,
-    "exllamav2": _exllamav2,
+@dataclass(frozen=True)
+class Reader:
+    """A program, and what it needs of each format that it loads."""
+
+    formats: Mapping[str, Needs]
+    """The first is proposed for folders of other formats."""
+    without: tuple[str, ...] = ()
+    """Architectures of this package that it does not run."""
+    packed_embeddings: tuple[str, ...] = ()
+    """Formats in which it takes a packed embedding and head."""
+
+
+READERS: dict[str, Reader] = {
+    "vLLM": Reader(
+        {
+            "compressed-tensors": _server_groups,
+            "awq": _anything,
+            "gptq": _marlin,
+            "gptq_v2": _marlin,
+        },
+        # Its BLOOM reorders the rows of query_key_value, but not those of packed weights (0.32).
+        without=("bloom",),
+        packed_embeddings=("compressed-tensors",),
+    ),
+    "SGLang": Reader(
+        {"compressed-tensors": _sglang_compressed, "awq": _anything, "gptq": _marlin},
+        without=("bloom",),
+    ),
+    "transformers with compressed-tensors": Reader({"compressed-tensors": _anything}),
+    "GPTQModel": Reader({"gptq_v2": _gptqmodel, "gptq": _gptqmodel, "awq": _anything}),
+    "exllamav2": Reader({"gptq_v2": _exllamav2, "gptq": _exllamav2}, without=("bloom",)),
+    "mlx-lm": Reader({"mlx": _anything}, without=("bloom",), packed_embeddings=("mlx",)),
 }
 OURS = ("this package", "transformers with gptq.hf.register()")
 
 
+def flags_for(reader: Reader, folder: Written) -> tuple[str, ...] | None:
+    """What a quantization would need so that a program loads it; None if nothing helps."""
+    if folder.model_type in reader.without:
+        return None
+    flags: list[str] = []
+    if folder.format in reader.formats:
+        flags += reader.formats[folder.format](folder)
+    else:
+        other = next(iter(reader.formats))
+        flags.append(f"--format {other}")
+    return tuple(dict.fromkeys(flags))
+
+
+def loads(reader: Reader, folder: Written) -> bool:
+    return flags_for(reader, folder) == () and not _embeddings_in_the_way(reader, folder)
+
+
+def _embeddings_in_the_way(reader: Reader, folder: Written) -> bool:
+    return folder.embeddings and folder.format not in reader.packed_embeddings
+
+
 def facts(path: Path) -> Written:
-    """Of a folder in format gptq or gptq_v2, by its settings and the headers of its files."""
+    """Of a packed folder, by its settings and the headers of its files."""
     tensors, settings = open_checkpoint(path)
-    meta = settings.get("meta")
-    embeddings = isinstance(meta, dict) and meta.get("embedding_bits", 16) != 16
-    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    declared = folder_settings(path)
+    method = declared.get("quant_method", "mlx")
+    name = str(settings["format"] if method == "gptq" else method)
     bits, group_size = cast(int, settings["bits"]), cast(int, settings["group_size"])
-    sizes = {
-        (packed_words * 32 // bits, outputs)
-        for packed_words, outputs in (tensors.shape(f"{name}.qweight") for name in names)
-    }
-    sym, layout = settings["sym"] is True, str(settings["format"])
-    return Written(bits, group_size, sym, layout, frozenset(sizes), embeddings)
+    config = read_json(path / "config.json")
+    sizes, embeddings = set(), False
+    for layer in (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")):
+        words, outputs = tensors.shape(f"{layer}.qweight")
+        is_end = outputs == config.get("vocab_size")
+        embeddings |= is_end
+        if not is_end:
+            sizes.add((words * 32 // bits, outputs))
+    return Written(
+        bits,
+        group_size,
+        settings["sym"] is True,
+        name,
+        frozenset(sizes),
+        embeddings=embeddings,
+        desc_act=settings.get("desc_act") is True,
+        model_type=str(config.get("model_type")),
+    )
 
 
 def lines(folder: Written) -> list[str]:
     """Which programs load it, and which flags the others need: a line for each answer."""
-    if folder.embeddings:
-        return [
-            f"format {folder.layout}: loads in {', '.join(OURS)}",
-            f"for {', '.join(READERS)}: leave out --quantize-embeddings",
-        ]
     needed: dict[str, list[str]] = defaultdict(list)
     loads_in = list(OURS)
-    for reader, check in READERS.items():
-        flags = " ".join(dict.fromkeys(check(folder)))
-        if flags:
-            needed[flags].append(reader)
+    for name, reader in READERS.items():
+        flags = flags_for(reader, folder)
+        if flags is None:
+            continue
+        advice = [f"quantize with {' '.join(flags)}"] if flags else []
+        if _embeddings_in_the_way(reader, folder):
+            advice.append("leave out --quantize-embeddings")
+        if advice:
+            needed[", and ".join(advice)].append(name)
         else:
-            loads_in.append(reader)
+            loads_in.append(name)
     return [
-        f"format {folder.layout}: loads in {', '.join(loads_in)}",
-        *(f"for {', '.join(readers)}: quantize with {flags}" for flags, readers in needed.items()),
+        f"format {folder.format}: loads in {', '.join(loads_in)}",
+        *(f"for {', '.join(readers)}: {advice}" for advice, readers in needed.items()),
     ]
 
 
-def folder_lines(folder: Path) -> list[str]:
-    """`lines` of a written folder; none for a full model and other formats than GPTQ's."""
-    is_gptq = folder_settings(folder).get("quant_method") == "gptq"
-    return lines(facts(folder)) if is_gptq else []
+def run_line(folder: Written, path: Path) -> str:
+    """A command that runs the folder: of the first server that takes it, else of this package."""
+    name = shlex.quote(str(path))
+    if folder.format == "mlx":
+        return f"run it with: mlx_lm.generate --model {name} --prompt '...'"
+    if loads(READERS["vLLM"], folder):
+        return f"run it with: vllm serve {name}"
+    return f"run it with: gptq {name} --chat"
+
+
+def folder_lines(path: Path) -> list[str]:
+    """What is printed of a written folder; nothing of a full model."""
+    if not folder_settings(path):
+        return []
+    folder = facts(path)
+    return [*lines(folder), run_line(folder, path)]

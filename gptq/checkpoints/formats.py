@@ -4,23 +4,36 @@ A new format is a module of this package and a row of FORMATS; if a folder can h
 name in `names`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints import dense, gptq_format
-from gptq.checkpoints.canonical import Canonical
+from gptq.checkpoints import awq, compressed_tensors, dense, gptq_format, mlx
+from gptq.checkpoints.assembly import read_full
+from gptq.checkpoints.canonical import Canonical, LayerFacts, scale_rounding
 from gptq.checkpoints.layouts import PackedLayer
-from gptq.checkpoints.writing import CONTAINERS, FOLDER, SHARD_BYTES, Container, Contents
+from gptq.checkpoints.writing import (
+    CONTAINERS,
+    FOLDER,
+    SHARD_BYTES,
+    Container,
+    Contents,
+    write_folder,
+)
 from gptq.errors import UserError
 from gptq.files.lazy import LazyTensors
 
 
-def holds_all(canonical: Canonical, layer: PackedLayer) -> str | None:
+def holds_all(facts: LayerFacts) -> str | None:
     """`refuses` of a format that can hold every layer."""
+    return None
+
+
+def holds_all_values(canonical: Canonical, layer: PackedLayer) -> str | None:
+    """`refuses_values` of a format that can hold all values."""
     return None
 
 
@@ -38,37 +51,66 @@ class Format:
     tensors: Callable[[Canonical], LazyTensors]
     """Every tensor of the files, none of which is read yet."""
     settings: Callable[[Canonical], dict[str, object] | None]
-    """What the files say of themselves: quantize_config.json; None if nothing."""
-    refuses: Callable[[Canonical, PackedLayer], str | None] = holds_all
-    """Why the format cannot hold a layer, to follow the layer's name; None if it can."""
+    """What the files say of themselves: config.json's quantization_config; None if nothing."""
+    refuses: Callable[[LayerFacts], str | None] = holds_all
+    """Why the format cannot hold a layer, to follow the layer's name; None if it can. Asked before
+    a run."""
+    refuses_values: Callable[[Canonical, PackedLayer], str | None] = holds_all_values
+    """The same of what only a layer's values tell."""
     containers: Mapping[str, Container] = field(default_factory=lambda: CONTAINERS)
     """Who writes it to a file, by the file's ending, or to a folder, under FOLDER."""
-    read: Callable[[Path, ModelSource], LazyTensors] | None = None
+    settings_keys: tuple[str, ...] = ("quantization_config",)
+    """The keys of config.json that hold the settings."""
+    own_settings_file: bool = False
+    """Whether quantize_config.json holds the settings too."""
+    read: Callable[[Path, ModelSource], LazyTensors] | None = read_full
     """The full model that written files hold: tensors by Hugging Face's names, a packed layer's
     `weight` (out, in) dequantized. None if it cannot be read back; then nothing is compared."""
-    tolerance: Callable[[Canonical, PackedLayer], float] = exact
+    tolerance: Callable[[Canonical, PackedLayer], float] = scale_rounding
     """How much the format may change a layer's weights, relative to each."""
     packs: bool = True
     """Whether weights stay packed."""
+    packs_embeddings: bool = False
+    """Whether its readers take a packed embedding and head, so that a folder has them."""
 
+
+# Formats whose settings only a folder's config.json holds.
+_FOLDER_ONLY = {FOLDER: write_folder}
 
 FORMATS: dict[str, Format] = {
     "gptq": Format(
         "gptq",
         partial(gptq_format.tensors, zero_offset=1),
         partial(gptq_format.settings, layout="gptq"),
-        refuses=gptq_format.refuses_v1,
-        read=gptq_format.read,
-        tolerance=gptq_format.tolerance,
+        refuses_values=gptq_format.has_zero,
+        own_settings_file=True,
     ),
     "gptq_v2": Format(
         "gptq_v2",
         partial(gptq_format.tensors, zero_offset=0),
         partial(gptq_format.settings, layout="gptq_v2"),
-        read=gptq_format.read,
-        tolerance=gptq_format.tolerance,
+        own_settings_file=True,
     ),
-    "dense": Format("dense", dense.tensors, dense.settings, read=dense.read, packs=False),
+    "compressed-tensors": Format(
+        "compressed-tensors",
+        compressed_tensors.tensors,
+        compressed_tensors.settings,
+        refuses=compressed_tensors.refuses,
+        containers=_FOLDER_ONLY,
+    ),
+    "awq": Format("awq", awq.tensors, awq.settings, refuses=awq.refuses, containers=_FOLDER_ONLY),
+    "mlx": Format(
+        "mlx",
+        mlx.tensors,
+        mlx.settings,
+        refuses=mlx.refuses,
+        containers=_FOLDER_ONLY,
+        settings_keys=("quantization", "quantization_config"),
+        packs_embeddings=True,
+    ),
+    "dense": Format(
+        "dense", dense.tensors, dense.settings, read=dense.read, tolerance=exact, packs=False
+    ),
 }
 
 
@@ -83,15 +125,30 @@ def container_of(target: Path) -> str:
     return target.suffix if target.suffix in endings else FOLDER
 
 
-def default_format(canonical: Canonical, container: str) -> str:
-    """ "gptq", which every program reads, for `.pt` and symmetric models; else "gptq_v2".
+def default_format(layers: Iterable[LayerFacts], container: str) -> str:
+    """What most programs read: "gptq" for `.pt`, `.safetensors` and symmetric models; for others
+    "compressed-tensors", or "gptq_v2" if that cannot hold every layer.
 
-    For a container that neither has, the first format that has it.
+    For a container that none of them has, the first format that has it.
     """
-    name = "gptq" if canonical.settings.sym or container == ".pt" else "gptq_v2"
-    if container in FORMATS[name].containers:
-        return name
-    return next(name for name, it in FORMATS.items() if container in it.containers)
+    layers = list(layers)
+    if container != FOLDER and container in FORMATS["gptq"].containers:
+        sym = container == ".pt" or all(facts.sym for facts in layers)
+        return "gptq" if sym else "gptq_v2"
+    if container != FOLDER:
+        return next(name for name, it in FORMATS.items() if container in it.containers)
+    if all(facts.sym for facts in layers):
+        return "gptq"
+    name = "compressed-tensors"
+    return "gptq_v2" if any(map(FORMATS[name].refuses, layers)) else name
+
+
+def check_layers(name: str, layers: Iterable[LayerFacts], origin: Path) -> None:
+    """Raise UserError for the first layer that a format cannot hold. origin: of the model."""
+    for facts in layers:
+        reason = FORMATS[name].refuses(facts)
+        if reason is not None:
+            raise UserError(f"{origin}: --format {name}: {facts.layer.name} {reason}")
 
 
 def write(
@@ -117,13 +174,20 @@ def write(
             f"{target}: format {name} is written to a {' or '.join(row.containers)}, not to a "
             f"{container}; give another name or --format"
         )
+    check_layers(name, map(canonical.facts, canonical.layers), canonical.origin)
     for layer in canonical.layers:
-        reason = row.refuses(canonical, layer)
+        reason = row.refuses_values(canonical, layer)
         if reason is not None:
             raise UserError(f"{canonical.origin}: {layer.name} {reason}")
     source, tensors = canonical.source, row.tensors(canonical)
-    tied = empty_model.tied(source.config, source.spec, tensors)
     contents = Contents(
-        source, tensors, row.settings(canonical), tied, shard_bytes=shard_bytes, check=check
+        source,
+        tensors,
+        row.settings(canonical),
+        empty_model.tied(source.config, source.spec, tensors),
+        settings_keys=row.settings_keys,
+        own_settings_file=row.own_settings_file,
+        shard_bytes=shard_bytes,
+        check=check,
     )
     row.containers[container](target, contents)

@@ -25,7 +25,6 @@ READABLE = ("gptq", "gptq_v2")
 _OTHER_LAYOUTS = {
     ".B": "in the marlin layout",
     ".q_weight": "in the EXL2 layout",
-    ".weight_packed": "in the compressed-tensors layout",
     ".weight.quant_state.bitsandbytes__nf4": "quantized by bitsandbytes",
 }
 _CONVERT = "give the checkpoint in GPTQ's own format, as the tool that made it can write it"

@@ -1,4 +1,4 @@
 """Names of formats, for code that must not load torch; `formats.FORMATS` has the formats."""
 
 # What `--format` of a quantization takes. A test holds it and `formats.folder_formats` together.
-FOLDER_FORMATS = ("gptq", "gptq_v2")
+FOLDER_FORMATS = ("gptq", "gptq_v2", "compressed-tensors", "awq", "mlx")

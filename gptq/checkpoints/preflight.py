@@ -11,10 +11,14 @@ from torch import Tensor
 
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints.embeddings import check_rows
+from gptq.checkpoints.canonical import LayerFacts
+from gptq.checkpoints.embeddings import EMBEDDING_GROUP, check_rows
+from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
+from gptq.config import QuantConfig
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import LazyTensors
+from quant_cuda.weight import group_count
 
 _HALF_MAX = torch.finfo(torch.float16).max
 # Of a file that is read only to find out whether it can be.
@@ -36,6 +40,24 @@ def check_before_run(model: BlockwiseModel, embedding_bits: Collection[int], fol
     check_values(model)
     if folder:
         check_tokenizer_files(model.source)
+
+
+def planned_layers(
+    model: BlockwiseModel, config: QuantConfig, embedding_bits: int
+) -> list[LayerFacts]:
+    """What a run will write, as formats judge it. embedding_bits: 16 if both ends stay as they
+    are."""
+    state, spec = model.module.state_dict(), model.spec
+    ends = (spec.embed[0], spec.head) if embedding_bits < 16 else ()
+    layers = []
+    for name in (*_packed_layers(model), *ends):
+        outputs, inputs = state[f"{name}.weight"].shape
+        is_end = name in ends
+        bits = embedding_bits if is_end else config.bits
+        size = EMBEDDING_GROUP if is_end else config.group_size
+        layer = PackedLayer(name, inputs, outputs, bits, group_count(inputs, size), size)
+        layers.append(LayerFacts(layer, config.sym, config.needs_g_idx, spec.model_type, is_end))
+    return layers
 
 
 def check_shapes(model: BlockwiseModel) -> None:

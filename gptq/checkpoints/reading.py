@@ -13,6 +13,7 @@ from gptq.blockwise.empty_model import replace
 from gptq.blockwise.source import to_todays_names
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.weight_files import open_packed_weights
+from gptq.checkpoints.foreign import as_gptq
 from gptq.checkpoints.layouts import Packed, PackedLayer, StoredLayer, group_size, normal_form
 from gptq.checkpoints.settings import (
     SETTINGS_KEY,
@@ -50,7 +51,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
-    """Tensors and settings of a file or folder, as they are stored."""
+    """Tensors and settings of a file or folder, those of other formats read as GPTQ's."""
+    return as_gptq(path, *_open_stored(path))
+
+
+def _open_stored(path: Path) -> tuple[LazyTensors, dict[str, object]]:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
     if not path.is_dir():

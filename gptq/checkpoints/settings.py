@@ -13,6 +13,8 @@ from gptq.errors import UserError
 CONFIG_NAME = "quantize_config.json"
 # The key of a file's own metadata that holds the same, as JSON.
 SETTINGS_KEY = "quantize_config"
+# The keys of config.json that hold the settings, the first also of full models' quantizers.
+SETTINGS_KEYS = ("quantization_config", "quantization")
 QUANTIZER = f"belle-gptq:{__version__}"
 _SETTINGS_FILES = (CONFIG_NAME, "quant_config.json", "config.json")
 # Keys that say how weights are to be read.
@@ -118,7 +120,8 @@ def folder_settings(folder: Path) -> dict[str, object]:
     """
     own = _read(folder / CONFIG_NAME) or _read(folder / "quant_config.json")
     file = folder / "config.json"
-    inner = _read(file).get("quantization_config") or {}
+    config = _read(file)
+    inner: object = next((config[key] for key in SETTINGS_KEYS if config.get(key)), {})
     if not isinstance(inner, dict):
         raise UserError(f"{file}: its quantization_config is no JSON object; copy it again")
     return inner if _contradict(inner, own) else {**inner, **own}

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints.settings import CONFIG_NAME, SETTINGS_KEY
+from gptq.checkpoints.settings import CONFIG_NAME, SETTINGS_KEY, SETTINGS_KEYS
 from gptq.data.chat import BELLE_TEMPLATE
 from gptq.device import half_dtype
 from gptq.errors import UserError
@@ -57,6 +57,10 @@ class Contents:
     """What the files say of themselves, as in quantize_config.json; None for a full model."""
     tied: Mapping[str, str]
     """More names, each with the one of `tensors` that it shares memory with."""
+    settings_keys: tuple[str, ...] = ("quantization_config",)
+    """The keys of config.json that hold the settings."""
+    own_settings_file: bool = False
+    """Whether quantize_config.json holds the settings too."""
     shard_bytes: int = SHARD_BYTES
     check: Check | None = None
 
@@ -157,12 +161,14 @@ def write_weights(folder: Path, contents: Contents) -> None:
 
 
 def write_configuration(folder: Path, contents: Contents) -> None:
-    """config.json, and for a quantized model quantize_config.json with the same settings."""
+    """config.json with the settings, and quantize_config.json if the format's readers want it."""
     config = _model_config(contents.source)
-    config.pop("quantization_config", None)
+    for key in SETTINGS_KEYS:
+        config.pop(key, None)
     if contents.settings is not None:
-        write_json(folder / CONFIG_NAME, contents.settings)
-        config["quantization_config"] = contents.settings
+        config |= dict.fromkeys(contents.settings_keys, contents.settings)
+        if contents.own_settings_file:
+            write_json(folder / CONFIG_NAME, contents.settings)
     write_json(folder / "config.json", config)
 
 

@@ -126,12 +126,13 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add(
         "--format",
         choices=FOLDER_FORMATS,
-        help="of the folder's zero points (default: gptq with --sym, else gptq_v2)",
+        help="of the folder (default: gptq with --sym, else compressed-tensors, or gptq_v2 if that "
+        "cannot hold the model)",
     )
     add(
         "--quantize-embeddings",
         action="store_true",
-        help="also in the folder of --save-dir, which then only this package reads",
+        help="also in the folder of --save-dir, which then fewer programs read",
     )
     add("--report", metavar="DIR", help="write a page about the quantization, DIR/index.html")
     add("--resume", action="store_true", help="continue a quantization that was stopped")

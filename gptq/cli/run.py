@@ -242,14 +242,15 @@ def _print_result(result: Report, folder: Path | None) -> None:
     """Print the tables of a run, and which programs read the folder that it wrote."""
     from rich.console import Console
 
-    from gptq.checkpoints.compatibility import facts, lines
+    from gptq.checkpoints.compatibility import folder_lines
     from gptq.cli.console import layer_table, totals_table
 
     console = Console()
     console.print(layer_table(result))
     console.print(totals_table(result))
     if folder is not None:
-        print("\n".join(lines(facts(folder))))
+        for line in folder_lines(folder):
+            print(printable(line))
 
 
 def _open(

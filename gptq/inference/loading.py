@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
+from gptq.blockwise.weight_files import is_packed
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.device import pick_device, pick_dtype
 from gptq.errors import UserError, first_line
@@ -54,7 +55,7 @@ def open_weights(
         model = open_blockwise(model, weights=checkpoint is None, device=device)
     source, path = model.source, None if checkpoint is None else Path(checkpoint)
     # A folder need not say that its weights are packed.
-    if path is None and (source.quantized or any(map(_is_packed, source.tensors))):
+    if path is None and (source.quantized or is_packed(source.tensors)):
         path = source.folder
     kind = pick_dtype(dtype, model.device, source.config.dtype)
     if path is None:
@@ -79,10 +80,6 @@ def open_blockwise(
     where = pick_device(device)
     kind = pick_dtype(None, where, source.config.dtype) if dtype is None else dtype
     return BlockwiseModel.from_source(source, where, kind)
-
-
-def _is_packed(name: str) -> bool:
-    return name.endswith(".qweight")
 
 
 def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedModel:

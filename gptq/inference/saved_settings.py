@@ -10,14 +10,18 @@ from gptq.checkpoints.settings import from_declared, quantize_config
 from gptq.nn import PackedModule, QuantEmbedding, format_of
 
 
-def keep_settings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's settings into the configuration of the model that was loaded from it."""
+def settings_in_memory(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, object]:
+    """A checkpoint's settings, with the format of the modules that it was loaded into."""
     settings = from_declared(checkpoint.settings, checkpoint.bits, checkpoint.group_size)
     embedding = model.get_input_embeddings()
     embedding_bits = embedding.bits if isinstance(embedding, QuantEmbedding) else 16
-    layout = format_of(checkpoint.zero_offset)
+    return quantize_config(settings, format_of(checkpoint.zero_offset), embedding_bits)
+
+
+def keep_settings(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's settings into the configuration of the model that was loaded from it."""
     config: Any = model.config
-    config.quantization_config = quantize_config(settings, layout, embedding_bits)
+    config.quantization_config = settings_in_memory(model, checkpoint)
     follow_state(model)
 
 

@@ -13,7 +13,7 @@ import gptq
 from gptq import QuantConfig
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import open_model
-from gptq.checkpoints import canonical, formats
+from gptq.checkpoints import assembly, canonical, formats
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.names import FOLDER_FORMATS
 from gptq.checkpoints.reading import attach, open_checkpoint
@@ -42,7 +42,7 @@ def bare(source):
 def from_file(model, file):
     source = open_model(model, weights=False)
     module = bare(source)
-    return canonical.from_checkpoint(source, module, attach(module, source.spec, file))
+    return assembly.from_checkpoint(source, module, attach(module, source.spec, file))
 
 
 def from_run(model, file):
@@ -50,7 +50,7 @@ def from_run(model, file):
     source, (tensors, _) = open_model(model), open_checkpoint(file)
     layers = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
     packed = tensors.renamed(lambda name: name if name.rpartition(".")[0] in layers else None)
-    return canonical.from_blocks(source, bare(source), packed, from_config(CONFIG, {}))
+    return assembly.from_blocks(source, bare(source), packed, from_config(CONFIG, {}))
 
 
 def test_a_run_and_its_file_are_the_same_model(made):
@@ -88,7 +88,7 @@ def test_nothing_is_read_until_it_is_asked_for(made):
         {name: stored.entry(name)._replace(read=partial(read, name)) for name in stored}
     )
     object.__setattr__(checkpoint, "tensors", counted)
-    model = canonical.from_checkpoint(source, module, checkpoint)
+    model = assembly.from_checkpoint(source, module, checkpoint)
     plain = canonical.unpack(model, model.layers)
     for row in formats.FORMATS.values():
         row.tensors(model)
@@ -132,8 +132,10 @@ def test_targets_and_defaults(made, tmp_path):
     endings = {"m.pt": ".pt", "m.safetensors": ".safetensors", "m": FOLDER, "v1.5-chat": FOLDER}
     for name, container in endings.items():
         assert formats.container_of(tmp_path / name) == container
-    assert formats.default_format(model, ".pt") == "gptq"
-    assert formats.default_format(model, FOLDER) == "gptq_v2"
+    layers = [model.facts(layer) for layer in model.layers]
+    assert formats.default_format(layers, ".pt") == "gptq"
+    assert formats.default_format(layers, ".safetensors") == "gptq_v2"
+    assert formats.default_format(layers, FOLDER) == "compressed-tensors"
     with pytest.raises(
         UserError, match=r"is written to a \.pt or \.safetensors or folder, not to a"
     ):

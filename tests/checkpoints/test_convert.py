@@ -159,7 +159,7 @@ def test_exceptions_for_some_layers_are_kept(dirs, tmp_path):
     said = {"bits": 4, "group_size": 32, "dynamic": {"+:.*down_proj": {"bits": 8}}}
     made.state._metadata = {"quantize_config": json.dumps(said)}
     torch.save(made.state, tmp_path / "old.pt")
-    convert.convert(tmp_path / "old.pt", tmp_path / "new", model=dirs["llama"])
+    convert.convert(tmp_path / "old.pt", tmp_path / "new", model=dirs["llama"], format="gptq_v2")
     check(made.logits, tmp_path / "new", None)
     written = json.loads((tmp_path / "new" / "quantize_config.json").read_text())
     assert written["dynamic"] == said["dynamic"]
@@ -200,7 +200,7 @@ def test_a_written_file_that_differs_is_noticed(dirs, tmp_path, monkeypatch):
         gptq_format, "pack_zeros", lambda zeros, bits, offset: right(zeros % 3 + 2, bits, offset)
     )
     with pytest.raises(RuntimeError, match="not written as it was read"):
-        convert.convert(path, tmp_path / "new", model=dirs["llama"])
+        convert.convert(path, tmp_path / "new", model=dirs["llama"], format="gptq_v2")
 
 
 def test_the_command_line(dirs, tmp_path, capsys):
@@ -210,7 +210,8 @@ def test_the_command_line(dirs, tmp_path, capsys):
     assert convert.main([str(path), str(tmp_path / "new"), *flags]) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'new'}: 7 layers, the same weights as in {path}" in printed
-    assert "format gptq_v2: loads in this package" in printed
+    assert "format compressed-tensors: loads in this package" in printed
+    assert "run it with: vllm serve" in printed
     assert convert.main([str(path), str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert convert.main([str(path)]) == 2

@@ -404,7 +404,7 @@ def test_floating_zeros_that_are_not_multiples(dirs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "awq"}, "quantized by 'awq', not by GPTQ"),
+        ({"quant_method": "aqlm"}, "quantized by 'aqlm', not by GPTQ"),
         ({"checkpoint_format": "marlin"}, "its format is 'marlin'"),
         ({"format": ["gptq"]}, "its format is"),
         ({"pack_dtype": "int16"}, "its words are 'int16'"),
@@ -429,7 +429,6 @@ def test_settings_that_cannot_be(changes, message, dirs, tmp_path):
     [
         ("model.layers.0.mlp.up_proj.B", "is in the marlin layout"),
         ("model.layers.0.mlp.up_proj.q_weight", "is in the EXL2 layout"),
-        ("model.layers.0.mlp.up_proj.weight_packed", "is in the compressed-tensors layout"),
     ],
 )
 def test_other_layouts(key, message, dirs, tmp_path):

@@ -1,5 +1,6 @@
 """A format that is added from outside, by a row of FORMATS alone: how to add one."""
 
+import json
 import re
 from functools import partial
 
@@ -22,8 +23,9 @@ from quant_cuda.packing import unpack as unpack_words
 # The toy format: integers and zero points in bytes, scales in float32.
 
 
-def refuses(_canonical, layer):
-    return None if layer.bits in (4, 8) else f"has {layer.bits} bits; toy holds 4 and 8"
+def refuses(facts):
+    bits = facts.layer.bits
+    return None if bits in (4, 8) else f"has {bits} bits; toy holds 4 and 8"
 
 
 def tensors(canonical):
@@ -112,7 +114,11 @@ def test_what_is_written_is_compared(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("bits", "out", "message"),
     [
-        (3, "new.safetensors", "old.pt: model.layers.0.* has 3 bits; toy holds 4 and 8$"),
+        (
+            3,
+            "new.safetensors",
+            "old.pt: --format toy: model.layers.0.* has 3 bits; toy holds 4 and 8$",
+        ),
         (4, "new.pt", "new.pt: format toy is written to a .safetensors, not to a .pt"),
         (4, "new", "new: format toy is written to a .safetensors, not to a folder"),
     ],
@@ -128,7 +134,9 @@ def test_what_it_cannot_hold_is_refused(bits, out, message, model, tmp_path, cap
 
 
 def test_a_file_of_its_own_needs_no_format(model, tmp_path, monkeypatch):
-    own = Format("toy", tensors, settings, containers={".toy": CONTAINERS[".safetensors"]})
+    own = Format(
+        "toy", tensors, settings, containers={".toy": CONTAINERS[".safetensors"]}, read=None
+    )
     monkeypatch.setitem(FORMATS, "toy", own)
     old, _ = checkpoint(model, tmp_path, 3)
     convert.convert(old, tmp_path / "new.toy", model=model)
@@ -143,7 +151,8 @@ def test_a_quantization_writes_it_to_a_folder(model, tmp_path, monkeypatch):
     config = QuantConfig(method="rtn", scale_search="minmax", group_size=32)
     outputs = {"save_safetensors": tmp_path / "m.safetensors", "save_dir": tmp_path / "toy"}
     gptq.quantize(model, None, config, **outputs, format="toy")
-    assert (tmp_path / "toy" / "quantize_config.json").is_file()
+    declared = json.loads((tmp_path / "toy" / "config.json").read_text())
+    assert declared["quantization_config"] == {"quant_method": "toy", "bits": 4}
     full = read(tmp_path / "toy", None)
     convert.convert(tmp_path / "m.safetensors", tmp_path / "dense", model=model, format="dense")
     expected = load_file(tmp_path / "dense" / "model.safetensors")
@@ -155,5 +164,5 @@ def test_a_quantization_writes_it_to_a_folder(model, tmp_path, monkeypatch):
 def test_the_table_lists_it_in_help(capsys):
     with pytest.raises(SystemExit):
         convert.main(["--help"])
-    assert "{gptq,gptq_v2,dense,toy}" in capsys.readouterr().out
+    assert "dense,toy}" in capsys.readouterr().out
     assert FOLDER not in TOY.containers

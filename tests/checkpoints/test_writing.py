@@ -1,6 +1,7 @@
 """What `--save-dir` writes, held key by key against what other readers ask for."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 import gptq
 from gptq import QuantConfig
 from gptq.checkpoints import writing
-from gptq.checkpoints.compatibility import READERS, Written, facts, lines
+from gptq.checkpoints.compatibility import READERS, Written, facts, lines, loads, run_line
 from gptq.cli.run import main
 from gptq.data.chat import chat_prompt
 from gptq.models import LLAMA
@@ -36,6 +37,7 @@ def written(llama_dir, bloom_dir, text_file, tmp_path_factory) -> dict[str, Path
             text_file,
             QuantConfig(**settings),
             save_dir=where / name,
+            format=None if settings.get("sym") else "gptq_v2",
             nsamples=4,
             seqlen=32,
         )
@@ -182,38 +184,54 @@ SHORT = frozenset({(576, 576), (1536, 576)})
 
 
 def able(**changes) -> set[str]:
-    plain = {"bits": 4, "group_size": 128, "sym": True, "layout": "gptq", "sizes": EVEN}
-    return {name for name, check in READERS.items() if not list(check(Written(**plain | changes)))}
+    plain = {"bits": 4, "group_size": 128, "sym": True, "format": "gptq", "sizes": EVEN}
+    folder = Written(**plain | changes)
+    return {name for name, reader in READERS.items() if loads(reader, folder)}
 
 
 def test_who_reads_what():
     """As docs/format.md has it."""
-    everyone = {"GPTQModel", "AutoGPTQ", "vLLM", "SGLang", "exllamav2"}
+    everyone = {"vLLM", "SGLang", "GPTQModel", "exllamav2"}
     assert able() == everyone
     assert able(bits=8) == everyone - {"exllamav2"}
-    assert able(bits=3) == everyone - {"exllamav2", "vLLM"}
-    assert able(sym=False, layout="gptq_v2") == {"GPTQModel", "SGLang"}
-    assert able(sym=False) == {"AutoGPTQ", "SGLang", "exllamav2"}
-    assert able(layout="gptq_v2") == {"GPTQModel", "SGLang"}
-    assert able(group_size=256) == everyone - {"vLLM"}
-    assert able(group_size=48, sizes=frozenset({(96, 96)})) == everyone - {"GPTQModel", "vLLM"}
-    assert able(sizes=SHORT) == {"GPTQModel", "AutoGPTQ"}
+    assert able(bits=3) == {"GPTQModel"}
+    assert able(sym=False, format="gptq_v2") == {"GPTQModel", "exllamav2"}
+    assert able(sym=False) == {"exllamav2"}
+    assert able(format="gptq_v2") == everyone - {"SGLang"}
+    assert able(group_size=256) == {"GPTQModel", "exllamav2"}
+    assert able(group_size=48, sizes=frozenset({(96, 96)})) == {"exllamav2"}
+    assert able(sizes=SHORT) == {"GPTQModel"}
     assert able(sizes=SHORT, group_size=64) == everyone
+    assert able(model_type="bloom") == {"GPTQModel"}
+    assert able(embeddings=True) == set()
+    with_package = "transformers with compressed-tensors"
+    compressed = partial(able, sym=False, format="compressed-tensors")
+    assert compressed() == {"vLLM", "SGLang", with_package}
+    assert compressed(bits=3) == {"vLLM", with_package}
+    assert compressed(embeddings=True) == {"vLLM"}
+    assert compressed(model_type="bloom") == {with_package}
+    assert able(format="awq", sym=False) == {"vLLM", "SGLang", "GPTQModel"}
+    assert able(format="mlx", embeddings=True) == {"mlx-lm"}
 
 
 def test_the_flags_that_would_widen_it():
     asym = Written(4, 128, False, "gptq_v2", EVEN)
     assert lines(asym) == [
         "format gptq_v2: loads in this package, transformers with gptq.hf.register(), GPTQModel, "
-        "SGLang",
-        "for AutoGPTQ, exllamav2: quantize with --format gptq",
+        "exllamav2",
         "for vLLM: quantize with --sym",
+        "for SGLang, transformers with compressed-tensors: quantize with --format "
+        "compressed-tensors",
+        "for mlx-lm: quantize with --format mlx",
     ]
     short = Written(3, 128, True, "gptq", SHORT)
-    assert lines(short)[1:] == [
-        "for vLLM, exllamav2: quantize with --wbits 4 --groupsize 64",
-        "for SGLang: quantize with --groupsize 64",
+    assert lines(short)[1:3] == [
+        "for vLLM, SGLang, exllamav2: quantize with --wbits 4 --groupsize 64",
+        "for transformers with compressed-tensors: quantize with --format compressed-tensors",
     ]
+    assert run_line(asym, Path("out")) == "run it with: gptq out --chat"
+    served = Written(4, 128, False, "compressed-tensors", EVEN)
+    assert run_line(served, Path("a folder")) == "run it with: vllm serve 'a folder'"
 
 
 @pytest.mark.parametrize("name", ALL)

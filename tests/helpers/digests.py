@@ -20,7 +20,7 @@ ENVIRONMENT = {
 }
 
 SAFETENSORS = {"save_safetensors": "model.safetensors"}
-FOLDER = {"save_dir": "folder"}
+FOLDER = {"save_dir": "folder", "format": "gptq_v2"}
 
 
 def cases() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -44,10 +44,13 @@ def cases() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "plain GPTQ": ({**plain, "scale_search": "minmax"}, {}),
         "mse": ({"scale_search": "mse", "group_size": 32}, {}),
         "nearest": ({"method": "rtn", "scale_search": "minmax"}, FOLDER),
-        "embeddings of 16 bits": ({"embedding_bits": 16, "sym": True}, FOLDER),
+        "embeddings of 16 bits": (
+            {"embedding_bits": 16, "sym": True},
+            {**FOLDER, "format": "gptq"},
+        ),
         "embeddings of 4 bits": (
             {"embedding_bits": 4},
-            {**FOLDER, "quantize_embeddings": True, "format": "gptq_v2"},
+            {**FOLDER, "quantize_embeddings": True},
         ),
         "v1 folder": ({}, {**FOLDER, "format": "gptq"}),
     }
@@ -101,9 +104,9 @@ def _convert(checkpoint: Path, model: Path, folder: Path) -> None:
 
     folder.mkdir()
     for name, settings in {
-        "v2": {},
+        "v2": {"format": "gptq_v2"},
         "v1": {"format": "gptq"},
-        "packed": {"quantize_embeddings": True},
+        "packed": {"format": "gptq_v2", "quantize_embeddings": True},
         "dense": {"format": "dense"},
         "model.pt": {},
         "dense.pt": {"format": "dense"},

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.old_tools import PROBE, write
+from helpers.other_formats import write as write_other
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -32,12 +33,14 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers import auto
 
-    before = AUTO_QUANTIZER_MAPPING["gptq"]
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    before = [dict(table) for table in tables]
     hf.register()
     yield
-    AUTO_QUANTIZER_MAPPING["gptq"] = before
+    for table, rows in zip(tables, before, strict=True):
+        table.update(rows)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,9 @@ def folders(llama_dir, bloom_dir, text_file, tmp_path_factory):
     for name, (arch, settings) in CONFIGS.items():
         source = {"llama": llama_dir, "bloom": bloom_dir}[arch]
         config = QuantConfig(**settings)
-        gptq.quantize(source, text_file, config, save_dir=where / name, nsamples=4, seqlen=32)
+        layout = None if config.sym else "gptq_v2"
+        windows = {"nsamples": 4, "seqlen": 32}
+        gptq.quantize(source, text_file, config, save_dir=where / name, format=layout, **windows)
     return where
 
 
@@ -168,13 +173,48 @@ def test_early_layouts(era, llama_dir, tmp_path):
         json.dumps({**described, "quantization_config": declared})
     )
     save_file(dict(made.state), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    if era == "float_zeros":
-        with pytest.raises(UserError, match="bring it up to date with"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-        return
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     assert {layer.scales.dtype for layer in packed(model)} == {torch.float32}
+    assert len(packed(model)) == 14
     torch.testing.assert_close(logits(model), made.logits, rtol=2e-4, atol=2e-4)
+
+
+OTHER_FORMATS = [
+    ("llama", "compressed-tensors", 4, 32),
+    ("bloom", "compressed-tensors", 3, -1),
+    ("llama", "awq", 4, 32),
+    ("bloom", "awq", 4, 64),
+]
+
+
+@pytest.mark.parametrize(("arch", "name", "bits", "size"), OTHER_FORMATS)
+def test_other_formats(arch, name, bits, size, llama_dir, bloom_dir, tmp_path, capsys):
+    source = {"llama": llama_dir, "bloom": bloom_dir}[arch]
+    made = write_other(source, tmp_path / "theirs", name, bits, size)
+    for arguments in ({}, {"device_map": {"": "cpu"}}):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "theirs", dtype="float32", **arguments
+        )
+        assert len(packed(model)) == len(made.layers)
+        assert {layer.bits for layer in packed(model)} == {bits}
+        torch.testing.assert_close(logits(model), made.logits, rtol=2e-3, atol=2e-3)
+    assert "UNEXPECTED" not in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "again")
+    declared = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert (declared["quant_method"], declared["format"]) == ("gptq", "gptq_v2")
+    assert (declared["bits"], declared["group_size"]) == (bits, size)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="float32")
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_kinds_that_are_not_read_stay_transformers(llama_dir, tmp_path):
+    write_other(llama_dir, tmp_path / "theirs", "compressed-tensors", 4, 32)
+    file = tmp_path / "theirs" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["format"] = "float-quantized"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ImportError, match="compressed-tensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
 
 
 def test_quantizing_is_not_transformers_business(llama_dir):

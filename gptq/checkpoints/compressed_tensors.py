@@ -1,0 +1,258 @@
+"""The format "compressed-tensors" in its kind "pack-quantized", which llm-compressor writes.
+
+Of each layer: weight_packed int32 (out, ceil(in * bits / 32)), weight_scale (out, groups),
+weight_zero_point int32 (ceil(out * bits / 32), groups) unless symmetric, weight_shape int64 (2,).
+Layout: https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized)
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq.checkpoints import translation
+from gptq.checkpoints.canonical import Canonical, LayerFacts, half, with_modules
+from gptq.checkpoints.layouts import PackedLayer
+from gptq.checkpoints.translation import MAKE_AGAIN, names_with, require
+from gptq.errors import UserError
+from gptq.files.lazy import Entries, Entry, LazyTensors
+from quant_cuda.packing import BITS, pack_zeros, words_for
+
+METHOD = "compressed-tensors"
+PACKED = "pack-quantized"
+
+# Writing -------------------------------------------------------------------------------------
+
+
+def refuses(facts: LayerFacts) -> str | None:
+    """Why the format cannot hold a layer, with the flag that helps; None if it can."""
+    if facts.has_g_idx:
+        return "has groups in act-order, which its readers refuse; use --order gar"
+    if facts.short_group:
+        return (
+            f"has {facts.layer.inputs} inputs, which groups of {facts.layer.group_size} do not "
+            f"divide; use --groupsize {translation.fitting_group(facts.layer.inputs)}"
+        )
+    return None
+
+
+def tensors(canonical: Canonical) -> LazyTensors:
+    """Every tensor, none of which is read yet. Scales and biases become float16."""
+    modules = {layer.name: _entries(canonical, layer) for layer in canonical.layers}
+    return with_modules(canonical.tensors, modules)
+
+
+def _entries(canonical: Canonical, layer: PackedLayer) -> Entries:
+    words, zero_words = (words_for(n, layer.bits) for n in (layer.inputs, layer.outputs))
+    own, name = canonical.tensors, layer.name
+    entries = {
+        "weight_packed": _turned(own, f"{name}.qweight", (layer.outputs, words)),
+        "weight_scale": _turned(
+            LazyTensors({"scales": half(canonical, f"{name}.scales")}),
+            "scales",
+            (layer.outputs, layer.groups),
+        ),
+    }
+    if not canonical.settings.sym:
+        zeros = _turned(own, f"{name}.qzeros", (zero_words, layer.groups))
+        entries["weight_zero_point"] = zeros
+    shape = torch.tensor([layer.outputs, layer.inputs])
+    entries["weight_shape"] = Entry(shape.clone, (2,), torch.int64)
+    if f"{name}.bias" in own:
+        entries["bias"] = half(canonical, f"{name}.bias")
+    return entries
+
+
+def _turned(tensors: LazyTensors, name: str, shape: tuple[int, int]) -> Entry:
+    return Entry(partial(translation.transposed, tensors, name), shape, tensors.dtype(name))
+
+
+def settings(canonical: Canonical) -> dict[str, object]:
+    """config.json's quantization_config: one group of layers for each width and group size."""
+    ends = {layer.name for layer in canonical.embeddings}
+    linears = [layer for layer in canonical.layers if layer.name not in ends]
+    kinds = dict.fromkeys((layer.bits, layer.group_size) for layer in linears)
+    targets: dict[tuple[int, int, bool], list[str]] = {}
+    for layer in canonical.layers:
+        is_end = layer.name in ends
+        kind = (layer.bits, layer.group_size, is_end)
+        # Layers that are all alike need no names; "Linear" is not an embedding or a head.
+        names = [layer.name] if is_end or len(kinds) > 1 else ["Linear"]
+        targets.setdefault(kind, []).extend(n for n in names if n not in targets.get(kind, ()))
+    groups = {
+        f"group_{number}": {
+            "targets": names,
+            "weights": _weights(bits, size, canonical.settings.sym),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for number, ((bits, size, _), names) in enumerate(targets.items())
+    }
+    head = canonical.source.spec.head
+    # transformers 5.24 with compressed-tensors 0.20 loads packed zero points only if it is told to
+    # dequantize; vLLM ignores the key.
+    dequantize = {} if canonical.settings.sym else {"dequantize": True}
+    return {
+        "quant_method": METHOD,
+        "format": PACKED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [] if head in ends else [head],
+        "kv_cache_scheme": None,
+        **dequantize,
+    }
+
+
+def _weights(bits: int, group_size: int, sym: bool) -> dict[str, object]:
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": sym,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "actorder": None,
+        "dynamic": False,
+    }
+
+
+# Reading -------------------------------------------------------------------------------------
+
+
+def recognizes(tensors: LazyTensors, settings: Mapping[str, object]) -> bool:
+    """Whether a checkpoint is of this format."""
+    return settings.get("quant_method") == METHOD or any(names_with(tensors, "weight_packed"))
+
+
+def as_gptq(
+    path: Path, tensors: LazyTensors, settings: Mapping[str, Any]
+) -> tuple[LazyTensors, dict[str, object]]:
+    """The same checkpoint with the tensors and settings of "gptq_v2".
+
+    Raises UserError for kinds of the format other than "pack-quantized" of whole numbers, for
+    quantized activations, and for tensors that do not go together.
+    """
+    declared = [_declared(path, group) for group in _groups(path, settings)]
+    names = names_with(tensors, "weight_packed")
+    if not names:
+        raise UserError(f"{path}: holds no weight_packed; {MAKE_AGAIN}")
+    changes: dict[str, Entry | None] = {}
+    layers, symmetric, ordered = [], True, False
+    for name in names:
+        require(path, tensors, name, "weight_scale", "weight_shape")
+        layer = _layer(path, tensors, name, declared)
+        layers.append(layer)
+        symmetric &= f"{name}.weight_zero_point" not in tensors
+        ordered |= f"{name}.weight_g_idx" in tensors
+        changes |= _gptq_entries(path, tensors, layer)
+    return tensors.changed(changes), translation.gptq_settings(layers, symmetric, ordered)
+
+
+def _groups(path: Path, settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    groups = settings.get("config_groups") or {}
+    kinds = [settings.get("format"), *(g.get("format") for g in _records(path, groups))]
+    for kind in kinds:
+        if kind not in (None, PACKED, "mixed-precision"):
+            raise UserError(f"{path}: is compressed-tensors of kind {kind!r}; {PACKED} can be read")
+    yield from _records(path, groups)
+
+
+def _records(path: Path, groups: object) -> list[dict[str, Any]]:
+    records = list(groups.values()) if isinstance(groups, dict) else [groups]
+    checked = [record for record in records if isinstance(record, dict)]
+    if len(checked) < len(records):
+        raise UserError(f"{path}: its config_groups are no JSON objects; {MAKE_AGAIN}")
+    return checked
+
+
+def _declared(path: Path, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What one group of layers says of its weights."""
+    weights = group.get("weights")
+    if group.get("input_activations") or group.get("output_activations"):
+        raise UserError(f"{path}: quantizes activations too, which cannot be read; {MAKE_AGAIN}")
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int":
+        raise UserError(f"{path}: its weights are no whole numbers; {MAKE_AGAIN}")
+    return weights
+
+
+def _layer(
+    path: Path, tensors: LazyTensors, name: str, declared: list[Mapping[str, Any]]
+) -> PackedLayer:
+    shape = tensors[f"{name}.weight_shape"].tolist()
+    if len(shape) != 2 or min(shape) < 1:
+        raise UserError(f"{path}: {name}.weight_shape is {shape}; the file is damaged")
+    outputs, inputs = shape
+    words = tensors.shape(f"{name}.weight_packed")[-1]
+    fitting = [bits for bits in BITS if words == words_for(inputs, bits)]
+    stated = [bits for bits in fitting if any(each.get("num_bits") == bits for each in declared)]
+    if not fitting:
+        raise UserError(
+            f"{path}: {name}.weight_packed has {words} words a row, which do not fit {inputs} "
+            f"inputs at 2, 3, 4 or 8 bits; {MAKE_AGAIN}"
+        )
+    scale = tensors.shape(f"{name}.weight_scale")
+    groups = scale[1] if len(scale) == 2 else 1
+    sizes = [each["group_size"] for each in declared if isinstance(each.get("group_size"), int)]
+    size = next((size for size in sizes if size > 0 and -(-inputs // size) == groups), None)
+    if size is None and groups == 1:
+        size = -1
+    elif size is None and inputs % groups == 0:
+        size = inputs // groups
+    if size is None:
+        raise UserError(f"{path}: {name}.weight_scale has {groups} groups of {inputs} inputs")
+    return PackedLayer(name, inputs, outputs, (stated or fitting)[0], groups, size)
+
+
+def _gptq_entries(path: Path, tensors: LazyTensors, layer: PackedLayer) -> dict[str, Entry | None]:
+    name = layer.name
+    words = words_for(layer.inputs, layer.bits)
+    translation.check_shape(path, tensors, f"{name}.weight_packed", (layer.outputs, words))
+    own: dict[str, Entry | None] = {
+        f"{name}.weight_packed": None,
+        f"{name}.weight_scale": None,
+        f"{name}.weight_shape": None,
+        f"{name}.weight_zero_point": None,
+        f"{name}.weight_g_idx": None,
+        f"{name}.qweight": translation.qweight(
+            layer, partial(translation.transposed, tensors, f"{name}.weight_packed")
+        ),
+        f"{name}.scales": translation.scales(
+            layer, partial(_scales, tensors, layer), tensors.dtype(f"{name}.weight_scale")
+        ),
+        f"{name}.qzeros": _zeros(path, tensors, layer),
+    }
+    scale = tensors.shape(f"{name}.weight_scale")
+    if scale not in ((layer.outputs, layer.groups), (layer.outputs,), (1,), ()):
+        translation.check_shape(
+            path, tensors, f"{name}.weight_scale", (layer.outputs, layer.groups)
+        )
+    if f"{name}.weight_g_idx" in tensors:
+        own[f"{name}.g_idx"] = tensors.entry(f"{name}.weight_g_idx")
+    return own
+
+
+def _scales(tensors: LazyTensors, layer: PackedLayer) -> Tensor:
+    """(groups, out); one scale of a whole layer is everybody's."""
+    scale = tensors[f"{layer.name}.weight_scale"]
+    columns = scale.reshape(-1, layer.groups) if scale.dim() < 2 else scale
+    return columns.expand(layer.outputs, layer.groups).T.contiguous()
+
+
+def _zeros(path: Path, tensors: LazyTensors, layer: PackedLayer) -> Entry:
+    name = f"{layer.name}.weight_zero_point"
+    if name not in tensors:
+        return translation.symmetric_zeros(layer)
+    if tensors.dtype(name) == torch.int32:
+        words = words_for(layer.outputs, layer.bits)
+        translation.check_shape(path, tensors, name, (words, layer.groups))
+        return translation.qzeros(layer, partial(translation.transposed, tensors, name))
+    # Before version 0.10 zero points were not packed: int8 (out, groups), less 2**(bits - 1).
+    translation.check_shape(path, tensors, name, (layer.outputs, layer.groups))
+    return translation.qzeros(layer, partial(_signed_zeros, tensors, layer))
+
+
+def _signed_zeros(tensors: LazyTensors, layer: PackedLayer) -> Tensor:
+    signed = tensors[f"{layer.name}.weight_zero_point"].to(torch.int32)
+    return pack_zeros(signed.T + 2 ** (layer.bits - 1), layer.bits, zero_offset=0)
