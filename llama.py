@@ -1,4 +1,4 @@
-"""Quantize or run a llama model: `python llama.py --help`."""
+"""Quantize or run LLaMA and models like it: `python llama.py --help`."""
 
 import sys
 

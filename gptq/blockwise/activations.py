@@ -1,5 +1,6 @@
 """Activations on their way through a model, block by block."""
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def embed(
     first, *others = model.spec.embed
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
     whole = model.module.get_submodule(first)
-    replace(model.module, first, nn.Embedding.from_pretrained(_embedding_rows(model, used)))
+    replace(model.module, first, _with_rows(whole, _embedding_rows(model, used)))
     for name in others:
         model.load(name)
     for index, tokens in enumerate(windows):
@@ -86,6 +87,17 @@ def embed(
     for name in others:
         free(model.module.get_submodule(name))
     return activations
+
+
+def _with_rows(whole: nn.Module, rows: Tensor) -> nn.Module:
+    """An embedding of other rows (n, hidden), of the class of `whole`, which may scale them."""
+    if isinstance(whole, QuantEmbedding):
+        return nn.Embedding.from_pretrained(rows)
+    embedding: Any = copy.copy(whole)
+    # The row of padding may be none of those.
+    embedding.padding_idx = None
+    embedding._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+    return embedding
 
 
 def _embedding_rows(model: BlockwiseModel, used: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
             model = AutoModelForCausalLM.from_config(config)
         for name in spec.computed:
             replace(model, name, type(model.get_submodule(name))(config=model.config).to(device))
+        for name, attribute in spec.scalars:
+            path, _, buffer = name.rpartition(".")
+            part = model.get_submodule(path)
+            setattr(part, buffer, torch.tensor(getattr(part, attribute), device=device))
     except ImportError as error:
         raise UserError(
             f"the configuration of this {spec.model_type} model asks for a package that is not "
@@ -44,6 +48,13 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
             f"the configuration of this {spec.model_type} model makes no model "
             f"({type(error).__name__}: {first_line(error)}): copy its config.json again"
         ) from error
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in stored:
+            raise UserError(
+                f"{name}: the description of '{spec.model_type}' models does not say how this "
+                "buffer is computed; the model cannot be run"
+            )
     return model.eval().requires_grad_(False)
 
 

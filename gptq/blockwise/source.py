@@ -160,7 +160,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
     model_type = read_json(path).get("model_type")
     if not isinstance(model_type, str) or model_type not in SPECS:
         raise UserError(
-            f"{folder}: it is a '{model_type}' model; {' and '.join(SPECS)} are supported"
+            f"{folder}: it is a '{model_type}' model; {', '.join(SPECS)} are supported, and "
+            "docs/architecture.md says how to add another"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

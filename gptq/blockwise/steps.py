@@ -39,10 +39,11 @@ def step(block: Block, number: int, batch: Batch, arguments: Arguments) -> Batch
         return _output_layer_input(block, group.branch, x, arguments), hidden
     hidden = batch[-1]
     if len(batch) == 2:
-        hidden = hidden + block.linear(groups[number - 1].branch.output)(batch[0])
+        hidden = hidden + _branch_output(block, groups[number - 1].branch, batch[0])
     if group is None:
         return (hidden,)
-    x = block.module.get_submodule(group.branch.norm)(hidden)
+    norm = group.branch.norm
+    x = hidden if norm is None else block.module.get_submodule(norm)(hidden)
     # BLOOM can be configured to add a branch to the normed hidden states.
     after_norm = getattr(block.module, "apply_residual_connection_post_layernorm", False)
     return x, (x if after_norm else hidden)
@@ -53,21 +54,23 @@ def advance(activations: Activations, block: Block, number: int) -> Iterator[Inp
 
     No group receives what comes after the last one: use `finish`.
     """
-    writes_residual = block.spec.groups[number].writes_residual
+    group = block.spec.groups[number]
+    # The error of the hidden states can be made up for only by what is added to them as it is.
+    with_residual = group.writes_residual and group.branch.is_plain
     for index, batch, arguments in activations.batches(block):
         x, hidden = step(block, number, batch, arguments)
         activations.hidden.put(index, (x, hidden))
-        yield Inputs(x, hidden if writes_residual else None)
+        yield Inputs(x, hidden if with_residual else None)
 
 
 def advance_past(activations: Activations, block: Block, number: int) -> Iterator[Inputs]:
     """As `advance`, for a block that nothing changes.
 
-    A group that writes to the hidden states is passed, so that its output is known too. Take such
-    activations on with this function alone.
+    A group whose output is added to the hidden states as it is, is passed, so that its output is
+    known too. Take such activations on with this function alone.
     """
     group = block.spec.groups[number]
-    if not group.writes_residual:
+    if not (group.writes_residual and group.branch.is_plain):
         yield from advance(activations, block, number)
         return
     layer = block.linear(group.branch.output)
@@ -106,6 +109,14 @@ def check_steps(block: Block, activations: Activations) -> None:
                 "wrong model"
             )
         return
+
+
+def _branch_output(block: Block, branch: Branch, x: Tensor) -> Tensor:
+    """What a branch adds to the hidden states. x: the input of its output layer."""
+    output = block.linear(branch.output)(x)
+    if branch.post_norm is not None:
+        output = block.module.get_submodule(branch.post_norm)(output)
+    return output if branch.scale is None else output * getattr(block.module, branch.scale)
 
 
 @torch.no_grad()

@@ -22,12 +22,13 @@ _CHUNK = 4096
 
 
 def pack_embeddings(canonical: Canonical, bits: int) -> Canonical:
-    """The same model, the embedding and the head packed; itself if `bits` is 16.
+    """The same model, the embedding and the head packed; itself if `bits` is 16, and for an
+    architecture that cannot pack them.
 
     The packed ones are in memory. A tied head has no tensor of its own: the embedding's serve both.
     Raises UserError as `pack_rows`.
     """
-    if bits == 16:
+    if bits == 16 or not canonical.source.spec.packs_embedding:
         return canonical
     spec, sym = canonical.source.spec, canonical.settings.sym
     modules, packed = {}, {}

@@ -34,7 +34,7 @@ def check_before_run(model: BlockwiseModel, embedding_bits: Collection[int], fol
     model.check_tensors()
     check_shapes(model)
     state = model.module.state_dict()
-    for bits in embedding_bits:
+    for bits in embedding_bits if model.spec.packs_embedding else ():
         for name in (model.spec.embed[0], model.spec.head):
             check_rows(name, state[f"{name}.weight"].shape[1], bits)
     check_values(model)
@@ -48,7 +48,8 @@ def planned_layers(
     """What a run will write, as formats judge it. embedding_bits: 16 if both ends stay as they
     are."""
     state, spec = model.module.state_dict(), model.spec
-    ends = (spec.embed[0], spec.head) if embedding_bits < 16 else ()
+    packs = embedding_bits < 16 and spec.packs_embedding
+    ends = (spec.embed[0], spec.head) if packs else ()
     layers = []
     for name in (*_packed_layers(model), *ends):
         outputs, inputs = state[f"{name}.weight"].shape

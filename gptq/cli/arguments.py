@@ -72,15 +72,15 @@ def join_optional_values(argv: Sequence[str]) -> list[str]:
 def parser(spec: ModelSpec | None) -> argparse.ArgumentParser:
     """The flags of GPTQ-for-LLaMa under their names, and a few more.
 
-    spec: of the one architecture that the command takes; None: any.
+    spec: the command takes the architectures that share its script; None: any.
     A flag that is not given is None or False. Parsing raises UserError.
     """
-    prog = "python -m gptq" if spec is None else f"{spec.model_type}.py"
+    prog = "python -m gptq" if spec is None else f"{spec.script}.py"
     command = prog if spec is None else f"python {prog}"
-    kinds = " or ".join(SPECS) if spec is None else spec.model_type
+    kinds = [name for name, it in SPECS.items() if spec is None or it.script == spec.script]
     parser = Parser(
         prog=prog,
-        description=f"Quantize a {kinds} model with GPTQ, or run one.",
+        description=f"Quantize a model with GPTQ, or run one. Architectures: {', '.join(kinds)}.",
         epilog=EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -36,14 +36,12 @@ if TYPE_CHECKING:
     from gptq.pipeline.report import LayerReport, Report
 
 DEFAULT_NEW_TOKENS = 128
-# Architectures with a script of their own, named after them.
-SCRIPTS = ("llama", "bloom")
 
 
 def main(spec: ModelSpec | None = None, argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code.
 
-    spec: the one architecture to accept; None: any, as the model's config.json says.
+    spec: of the architectures to accept, those that share its script; None: any.
     argv: without the program's name; None: this process's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -110,10 +108,8 @@ def _empty_model(
 
 def _check_architecture(model: str, actual: ModelSpec, accepted: ModelSpec | None) -> None:
     """Raise UserError for a model that another script takes."""
-    kind = actual.model_type
-    if accepted is not None and kind != accepted.model_type:
-        command = f"{kind}.py" if kind in SCRIPTS else "python -m gptq"
-        raise UserError(f"{model}: is a {kind} model; use {command}")
+    if accepted is not None and actual.script != accepted.script:
+        raise UserError(f"{model}: is a {actual.model_type} model; use {actual.script}.py")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Perplexity, block by block, so that the model may be larger than memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gptq.blockwise.activations import batches, embed
 from gptq.blockwise.model import BlockwiseModel, free
@@ -39,8 +42,10 @@ def perplexity(
             progress(index + 1, model.block_count)
     norm, head = (model.load(name) for name in (model.spec.norm, model.spec.head))
     losses = []
-    for batch, (hidden,) in zip(tokens, activations.hidden, strict=True):
-        losses += [_window_loss(norm, head, *pair) for pair in zip(batch, hidden, strict=True)]
+    with _base_replaced(model, norm):
+        for batch, (hidden,) in zip(tokens, activations.hidden, strict=True):
+            pairs = zip(batch, hidden, strict=True)
+            losses += [_window_loss(model.module, *pair) for pair in pairs]
     for part in (norm, head):
         free(part)
     mean = sum(losses) / len(losses)
@@ -51,12 +56,32 @@ def perplexity(
     return math.exp(mean) if mean < MOST_LOSS else math.inf
 
 
-def _window_loss(norm: nn.Module, head: nn.Module, tokens: Tensor, hidden: Tensor) -> float:
+@contextmanager
+def _base_replaced(model: BlockwiseModel, norm: nn.Module) -> Iterator[None]:
+    """While open, the model maps the last block's output, as `inputs_embeds`, to logits.
+
+    transformers' own forward then does what an architecture does to its logits: scaling, capping.
+    """
+    base = model.module.get_submodule(model.spec.base)
+
+    def forward(*_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=norm(inputs_embeds))
+
+    # An attribute of the instance comes before the method of its class.
+    base.forward = forward
+    try:
+        yield
+    finally:
+        del base.forward
+
+
+def _window_loss(model: nn.Module, tokens: Tensor, hidden: Tensor) -> float:
     """Mean cross entropy of one window: tokens (seq,), hidden (seq, hidden)."""
     total = 0.0
     targets = tokens[1:].to(hidden.device)
     for start in range(0, len(targets), LOGIT_TOKENS):
         target = targets[start : start + LOGIT_TOKENS]
-        logits = head(norm(hidden[start : start + len(target)])).float()
+        states = hidden[None, start : start + len(target)]
+        logits = model(inputs_embeds=states, use_cache=False).logits[0].float()
         total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
     return total / len(targets)

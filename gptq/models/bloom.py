@@ -29,6 +29,7 @@ BLOOM = ModelSpec(
             adds_residual=True,
         ),
     ),
+    script="bloom",
     # bigscience/bloom files name their tensors from inside the base model.
     old_prefixes=(
         ("word_embeddings", "transformer.word_embeddings"),

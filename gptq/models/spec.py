@@ -7,12 +7,13 @@ from gptq.models.gguf_names import GgufNames
 
 @dataclass(frozen=True)
 class Branch:
-    """Half of a block: hidden + output(module(norm(hidden))), attention or MLP.
+    """Half of a block: hidden + scale * post_norm(output(module(norm(hidden)))), attention or MLP.
 
     Names are inside the block. `module` is run with `output` taken out, to see what it receives.
     """
 
-    norm: str
+    norm: str | None
+    """None: the module reads the hidden states as they are."""
     module: str
     inputs: tuple[str, ...]
     """Linear layers that read the normed hidden states, in the order they run."""
@@ -22,6 +23,15 @@ class Branch:
     """Whether the module is given the block's masks and position terms: attention is."""
     adds_residual: bool = False
     """Whether the module's second argument is a residual that it adds by itself."""
+    post_norm: str | None = None
+    """A norm of the branch's output, before it is added; None if there is none."""
+    scale: str | None = None
+    """The block's attribute that multiplies the branch's output; None if there is none."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is added to the hidden states is the output layer's own output."""
+        return self.post_norm is None and self.scale is None
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,12 @@ class ModelSpec:
     """(old, new) beginnings of tensor names: files written by early tools or without the base."""
     dropped: tuple[str, ...] = ()
     """Endings of tensor names that old files carry and today's modules compute for themselves."""
+    scalars: tuple[tuple[str, str], ...] = ()
+    """(buffer, attribute beside it) of buffers of one number that is no weight."""
+    packs_embedding: bool = True
+    """Whether the embedding and the head can be packed: a scaled embedding cannot."""
+    script: str = "llama"
+    """The script at the root that takes this architecture, without its ending."""
     gguf: GgufNames | None = None
     """The names in .gguf files; None if those of this architecture cannot be read."""
 

@@ -29,7 +29,7 @@ def fingerprint(source: ModelSource) -> str:
     for name in sorted(source.tensors):
         if name.startswith(prefixes):
             result.update(name.encode())
-            result.update(source.tensors[name].contiguous().view(torch.uint8).numpy().data)
+            result.update(source.tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()[:16]
 
 

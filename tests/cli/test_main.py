@@ -4,14 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 from helpers.logs import without_progress
 
 import gptq
-from gptq.cli.run import SCRIPTS, _check_architecture, main
+from gptq.cli.run import _check_architecture, main
 from gptq.errors import UserError
 from gptq.models import BLOOM, LLAMA, SPECS
 
@@ -29,7 +28,7 @@ def python(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize("architecture", SCRIPTS)
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
 def test_it_quantizes_and_runs_both_tiny_models(
     architecture, request, tmp_path, text_file, monkeypatch, capsys
 ):
@@ -94,7 +93,7 @@ def test_a_script_takes_its_own_architecture():
     _check_architecture("m", BLOOM, None)
     with pytest.raises(UserError, match=r"^m: is a bloom model; use bloom\.py$"):
         _check_architecture("m", BLOOM, LLAMA)
-    # One that has no script.
-    other = replace(LLAMA, model_type="other")
-    with pytest.raises(UserError, match=r"^m: is a other model; use python -m gptq$"):
-        _check_architecture("m", other, LLAMA)
+    # One that has no script of its own.
+    _check_architecture("m", SPECS["qwen2"], LLAMA)
+    with pytest.raises(UserError, match=r"^m: is a qwen2 model; use llama\.py$"):
+        _check_architecture("m", SPECS["qwen2"], BLOOM)

@@ -93,7 +93,8 @@ def dequantized(weight):
 
 def test_a_block_that_the_record_does_not_describe_is_refused(tmp_path, monkeypatch, text_file):
     """Gemma2 has two norms more in a block, and LLaMA's names for all the rest."""
-    monkeypatch.setitem(SPECS, "gemma2", replace(LLAMA, model_type="gemma2"))
+    described = replace(SPECS["gemma2"], branches=LLAMA.branches)
+    monkeypatch.setitem(SPECS, "gemma2", described)
     config = Gemma2Config(**SIZES, **WINDOW, head_dim=16, query_pre_attn_scalar=16)
     folder = make_model(tmp_path / "gemma2", config)
     with pytest.raises(UserError, match=r"model.layers.0: the description of 'gemma2' models"):
@@ -107,3 +108,12 @@ def test_a_block_that_the_record_does_not_describe_is_refused(tmp_path, monkeypa
             device="cpu",
         )
     assert not (tmp_path / "m.pt").exists()
+
+
+def test_a_buffer_that_the_record_does_not_describe_is_refused(tmp_path, monkeypatch):
+    """Gemma2 multiplies its embeddings by a number that is no weight."""
+    monkeypatch.setitem(SPECS, "gemma2", replace(SPECS["gemma2"], scalars=()))
+    config = Gemma2Config(**SIZES, **WINDOW, head_dim=16, query_pre_attn_scalar=16)
+    folder = make_model(tmp_path / "gemma2", config)
+    with pytest.raises(UserError, match=r"embed_scale: the description of 'gemma2' models"):
+        open_weights(folder, device="cpu")

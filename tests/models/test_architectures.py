@@ -1,0 +1,94 @@
+"""Every architecture of SPECS against transformers' own forward, on tiny random models."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gptq
+from gptq.api import open_weights, perplexity
+from gptq.cli.run import main
+from gptq.models import LLAMA, SPECS
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+WINDOW = {"sliding_window": 8}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, **WINDOW}
+# What makes a tiny model show the quirks of its architecture.
+QUIRKS: dict[str, dict[str, Any]] = {
+    "mistral": WINDOW,
+    "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 16},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "olmo": {"clip_qkv": 1.0},
+    "olmo3": WINDOW,
+    "exaone4": WINDOW,
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "stablelm": {"use_qkv_bias": True},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "helium": {"head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+}
+BLOOM = {"n_layer": 2, "n_head": 4, "hidden_size": 64, "vocab_size": 320}
+
+
+@pytest.fixture(params=SPECS)
+def folder(request, tmp_path):
+    name = request.param
+    sizes = BLOOM if name == "bloom" else {**SIZES, **QUIRKS.get(name, {})}
+    return make_model(tmp_path / name, AutoConfig.for_model(name, **sizes))
+
+
+def windows(count=3, length=40):
+    return torch.randint(2, 300, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def own_perplexity(model):
+    losses = [model(window[None], labels=window[None]).loss for window in windows()]
+    return torch.stack(losses).mean().exp().item()
+
+
+def test_it_is_evaluated_quantized_and_loaded(folder, text_file, tmp_path):
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(full).__name__ == SPECS[folder.name].architecture
+    found = perplexity(open_weights(folder, device="cpu"), windows())
+    assert found == pytest.approx(own_perplexity(full), rel=1e-4)
+    path, settings = tmp_path / "m.pt", {"nsamples": 3, "seqlen": 32, "device": "cpu"}
+    config = gptq.QuantConfig(bits=8, group_size=32)
+    report = gptq.quantize(folder, text_file, config, save=path, dtype="float32", **settings)
+    assert len(report.layers) == 2 * len(SPECS[folder.name].linears)
+    model, _ = gptq.load(folder, path, device="cpu")
+    packed = [m for m in model.modules() if isinstance(m, gptq.QuantLinear)]
+    assert len(packed) >= len(report.layers)
+    # The head is packed in files, but where its embedding is scaled.
+    block_by_block = perplexity(open_weights(folder, path, device="cpu"), windows())
+    assert own_perplexity(model) == pytest.approx(block_by_block, rel=1e-4)
+    assert own_perplexity(model) == pytest.approx(found, rel=0.03)
+
+
+def test_the_script_takes_all_of_its_kind(llama_dir, bloom_dir, text_file, tmp_path, capsys):
+    sizes = {**SIZES, **QUIRKS["qwen3"]}
+    qwen = make_model(tmp_path / "qwen3", AutoConfig.for_model("qwen3", **sizes))
+    flags = ["--wbits", "4", "--groupsize", "32", "--nearest", "--save", str(tmp_path / "m.pt")]
+    assert main(LLAMA, [str(qwen), *flags]) == 0
+    assert main(SPECS["bloom"], [str(qwen), *flags]) == 2
+    assert "is a qwen3 model; use llama.py" in capsys.readouterr().err
+    assert main(LLAMA, [str(bloom_dir), *flags]) == 2
+    assert "is a bloom model; use bloom.py" in capsys.readouterr().err
