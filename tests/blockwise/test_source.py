@@ -429,6 +429,35 @@ def test_an_index_that_does_not_hold(tmp_path, llama, kind):
         refused(tmp_path, index.name)
 
 
+@pytest.mark.parametrize("kind", ["safetensors-parts", "bin-parts"])
+def test_an_index_that_names_other_files(tmp_path, llama, kind):
+    """Only weight files in the index's folder and below are read; links lead anywhere."""
+    folder = save(llama, tmp_path / "m", kind)
+    index = next(folder.glob("*.index.json"))
+    part = sorted(folder.glob("*-00002-of-*"))[0]
+    content = json.loads(index.read_text())
+    elsewhere = part.rename(tmp_path / part.name)
+
+    def rename(name: str) -> None:
+        renamed = {t: name if f == part.name else f for t, f in content["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": renamed}))
+
+    (folder / "notes.txt").write_text("mine")
+    bad = [f"../{part.name}", f"sub/../../{part.name}", str(elsewhere), "/proc/self/mem", "..", ""]
+    bad += ["config.json", "notes.txt", "/etc/passwd", "zero\0.txt"]
+    for name in bad:
+        rename(name)
+        refused(folder, index.name, f"names '{name}'", "file of its folder")
+    for name in ("absent" + part.suffix, "x" * 300 + part.suffix, "\0" + part.suffix):
+        rename(name)
+        refused(folder, name, "missing")
+    (folder / "sub").mkdir()
+    for name in ("link" + part.suffix, f"sub/{part.name}"):
+        (folder / name).symlink_to(elsewhere)
+        rename(name)
+        assert_holds(open_model(folder), llama)
+
+
 def test_code_in_weights(tmp_path, llama):
     save(llama, tmp_path, "bin")
     torch.save({"w": torch.ones(1), "f": shutil.rmtree}, tmp_path / "pytorch_model.bin")
