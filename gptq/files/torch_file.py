@@ -21,7 +21,7 @@ import torch
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import Entries, Entry, LazyTensors, Read, Shape
 from gptq.files.pickle_values import MAX_BYTES, Call, Name, UnknownName, read_pickle
-from gptq.files.spans import open_binary, read_span
+from gptq.files.spans import check_shape, open_binary, read_span
 from gptq.files.torch_writing import HEADER, STORAGES
 
 _DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} | {
@@ -221,6 +221,7 @@ def _entry(path: Path, records: Mapping[str, _Record], name: Any, value: Call) -
         raise UserError(f"{path}: tensor '{name}' is conjugated or negated; save it resolved")
     if not _are_sizes(offset, *shape, *strides):
         raise ValueError(f"the sizes of tensor '{name}'")
+    check_shape(path, name, shape)
     record = _of_view(records[claim.key], claim.dtype.itemsize, claim)
     held = record.nbytes // dtype.itemsize
     steps = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

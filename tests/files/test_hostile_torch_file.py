@@ -162,6 +162,7 @@ CLAIMS = {
     "negative storage": tensor(storage("FloatStorage", -4), 0, (4,), (1,)),
     "fewer strides": tensor(storage("FloatStorage", 4), 0, (2, 2), (2,)),
     "huge and empty": tensor(storage("FloatStorage", 4), 0, (1 << 64, 0), (1, 1)),
+    "many sizes": tensor(storage("FloatStorage", 4), 0, (1,) * 2000, (1,) * 2000),
     "wider type": tensor(storage("DoubleStorage", 4), 0, (4,), (1,)),
     "another's bytes": tensor(storage("FloatStorage", 8), 0, (8,), (1,)),
     "no storage": tensor(storage("FloatStorage", 4, "7"), 0, (4,), (1,)),

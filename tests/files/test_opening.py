@@ -279,6 +279,22 @@ def header(entries) -> bytes:
         header({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}) + bytes(4),
         header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4 << 40]}}) + bytes(4),
         header({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [1 << 63, 0], "data_offsets": [0, 0]}}),
+        header({"w": {"dtype": "F32", "shape": [1] * 2000, "data_offsets": [0, 4]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [1 << 33] * 2, "data_offsets": [0, 4]}}) + bytes(4),
+        # Two tensors on the same bytes, bytes that overlap, and bytes of no tensor.
+        header({n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in "ab"}) + bytes(4),
+        header(
+            {
+                "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+                "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]},
+            }
+        )
+        + bytes(6),
+        header({"w": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]}}) + bytes(6),
+        header(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
         header({"w": [1, 2]}),
         header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}) + bytes(9),
     ],
