@@ -1,6 +1,5 @@
 """The weight files of a model's folder: which they are, and their tensors."""
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gptq.errors import UserError, first_line
+from gptq.files.json_text import parse, read_text
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
 
@@ -151,7 +151,7 @@ def _check_numbering(files: list[Path]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError if it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({first_line(error)}): copy it again"
