@@ -21,7 +21,13 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
 
     device: for the computed buffers. Raises UserError for a configuration that makes no model.
     """
-    config = copy.deepcopy(config)
+    try:
+        config = copy.deepcopy(config)
+    except RecursionError as error:
+        raise UserError(
+            f"the configuration of this {spec.model_type} model is nested too deeply: copy its "
+            "config.json again"
+        ) from error
     # A quantized checkpoint has it. transformers would replace layers by its own quantizer's.
     if hasattr(config, "quantization_config"):
         del config.quantization_config

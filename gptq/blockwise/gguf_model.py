@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from gptq.blockwise.limits import check_sizes
 from gptq.errors import UserError
 from gptq.files.gguf_file import GgufHeader, check_types, lazy_tensor, read_header
 from gptq.files.lazy import Entries, LazyTensors, Read
@@ -63,6 +64,7 @@ def gguf_config(path: Path) -> PretrainedConfig:
     }
     if names.rotary:
         values |= _rotary(header, values["hidden_size"])
+    check_sizes(path, values.get)
     return AutoConfig.for_model(spec.model_type, **values)
 
 

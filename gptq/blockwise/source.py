@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gptq.blockwise.limits import check_sizes
 from gptq.blockwise.ties import resolve_ties
 from gptq.blockwise.tokenizer import open_tokenizer
 from gptq.blockwise.weight_files import open_full_weights, open_packed_weights, read_json
@@ -139,30 +140,21 @@ def _is_full(config: PretrainedConfig, spec: ModelSpec, tensors: Collection[str]
     return not _declares(config) and f"{spec.block(0)}.{spec.linears[0]}.weight" in tensors
 
 
-# Beyond any model there is; building from such a number would fill the memory.
-_MOST = {
-    "num_hidden_layers": 1_000,
-    "hidden_size": 1_000_000,
-    "intermediate_size": 10_000_000,
-    "num_attention_heads": 10_000,
-    "num_key_value_heads": 10_000,
-    "vocab_size": 10_000_000,
-    "max_position_embeddings": 1_000_000_000,
-}
-
-
 def _read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         files = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"pass {folder / files[0]}" if files else "pass a Hugging Face model's folder"
         raise UserError(f"{folder} has no config.json: {hint}")
-    model_type = read_json(path).get("model_type")
+    values = read_json(path)
+    model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in SPECS:
         raise UserError(
             f"{folder}: it is a '{model_type}' model; {', '.join(SPECS)} are supported, and "
             "docs/architecture.md says how to add another"
         )
+    # Before transformers makes a table of the labels' names.
+    check_sizes(path, values.get)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # transformers checks values with several exceptions that share no base.
@@ -170,10 +162,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise UserError(
             f"{path} is no usable {model_type} configuration: {first_line(error)}"
         ) from error
-    for key, most in _MOST.items():
-        value = getattr(config, key, 1)
-        if value is not None and not (type(value) is int and 0 < value <= most):
-            raise UserError(f"{path}: says {key} is {value!r}, which cannot be; copy it again")
+    check_sizes(path, lambda name: getattr(config, name, None))
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared is not None and heads % shared:
         raise UserError(

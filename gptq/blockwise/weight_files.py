@@ -1,12 +1,13 @@
 """The weight files of a model's folder: which they are, and their tensors."""
 
-import json
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from gptq.errors import UserError, first_line
+from gptq.files.json_text import parse, read_text
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
 
@@ -102,10 +103,7 @@ def _open_indexed(index: Path) -> LazyTensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f"{index} has no usable 'weight_map': copy it again")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}, which {index.name} names, is missing: copy or download it")
+    files = [_file_of_index(index, name) for name in sorted(set(weight_map.values()))]
     tensors = open_tensors(files)
     for name, file_name in weight_map.items():
         if name not in tensors:
@@ -114,6 +112,26 @@ def _open_indexed(index: Path) -> LazyTensors:
                 "is: copy or download that file again"
             )
     return tensors
+
+
+def _file_of_index(index: Path, name: str) -> Path:
+    """A weight file that an index names, in the index's folder or below it.
+
+    It can be a symbolic link to anywhere, as in the hub's cache: whoever made the folder made the
+    link, whereas an index is downloaded. Raises UserError for a name that leaves the folder, is
+    not of the index's kind of file, or is missing.
+    """
+    relative, ending = PurePath(name), PurePath(index.name.removesuffix(".index.json")).suffix
+    if relative.is_absolute() or ".." in relative.parts or relative.suffix != ending:
+        raise UserError(
+            f"{index} names '{name}', which is no {ending} file of its folder: copy the index again"
+        )
+    # os.path, since it returns False for a name that is too long; pathlib raises.
+    if not os.path.isfile(index.parent / relative):
+        raise UserError(
+            f"{index.parent / relative}, which {index.name} names, is missing: copy or download it"
+        )
+    return index.parent / relative
 
 
 def _check_numbering(files: list[Path]) -> None:
@@ -133,7 +151,7 @@ def _check_numbering(files: list[Path]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError if it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({first_line(error)}): copy it again"

@@ -37,7 +37,7 @@ def check_before_run(model: BlockwiseModel, embedding_bits: Collection[int], fol
     for bits in embedding_bits if model.spec.packs_embedding else ():
         for name in (model.spec.embed[0], model.spec.head):
             check_rows(name, state[f"{name}.weight"].shape[1], bits)
-    check_values(model)
+    check_values(model, embedding_bits)
     if folder:
         check_tokenizer_files(model.source)
 
@@ -74,9 +74,14 @@ def check_shapes(model: BlockwiseModel) -> None:
             )
 
 
-def check_values(model: BlockwiseModel) -> None:
-    """Raise UserError for NaN or infinity in a tensor that the solver does not quantize, and for a
-    packed layer's bias beyond float16, which is its type in every checkpoint format."""
+def check_values(model: BlockwiseModel, embedding_bits: Collection[int] = ()) -> None:
+    """Raise UserError for NaN or infinity in a tensor that the solver does not quantize, for a
+    packed layer's bias beyond float16, which is its type in every checkpoint format, and for
+    values of the embedding or the head that would be clamped when they are packed.
+    """
+    ends = {f"{name}.weight" for name in (model.spec.embed[0], model.spec.head)}
+    # A group from -x to x has 2**bits - 1 steps, whose size is float16.
+    most = min((_HALF_MAX * (2**bits - 1) / 2 for bits in embedding_bits if bits < 16), default=0)
     packed = set(_packed_layers(model))
     for name in model.module.state_dict():
         layer, _, kind = name.rpartition(".")
@@ -85,6 +90,11 @@ def check_values(model: BlockwiseModel) -> None:
         largest = _largest(model.tensors[name])
         if not largest < torch.inf:
             raise UserError(f"{name}: holds NaN or infinity; the model is damaged, fetch it again")
+        if name in ends and 0 < most < largest:
+            raise UserError(
+                f"{name}: holds {largest:g}, but packed embeddings and heads end at {most:g}; use "
+                "--embedding-bits 16 or --plain"
+            )
         if layer in packed and largest > _HALF_MAX:
             raise UserError(
                 f"{name}: holds {largest:g}, but biases of packed layers are float16, which ends "

@@ -1,6 +1,5 @@
 """The settings of a quantized model: quantize_config.json, made and read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 from gptq import __version__
 from gptq.blockwise.weight_files import is_packed_file_of
 from gptq.config import QuantConfig
-from gptq.errors import UserError
+from gptq.errors import UserError, first_line
+from gptq.files import json_text
 
 CONFIG_NAME = "quantize_config.json"
 # The key of a file's own metadata that holds the same, as JSON.
@@ -142,9 +142,12 @@ def _read(file: Path) -> dict[str, object]:
     if not file.is_file():
         return {}
     try:
-        return parse(file, file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text; copy it again") from error
+        text = json_text.read_text(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read as text ({first_line(error)}); copy it again"
+        ) from error
+    return parse(file, text)
 
 
 def _contradict(some: Mapping[str, object], others: Mapping[str, object]) -> bool:
@@ -158,7 +161,7 @@ def _contradict(some: Mapping[str, object], others: Mapping[str, object]) -> boo
 def parse(path: Path, text: object) -> dict[str, object]:
     """Settings from JSON. path: named in messages. Raises UserError if it is no JSON object."""
     try:
-        parsed = json.loads(text if isinstance(text, str) else "")
+        parsed = json_text.parse(text if isinstance(text, str) else "")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its settings are not JSON ({error}); make it again") from error
     if not isinstance(parsed, dict):

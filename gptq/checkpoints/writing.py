@@ -15,7 +15,7 @@ from gptq.errors import UserError
 from gptq.files.atomic import whole_file, whole_folder
 from gptq.files.lazy import LazyTensors
 from gptq.files.safetensors_file import shards, write_tensors
-from gptq.files.torch_file import write_state_dict
+from gptq.files.torch_writing import write_state_dict
 
 # More than this in a folder goes into several files with an index.
 SHARD_BYTES = 5_000_000_000

@@ -58,6 +58,8 @@ def totals_table(report: Report) -> Table:
         table.add_row("dead inputs", f"{dead}, zero on all calibration tokens; rounded to nearest")
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", f"{report.peak_memory / MIB:.0f} MiB")
+    for text in report.warnings:
+        table.add_row("warning", escape(printable(text)))
     for path in report.written:
         table.add_row("written", f"{escape(printable(str(path)))} ({size_of(path) / MIB:.1f} MiB)")
     return table

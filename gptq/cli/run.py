@@ -20,7 +20,7 @@ from gptq.cli.arguments import (
     parser,
 )
 from gptq.cli.command import input_error, report_error
-from gptq.cli.printing import prepare_streams, printable, without_surrogates
+from gptq.cli.printing import harmless, prepare_streams, printable, without_surrogates
 from gptq.cli.settings import WBITS, check_agreement, quant_config, settings_from, spelled
 from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
@@ -297,15 +297,21 @@ def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None
     from gptq.api import load_weights
     from gptq.inference.generate import chat, text
 
+    class HarmlessStreamer(TextStreamer):
+        """Words are the tokenizer's, which is a downloaded file's."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(harmless(text), stream_end)
+
     model, tokenizer = load_weights(opened), inputs.tokenizer
     new_tokens = arguments.max_new_tokens or DEFAULT_NEW_TOKENS
     if inputs.benchmark is not None:
         _benchmark(model, inputs.benchmark, arguments.check)
     if arguments.text is not None:
         prompt = without_surrogates(arguments.text)
-        print(prompt + text(model, tokenizer, prompt, new_tokens))
+        print(harmless(prompt + text(model, tokenizer, prompt, new_tokens)))
     if arguments.chat:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = HarmlessStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         for _ in chat(model, tokenizer, _lines(), new_tokens, streamer):
             pass
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from gptq.errors import UserError
+from gptq.data.bounded import bounded
+from gptq.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEMPLATE = "the tokenizer's chat template"
+"""In messages."""
 # With the keys "role" and "content", as chat templates take it.
 Message: TypeAlias = Mapping[str, str]
 
@@ -53,15 +56,20 @@ def belle_prompt(messages: Sequence[Message]) -> str:
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """The text of a conversation up to where the assistant continues, by the tokenizer's chat
-    template or, without one, in BELLE's form. Raises UserError if the template fails."""
+    template or, without one, in BELLE's form. Raises UserError if the template fails or takes more
+    time or memory than `bounded` gives it."""
     if tokenizer.chat_template is None:
         return belle_prompt(messages)
+    return bounded(lambda: [_templated_prompt(tokenizer, messages)], TEMPLATE)[0]
+
+
+def _templated_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     turns = [dict(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     # A template is a program: it raises jinja2's errors and Python's.
     except Exception as error:
         raise UserError(
-            f"the tokenizer's chat template refuses the conversation ({error}); correct it"
+            f"{TEMPLATE} refuses the conversation ({first_line(error)}); correct it"
         ) from error
     return str(text)

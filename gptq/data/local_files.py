@@ -6,11 +6,13 @@ import codecs
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from gptq.data.bounded import bounded
+from gptq.data.chat import TEMPLATE
 from gptq.data.records import record_text
 from gptq.errors import UserError
 
@@ -24,6 +26,8 @@ MISSING_PACKAGES = "reading it needs more packages: pip install 'belle-gptq[data
 # token asked for, about twice what English needs. More takes time and changes nothing.
 MIN_CHARACTERS = 4_000_000
 CHARACTERS_PER_TOKEN = 8
+# A process takes milliseconds to start, a conversation tenths of one.
+TEMPLATE_RECORDS = 64
 
 # Takes a number of parts (lines, list entries, row groups) and returns the order to read them in,
 # a permutation. A reader goes to the parts in that order, so that what is not needed of a large
@@ -89,8 +93,7 @@ def _joined_records(
     end = tokenizer.eos_token or "\n\n"
     pieces: list[str] = []
     total = 0
-    for where, record in records:
-        piece = record_text(record, f"{path}, {where}", tokenizer)
+    for piece in _texts(path, records, tokenizer):
         if not piece.strip():
             continue
         # Some chat templates close the last turn with the end-of-text token themselves.
@@ -101,6 +104,18 @@ def _joined_records(
         if budget is not None and total >= budget:
             break
     return "".join(pieces)
+
+
+def _texts(
+    path: Path, records: Iterator[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """The texts of records. A chat template runs in a process of its own for some at a time."""
+    while some := list(islice(records, TEMPLATE_RECORDS)):
+
+        def convert(some: Sequence[tuple[str, Any]] = some) -> list[str]:
+            return [record_text(record, f"{path}, {where}", tokenizer) for where, record in some]
+
+        yield from bounded(convert, f"{path}: {TEMPLATE}") if tokenizer.chat_template else convert()
 
 
 def read_json(path: Path, order: Order) -> Iterator[tuple[str, Any]]:
@@ -129,6 +144,11 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise UserError(
             f"{path}, line {line}: is not JSON ({error.msg}, column {error.colno}); "
             "correct it, a file is one object on each line or one list of objects"
+        ) from error
+    # Of lists in lists without end, and of whole numbers of thousands of digits.
+    except (RecursionError, ValueError) as error:
+        raise UserError(
+            f"{path}, line {first_line}: cannot be read as JSON ({error}); correct it"
         ) from error
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gptq.data.chat import ROLES, Message, belle_text
-from gptq.errors import UserError
+from gptq.data.chat import ROLES, TEMPLATE, Message, belle_text
+from gptq.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +80,6 @@ def _templated_text(messages: list[Message], where: str, tokenizer: PreTrainedTo
     # A template is a program: it raises jinja2's errors and Python's.
     except Exception as error:
         raise UserError(
-            f"{where}: the tokenizer's chat template refuses the messages ({error}); correct them"
+            f"{where}: {TEMPLATE} refuses the messages ({first_line(error)}); correct them"
         ) from error
     return str(text)

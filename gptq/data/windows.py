@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 # After so many draws in a row without a document longer than a window, none is expected.
 MAX_DRAWS = 20_000
+RUN = 8
+"""Tokens that tell a place in a text from others."""
+_FACTOR = 0x2545F4914F6CDD1D
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -82,6 +85,19 @@ def evaluation_windows(
     tokens = _tokens(split, dataset, tokenizer, seqlen, budget)
     count = min([len(tokens) // seqlen, *bounds])
     return tokens[: count * seqlen].view(count, seqlen)
+
+
+def distinct_tokens(windows: Tensor) -> int:
+    """How many different tokens windows, int64 (n, seqlen), hold, each with what is before it.
+
+    Counted as different runs of RUN tokens: text that is repeated counts once, whether the windows
+    overlap, begin at the same token, or the text itself repeats.
+    """
+    runs = windows.unfold(1, min(RUN, windows.shape[1]), 1)
+    # One number for each run, since sorting rows takes seconds. Two runs can have the same one, but
+    # of a million hardly any do: the factors are odd, and the sum wraps around at 64 bits.
+    factors = torch.tensor([pow(_FACTOR, power, 1 << 62) for power in range(runs.shape[-1])])
+    return len(torch.unique((runs * factors).sum(-1)))
 
 
 def text_fingerprint(windows: Tensor) -> str:

@@ -48,9 +48,9 @@ def _open(path: Path) -> LazyTensors:
     if head[8:9] == b"{":
         return open_safetensors(path)
     if head.startswith(b"PK"):
-        return open_torch(path, mapped=True)
+        return open_torch(path, zipped=True)
     if head[:1] == b"\x80":
-        return open_torch(path, mapped=False)
+        return open_torch(path, zipped=False)
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     raise UserError(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import Entries, Entry, LazyTensors
-from gptq.files.spans import open_binary, read_span
+from gptq.files.spans import check_shape, open_binary, read_span
 
 _DTYPES = {
     "F64": torch.float64,
@@ -60,6 +60,7 @@ def open_safetensors(path: Path) -> LazyTensors:
                 f"{path}: tensor '{name}' is of type {stored['dtype']}, which is unknown"
             )
         start, shape = 8 + length + stored["data_offsets"][0], tuple(stored["shape"])
+        check_shape(path, name, shape)
         entries[name] = Entry(partial(read_span, path, start, dtype, shape), shape, dtype)
     return LazyTensors(entries, metadata)
 

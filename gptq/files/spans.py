@@ -19,6 +19,21 @@ def open_binary(path: Path) -> BinaryIO:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+# No layer has a tenth of them; torch takes a thousand, and a message would name each.
+_MOST_DIMENSIONS = 64
+
+
+def check_shape(path: Path, name: str, shape: Sequence[int]) -> None:
+    """Raise UserError for a shape that no tensor can have, though its size in bytes is right.
+
+    A size of 0 hides any other number beside it.
+    """
+    if len(shape) > _MOST_DIMENSIONS or any(size >= 1 << 63 for size in shape):
+        raise UserError(
+            f"{path}: tensor '{name}' has an impossible shape: copy or download it again"
+        )
+
+
 def read_span(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """A new contiguous tensor of the little-endian values that begin at byte `start`.
 

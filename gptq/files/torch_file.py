@@ -1,95 +1,273 @@
-"""Files of torch.save, read and written one tensor at a time.
+"""Files of torch.save, read one tensor at a time.
 
-torch.save wants all tensors in memory. The format is a zip archive, not compressed, of a pickle
-that names each tensor's storage, and of the storages themselves.
+The format is a zip archive, not compressed, of a pickle that names each tensor's storage, and of
+the storages themselves. Before torch 1.6 it was several pickles, and the storages after them.
+
+Reading calls neither torch.load nor pickle, see `pickle_values`. A file says how long its storages
+are and how tensors lie in them; all of it is compared with the file before any memory is asked for.
 """
 
 import io
-import pickle
-import re
 import struct
-import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch._utils import _rebuild_tensor_v2  # the function that every such file names
 
 from gptq.errors import UserError, first_line
-from gptq.files.lazy import Entries, Entry, LazyTensors
+from gptq.files.lazy import Entries, Entry, LazyTensors, Read, Shape
+from gptq.files.pickle_values import MAX_BYTES, Call, Name, UnknownName, read_pickle
+from gptq.files.spans import check_shape, open_binary, read_span
+from gptq.files.torch_writing import HEADER, STORAGES
 
-# A mapped file is unmapped after this many bytes have been copied out of it: its pages count as the
-# process's own for as long as it is mapped, and mapping it again costs tenths of a second.
-_MAPPED_BYTES = 1 << 28
-
-# Reading -------------------------------------------------------------------------------------
-
-
-class _TorchFile:
-    """The state dict in one file of torch.save.
-
-    The zip format is mapped, and unmapped after every `_MAPPED_BYTES`. The format before torch 1.6
-    cannot be read in part, so its tensors stay in memory.
-    """
-
-    def __init__(self, path: Path, mapped: bool):
-        self.path = path
-        self.mapped = mapped
-        self.state: dict[str, Any] | None = None
-        self.copied = 0
-
-    def load(self) -> dict[str, Any]:
-        if self.state is None:
-            self.state = _load_state_dict(self.path, self.mapped)
-            self.copied = 0
-        return self.state
-
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self.load()[name].detach().clone(memory_format=torch.contiguous_format)
-        self.copied += tensor.nbytes
-        if self.mapped and self.copied >= _MAPPED_BYTES:
-            self.state = None
-        return tensor
+_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} | {
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    # Of types younger than storage classes; the tensor names its own.
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+_REBUILD = "torch._utils._rebuild_"
+_TENSORS = {f"{_REBUILD}tensor", f"{_REBUILD}tensor_v2", f"{_REBUILD}tensor_v3"}
+_PARAMETERS = {f"{_REBUILD}parameter", f"{_REBUILD}parameter_with_state"}
+# What training programs keep beside the tensors, and torch.load takes for data as well.
+_VALUES = {
+    *("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set"),
+    *("builtins.bytearray", "_codecs.encode"),
+    *("torch.serialization._get_layout", "torch.storage.UntypedStorage"),
+}
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
-def open_torch(path: Path, mapped: bool) -> LazyTensors:
+class _Record(NamedTuple):
+    """The bytes of a storage in the file."""
+
+    start: int
+    nbytes: int
+
+
+class _Claim(NamedTuple):
+    """A storage as the pickle describes it, in the words of torch.save."""
+
+    dtype: torch.dtype | None
+    """None: a storage of integers that torch itself quantized."""
+    key: str
+    numel: int
+    view: tuple[str, int, int] | None = None
+    """Of a storage that is a part of another: its own key, first element, number of elements."""
+
+
+def open_torch(path: Path, zipped: bool) -> LazyTensors:
     """The tensors of a state dict, which may be in a dict under "state_dict" or "model".
 
-    mapped: whether the file is a zip archive; it can then be read in part. Raises UserError for a
-    file that is damaged, compressed or without tensors, and for one with code in it.
+    zipped: whether the file is a zip archive. Raises UserError for a file that is damaged,
+    compressed or without tensors, and for one with code in it.
     """
-    if mapped:
-        _check_zip(path)
-    file = _TorchFile(path, mapped)
-    state = file.load()
-    entries: Entries = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if not isinstance(name, str):
-            raise UserError(f"{path}: tensor {name!r} has no name that is text: not a state dict")
-        _check_tensor(path, name, tensor)
-        entries[name] = Entry(partial(file.read, name), tuple(tensor.shape), tensor.dtype)
-    return LazyTensors(entries, dict(getattr(state, "_metadata", {})))
-
-
-def _check_zip(path: Path) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    # The standard library lets several kinds of exception out of a damaged directory.
+        with open_binary(path) as file:
+            loaded, records = _read_zip(path, file) if zipped else _read_stream(file)
+        state = _state_dict(path, loaded)
+        entries: Entries = {
+            name: _entry(path, records, name, value)
+            for name, value in state.items()
+            if _is_tensor(value)
+        }
+    except UserError:
+        raise
+    except UnknownName as error:
+        raise UserError(
+            f"{path} holds code ({error}) besides tensors and is not loaded: convert it to "
+            "safetensors with the tool that made it"
+        ) from error
+    # A damaged archive or pickle can end in any exception of the standard library.
     except Exception as error:
         raise UserError(
-            f"{path} is cut short or damaged ({first_line(error)}): copy or download it again"
+            f"{path} is cut short, damaged or not a PyTorch file ({first_line(error)}): "
+            "copy or download it again"
         ) from error
+    metadata = getattr(state, "_metadata", None)
+    return LazyTensors(entries, metadata if isinstance(metadata, dict) else {})
+
+
+def _is_known(name: str) -> bool:
+    # torch.FloatStorage, torch.float8_e4m3fn, torch.Size, torch.device
+    return name in _VALUES or name.startswith(_REBUILD) or name.rpartition(".")[0] == "torch"
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Call) and value.function.text.startswith(_REBUILD)
+
+
+def _claim(identity: Any) -> _Claim:
+    """What a pickle says of a storage. Raises an exception of any kind if it makes no sense."""
+    kind, storage, key, _, numel, *view = identity
+    if kind != "storage" or not isinstance(key, str) or not _are_sizes(numel):
+        raise ValueError("a storage that is none")
+    part = tuple(view[0]) if view and view[0] else None
+    return _Claim(_DTYPES.get(storage.text), key, numel, part)
+
+
+def _state_dict(path: Path, loaded: Any) -> dict[Any, Any]:
+    candidates = [loaded]
+    if isinstance(loaded, dict):
+        candidates += [loaded.get("state_dict"), loaded.get("model")]
+    for candidate in candidates:
+        if isinstance(candidate, dict) and any(map(_is_tensor, candidate.values())):
+            return candidate
+    raise UserError(f"{path} holds no tensors by name: give a file that holds a model's state dict")
+
+
+# The zip format ------------------------------------------------------------------------------
+
+
+def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, dict[str, _Record]]:
+    """The value of a file's pickle, and its storages by their keys."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
     # torch.save never compresses; reading what does could fill the memory from a small file.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(f"{path} is a compressed archive, not a PyTorch file: unpack it first")
+    records: dict[str, _Record] = {}
+    for entry in entries:
+        # The archive's own name comes first.
+        name = entry.filename.partition("/")[2]
+        if name in records:
+            raise ValueError(f"two parts {entry.filename}")
+        records[name] = _record(file, entry)
+    byteorder = records.get("byteorder", _Record(0, 0))
+    if _bytes_of(file, byteorder, limit=8) == b"big":
+        raise ValueError("its values are big-endian")
+    if "data.pkl" not in records:
+        raise ValueError("an archive without data.pkl")
+    pickled = io.BytesIO(_bytes_of(file, records["data.pkl"], limit=MAX_BYTES))
+    storages = {
+        name.removeprefix("data/"): record
+        for name, record in records.items()
+        if name.startswith("data/")
+    }
+    return read_pickle(pickled, _is_known, _claim), storages
+
+
+def _record(file: BinaryIO, entry: zipfile.ZipInfo) -> _Record:
+    """Where the bytes of a part are; the lengths before them are in the part's own header."""
+    file.seek(entry.header_offset + HEADER - 4)
+    name, extra = struct.unpack("<HH", file.read(4))
+    record = _Record(entry.header_offset + HEADER + name + extra, entry.file_size)
+    if record.start + record.nbytes > file.seek(0, io.SEEK_END):
+        raise ValueError(f"part {entry.filename} lies past its end")
+    return record
+
+
+def _bytes_of(file: BinaryIO, record: _Record, limit: int) -> bytes:
+    if record.nbytes > limit:
+        raise ValueError(f"a part of {record.nbytes} bytes where {limit} are enough")
+    file.seek(record.start)
+    return file.read(record.nbytes)
+
+
+# The format before torch 1.6 -----------------------------------------------------------------
+
+
+def _read_stream(file: BinaryIO) -> tuple[Any, dict[str, _Record]]:
+    """The same of a file that is pickles and then storages: count as int64, and the values."""
+
+    pickles = io.BytesIO(file.read(MAX_BYTES))
+
+    def read(persistent: Callable[[Any], Any] = _claim) -> Any:
+        return read_pickle(pickles, _is_known, persistent)
+
+    sizes: dict[str, int] = {}
+
+    def remember(identity: Any) -> _Claim:
+        claim = _claim(identity)
+        sizes[claim.key] = 1 if claim.dtype is None else claim.dtype.itemsize
+        return claim
+
+    if read() != _MAGIC or read() != _PROTOCOL:
+        raise ValueError("its first numbers are not those of torch.save")
+    if not read().get("little_endian", True):
+        raise ValueError("its values are big-endian")
+    loaded, keys = read(remember), read()
+    start, end = pickles.tell(), file.seek(0, io.SEEK_END)
+    records: dict[str, _Record] = {}
+    for key in keys:
+        file.seek(start)
+        (numel,) = struct.unpack("<q", file.read(8))
+        records[key] = _Record(start + 8, numel * sizes[key])
+        start = sum(records[key])
+        if numel < 0 or start > end:
+            raise ValueError(f"storage {key} lies past its end")
+    return loaded, records
+
+
+# A tensor ------------------------------------------------------------------------------------
+
+
+def _entry(path: Path, records: Mapping[str, _Record], name: Any, value: Call) -> Entry:
+    """A tensor that the pickle describes. Raises UserError if the file does not hold it."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: tensor {name!r} has no name that is text: not a state dict")
+    while value.function.text in _PARAMETERS and _is_tensor(value.args[0]):
+        value = value.args[0]
+    claim = value.args[0]
+    if value.function.text not in _TENSORS or claim.dtype is None:
+        raise UserError(f"{path}: tensor '{name}' is sparse or quantized by torch; save it dense")
+    _, offset, shape, strides, _, _, *more = value.args
+    dtype = _named_dtype(more.pop(0)) if value.function.text.endswith("_v3") else claim.dtype
+    if any(more):
+        raise UserError(f"{path}: tensor '{name}' is conjugated or negated; save it resolved")
+    if not _are_sizes(offset, *shape, *strides):
+        raise ValueError(f"the sizes of tensor '{name}'")
+    check_shape(path, name, shape)
+    record = _of_view(records[claim.key], claim.dtype.itemsize, claim)
+    held = record.nbytes // dtype.itemsize
+    steps = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    # Strides of zero would let a few bytes on disk become any number of them in memory.
+    if prod(shape) > held or (prod(shape) and offset + steps >= held):
+        raise UserError(
+            f"{path}: tensor '{name}' claims more values than the file holds: copy or download it "
+            "again"
+        )
+    start = record.start + offset * dtype.itemsize
+    if prod(shape) == 0 or strides == _contiguous(shape):
+        return Entry(partial(read_span, path, start, dtype, shape), shape, dtype)
+    apart = partial(read_span, path, start, dtype, (steps + 1,))
+    return Entry(partial(_together, apart, shape, strides), shape, dtype)
+
+
+def _named_dtype(name: Name) -> torch.dtype:
+    dtype = getattr(torch, name.text.removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a tensor of type {name.text}")
+    return dtype
+
+
+def _are_sizes(*numbers: object) -> bool:
+    """Whether all are whole numbers that a size or a place in a file can be."""
+    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+
+
+def _of_view(record: _Record, itemsize: int, claim: _Claim) -> _Record:
+    """What a claim says is its storage; a part of `record` if it is a view of it."""
+    start, numel = (0, claim.numel) if claim.view is None else claim.view[1:]
+    if not _are_sizes(start, numel) or (start + numel) * itemsize > record.nbytes:
+        raise ValueError("a storage claims more values than the file holds")
+    return _Record(record.start + start * itemsize, numel * itemsize)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def _together(read: Read, shape: Shape, strides: Shape) -> torch.Tensor:
+    """A new contiguous tensor of values that lie with these strides in what is read."""
+    return read().as_strided(shape, strides).clone(memory_format=torch.contiguous_format)
+
+
+# Check sums ----------------------------------------------------------------------------------
 
 
 def check_sums(path: Path) -> None:
@@ -113,142 +291,3 @@ def check_sums(path: Path) -> None:
                 wrong = wrong or entry.filename
     if right and wrong:
         raise UserError(f"{path} is damaged (in its part {wrong}): copy or download it again")
-
-
-def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise UserError(f"{path}: tensor '{name}' is sparse or quantized by torch; save it dense")
-    # Strides of zero would let a few bytes on disk become any number of them in memory.
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise UserError(f"{path}: tensor '{name}' claims more values than the file holds")
-
-
-def _load_state_dict(path: Path, mapped: bool) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        # torch's own text advises to load the file unsafely, so none of it is shown.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        holds = f"code ({code[1]}) besides tensors" if code else "more than tensors, or is damaged,"
-        raise UserError(
-            f"{path} holds {holds} and is not loaded: convert it to safetensors with the tool that "
-            "made it"
-        ) from error
-    # What the reader raises for damaged bytes is not documented and has no common base class.
-    except Exception as error:
-        raise UserError(
-            f"{path} is cut short, damaged or not a PyTorch file ({first_line(error)}): "
-            "copy or download it again"
-        ) from error
-    candidates = [loaded]
-    if isinstance(loaded, dict):
-        candidates += [loaded.get("state_dict"), loaded.get("model")]
-    for candidate in candidates:
-        if isinstance(candidate, dict) and any(
-            isinstance(value, torch.Tensor) for value in candidate.values()
-        ):
-            return candidate
-    raise UserError(f"{path} holds no tensors by name: give a file that holds a model's state dict")
-
-
-# Writing -------------------------------------------------------------------------------------
-
-# Names of torch's storage classes, which tell a tensor's dtype in a file.
-_STORAGES = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-    torch.int16: "ShortStorage",
-    torch.int8: "CharStorage",
-    torch.uint8: "ByteStorage",
-    torch.bool: "BoolStorage",
-}
-PROTOCOL = 2
-# Where storages begin, so that a mapped file's values are aligned.
-ALIGNMENT = 64
-# Bytes of a zip part's header before its name, and of what is added for parts beyond 2 GB.
-_HEADER, _LARGE_HEADER = 30, 20
-# The field of a header that torch, too, fills up with Zs.
-_FIELD, _FIELD_ID = struct.Struct("<HH"), 0x4246
-
-
-@dataclass(frozen=True, eq=False)
-class _Storage:
-    key: str
-    dtype: torch.dtype
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Stored:
-    """A contiguous tensor, pickled as torch pickles one."""
-
-    storage: _Storage
-    shape: tuple[int, ...]
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, _Storage):
-            return "storage", getattr(torch, _STORAGES[obj.dtype]), obj.key, "cpu", obj.count
-        return None
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _Stored):
-            strides = torch.empty(obj.shape, device="meta").stride()
-            args: tuple = (obj.storage, 0, obj.shape, strides, False, OrderedDict())
-            return _rebuild_tensor_v2, args
-        return NotImplemented
-
-
-def write_state_dict(
-    path: Path, tensors: LazyTensors, tied: Mapping[str, str], metadata: Mapping[str, Any]
-) -> None:
-    """Write what `torch.save(state_dict)` writes; each tensor is read when it is written.
-
-    tied: more names, written after `tensors`, each with the tensor whose storage it shares.
-    metadata: the state dict's `_metadata`.
-    """
-    state: OrderedDict[str, _Stored] = OrderedDict()
-    for number, name in enumerate(tensors):
-        dtype, shape = tensors.dtype(name), tuple(tensors.shape(name))
-        count = tensors.nbytes(name) // dtype.itemsize
-        state[name] = _Stored(_Storage(str(number), dtype, count), shape)
-    for name, other in tied.items():
-        state[name] = state[other]
-    state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
-    pickled = io.BytesIO()
-    _Pickler(pickled, PROTOCOL).dump(state)
-    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-        _write(archive, file, "data.pkl", pickled.getbuffer())
-        _write(archive, file, "byteorder", b"little")
-        for name in tensors:
-            _write(archive, file, f"data/{state[name].storage.key}", _bytes(tensors[name]))
-        _write(archive, file, "version", b"3\n")
-
-
-def _write(archive: zipfile.ZipFile, file: BinaryIO, name: str, data: Any) -> None:
-    with archive.open(_entry(name, len(data), file.tell()), "w") as part:
-        part.write(data)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _entry(name: str, size: int, place: int) -> zipfile.ZipInfo:
-    """The directory's entry of a part whose header begins at byte `place` of the file."""
-    # The date is the same in every file, so that equal runs write equal files.
-    entry = zipfile.ZipInfo(f"archive/{name}")
-    entry.file_size = size
-    # zipfile asks this question in the same way.
-    large = _LARGE_HEADER if size * 1.05 > zipfile.ZIP64_LIMIT else 0
-    header = _HEADER + len(entry.filename) + _FIELD.size + large
-    fill = -(place + header) % ALIGNMENT
-    entry.extra = _FIELD.pack(_FIELD_ID, fill) + b"Z" * fill
-    return entry

@@ -39,3 +39,5 @@ class Report:
     """Bytes; on a CPU resident memory of the process, on a GPU its allocator's."""
     stages: tuple[tuple[str, float], ...] = ()
     """Seconds of what came before and after the layers, by name."""
+    warnings: tuple[str, ...] = ()
+    """What was noticed before the run that can spoil its result."""

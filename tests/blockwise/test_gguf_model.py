@@ -349,6 +349,22 @@ def test_experts_heads_and_partial_rotation(tmp_path):
         gguf_config(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("llama.block_count", "num_hidden_layers"),
+        ("llama.attention.head_count", "num_attention_heads"),
+        ("llama.embedding_length", "hidden_size"),
+        ("llama.feed_forward_length", "intermediate_size"),
+    ],
+)
+def test_numbers_that_would_fill_the_memory(tmp_path, key, name):
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama())
+    path.write_bytes(changed_number(path, key, (1 << 32) - 64))
+    with pytest.raises(UserError, match=f"says {name}|of each head|gives 0 for"):
+        gguf_config(path)
+
+
 def changed_number(path, key: str, number: int) -> bytes:
     """The file with another value for the uint32 of `key`."""
     data = bytearray(path.read_bytes())

@@ -12,6 +12,7 @@ from test_gguf_model import tiny_bloom, tiny_llama, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gptq.blockwise import empty_model
 from gptq.blockwise import source as source_module
 from gptq.blockwise.source import open_model
 from gptq.errors import UserError
@@ -373,7 +374,10 @@ def test_configurations(tmp_path, llama):
     good = json.loads(config.read_text())
     config.unlink()
     refused(tmp_path, str(tmp_path), "no config.json")
-    for text in ('{"model_type": "llama"', "[]", "\x00\xff", "[" * 100_000):
+    # Before a mebibyte of it could become twenty in memory.
+    long = '{"model_type": "llama", "x": "' + "x" * (1 << 24) + '"}'
+    numbers = ('{"rms_norm_eps": NaN}', '{"x": [-Infinity]}', '{"x": 1e999}', "1" * 5000)
+    for text in ('{"model_type": "llama"', "[]", "\x00\xff", "[" * 100_000, long, *numbers):
         config.write_text(text)
         refused(tmp_path, "config.json", "JSON")
     config.write_text(json.dumps({**good, "model_type": "gpt2"}))
@@ -383,7 +387,33 @@ def test_configurations(tmp_path, llama):
         refused(tmp_path, "llama and bloom are supported")
     for wrong in ({"hidden_size": "wide"}, {"num_attention_heads": 0}):
         config.write_text(json.dumps({**good, **wrong}))
-        refused(tmp_path, "config.json", "llama")
+        refused(tmp_path, "config.json", f"says {next(iter(wrong))} is")
+
+
+@pytest.mark.parametrize(
+    "name", ["num_labels", "head_dim", "num_hidden_layers", "vocab_size", "num_key_value_heads"]
+)
+def test_numbers_that_would_fill_the_memory(tmp_path, llama, name):
+    """transformers makes names of labels and tables of positions of any number of them."""
+    save(llama, tmp_path, "safetensors")
+    good = json.loads((tmp_path / "config.json").read_text())
+    for number in (2_000_000_000, -1, 1.5, [1]):
+        (tmp_path / "config.json").write_text(json.dumps({**good, name: number}))
+        refused(tmp_path, "config.json", f"says {name} is {number}")
+
+
+def test_a_setting_nested_deeply(tmp_path, llama):
+    save(llama, tmp_path, "safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for depth in (100, 300, 600, 900):
+        text = json.dumps(config)[:-1] + ', "x": ' + "[" * depth + "]" * depth + "}"
+        (tmp_path / "config.json").write_text(text)
+        try:
+            source = open_model(tmp_path)
+            empty_model.build(source.config, source.spec, torch.device("cpu"))
+        except UserError as error:
+            assert depth > 100
+            assert "config" in str(error)  # noqa: PT017
 
 
 def test_code_in_a_folder_is_not_run(tmp_path, llama):
@@ -427,6 +457,35 @@ def test_an_index_that_does_not_hold(tmp_path, llama, kind):
     for text in ("{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
         refused(tmp_path, index.name)
+
+
+@pytest.mark.parametrize("kind", ["safetensors-parts", "bin-parts"])
+def test_an_index_that_names_other_files(tmp_path, llama, kind):
+    """Only weight files in the index's folder and below are read; links lead anywhere."""
+    folder = save(llama, tmp_path / "m", kind)
+    index = next(folder.glob("*.index.json"))
+    part = sorted(folder.glob("*-00002-of-*"))[0]
+    content = json.loads(index.read_text())
+    elsewhere = part.rename(tmp_path / part.name)
+
+    def rename(name: str) -> None:
+        renamed = {t: name if f == part.name else f for t, f in content["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": renamed}))
+
+    (folder / "notes.txt").write_text("mine")
+    bad = [f"../{part.name}", f"sub/../../{part.name}", str(elsewhere), "/proc/self/mem", "..", ""]
+    bad += ["config.json", "notes.txt", "/etc/passwd", "zero\0.txt"]
+    for name in bad:
+        rename(name)
+        refused(folder, index.name, f"names '{name}'", "file of its folder")
+    for name in ("absent" + part.suffix, "x" * 300 + part.suffix, "\0" + part.suffix):
+        rename(name)
+        refused(folder, name, "missing")
+    (folder / "sub").mkdir()
+    for name in ("link" + part.suffix, f"sub/{part.name}"):
+        (folder / name).symlink_to(elsewhere)
+        rename(name)
+        assert_holds(open_model(folder), llama)
 
 
 def test_code_in_weights(tmp_path, llama):

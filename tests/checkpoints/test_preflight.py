@@ -1,6 +1,7 @@
 """What would fail only when the outputs are written is refused before the first block."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import gptq
 from gptq.errors import UserError
+from quant_cuda.reference import dequantize
 
 CONFIG = gptq.QuantConfig(bits=8, group_size=32, method="rtn", scale_search="minmax")
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
@@ -137,3 +139,48 @@ def test_narrow_layers_are_read_back(tmp_path, width):
     rounded(model, gptq.QuantConfig(bits=4, group_size=32, method="rtn"), save=tmp_path / "m.pt")
     loaded, _ = gptq.load(model, tmp_path / "m.pt", device="cpu")
     assert loaded.model.layers[0].mlp.gate_proj.bits == 4
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, "lm_head.weight"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_that_packed_embeddings_cannot_hold(llama_dir, tmp_path, name, bits):
+    """Half a step less is packed within half a step; half a step more is refused."""
+    most = 65504 * (2**bits - 1) / 2
+    config = gptq.QuantConfig(bits=8, embedding_bits=bits, group_size=32, method="rtn")
+    fits = changed(llama_dir, tmp_path / "a", name, spoilt(most - 30_000), torch.float32)
+    rounded(fits, config, save=tmp_path / "a.safetensors")
+    model, _ = gptq.load(fits, tmp_path / "a.safetensors", device="cpu")
+    module = model.get_submodule(name.removesuffix(".weight"))
+    held = dequantize(module.packed(), torch.float32).reshape(-1).abs().max()
+    assert abs(float(held) - (most - 30_000)) <= 65504 / 2
+    beyond = changed(llama_dir, tmp_path / "b", name, spoilt(-most - 30_000), torch.float32)
+    with pytest.raises(UserError, match=f"^{name}: holds .* use --embedding-bits 16 or --plain"):
+        rounded(beyond, config, save=tmp_path / "b.safetensors")
+    rounded(beyond, config, save_dir=tmp_path / "folder")
+
+
+def test_little_calibration_text_is_said(llama_dir, tmp_path, text_file, recwarn):
+    """By the number of different tokens: 96 inputs, the widest layer's, want 192."""
+    config = gptq.QuantConfig(bits=8, group_size=32, refine=0)
+
+    def run(dataset: Path, method: str = "gptq", **windows) -> tuple[str, ...]:
+        report = gptq.quantize(
+            llama_dir,
+            dataset,
+            replace(config, method=method),
+            save=tmp_path / "m.pt",
+            device="cpu",
+            **windows,
+        )
+        said = tuple(str(w.message) for w in recwarn if "different tokens" in str(w.message))
+        recwarn.clear()
+        assert said == report.warnings
+        return said
+
+    assert run(text_file, nsamples=16, seqlen=32) == ()
+    (few,) = run(text_file, nsamples=2, seqlen=32)
+    assert few.startswith(f"{text_file}: 50 different tokens are few for layers of 96 inputs")
+    assert run(text_file, method="rtn", nsamples=2, seqlen=32) == ()
+    again = tmp_path / "again.txt"
+    again.write_text("the cat sat on a mat and saw that one dog " * 500)
+    assert len(run(again, nsamples=16, seqlen=32)) == 1

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -101,3 +102,8 @@ def test_sizes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(5))
     (tmp_path / "b").write_bytes(bytes(7))
     assert (size_of(tmp_path / "a"), size_of(tmp_path)) == (5, 12)
+
+
+def test_warnings_of_a_run_are_in_its_totals():
+    report = replace(a_report(), warnings=("few tokens [red]\x1b[2J",))
+    assert "few tokens [red]\\x1b[2J" in rendered(totals_table(report))

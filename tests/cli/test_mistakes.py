@@ -67,7 +67,10 @@ def edit(path, **changes):
     [
         ({"num_attention_heads": 3}, r"config\.json.*\(3\)"),
         ({"num_key_value_heads": 3}, r"config\.json: says num_key_value_heads is 3, which does"),
-        ({"max_position_embeddings": 128.0}, r"config\.json.*max_position_embeddings.*float"),
+        (
+            {"max_position_embeddings": 128.0},
+            r"config\.json: says max_position_embeddings is 128\.0",
+        ),
         ({"_attn_implementation": "flash_attention_2"}, r"remove attn_implementation from its"),
         ({"hidden_size": 10**400}, r"config\.json"),
     ],

@@ -1,11 +1,13 @@
 """Terminals of other encodings, and names with characters that terminals obey."""
 
 import io
+import logging
 import sys
+import warnings
 
 import pytest
 
-from gptq.cli.printing import prepare_streams, printable, without_surrogates
+from gptq.cli.printing import harmless, prepare_streams, printable, without_surrogates
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,26 @@ def test_streams_that_are_no_files_stay(monkeypatch):
     prepare_streams()
     print("x")
     assert sys.stdout.getvalue() == "x\n"
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    prepare_streams()
+    yield
+    logging.setLogRecordFactory(factory)
+
+
+def test_messages_of_libraries_command_nothing(prepared, caplog):
+    """They quote configurations and names that were downloaded."""
+    logging.getLogger("transformers.x").warning("no %s\n\tsecond \u202eline", "\x1b]0;title\x07")
+    assert caplog.messages == ["no \\x1b]0;title\\x07\n\tsecond \u202eline"]
+    line = warnings.formatwarning("a\x1b[2J\nb", UserWarning, "module.py", 3)
+    assert line == "warning: a\\x1b[2J\\nb\n"
+
+
+def test_generated_text_keeps_its_lines():
+    assert harmless("one\n\ttwo \u200e\u05d0\x1b[31m\r\x9b") == (
+        "one\n\ttwo \u200e\u05d0\\x1b[31m\\r\\x9b"
+    )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq.pipeline.blocks
+from gptq.cli.printing import harmless
 from gptq.cli.run import main
 from gptq.config import QUALITIES
 from gptq.models import BLOOM, LLAMA
@@ -242,7 +243,8 @@ def test_chat(template, run, made, llama_dir, tmp_path, monkeypatch):
     else:
         first = answer("Human: the cat\n\nAssistant:")
         then = f"Human: the cat\n\nAssistant: {first.strip()}\n\nHuman: the dog\n\nAssistant:"
-    assert out == f"{first}\n{answer(then)}\n"
+    # A random model writes control characters, too.
+    assert out == harmless(f"{first}\n{answer(then)}\n")
 
 
 def test_benchmark(run, made, llama_dir, text_file):

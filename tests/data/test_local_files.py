@@ -165,3 +165,12 @@ def test_a_bad_parquet_record_is_named(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"question": ["a"]}).to_parquet(path)
     with pytest.raises(UserError, match=r"row 1 of row group 1: has the fields question \(str\)"):
         evaluation_windows(path, tokenizer, 1)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000])
+@pytest.mark.parametrize("form", ['{{"text": {}}}\n', "[{}]"])
+def test_json_that_python_cannot_hold(tmp_path, form, value):
+    path = tmp_path / "m.json"
+    path.write_text(form.format(value))
+    with pytest.raises(UserError, match=r"m\.json, line 1: cannot be read as JSON"):
+        local_files.read_text(path, byte_tokenizer(), None)

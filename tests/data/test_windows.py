@@ -10,7 +10,12 @@ import torch
 from helpers.texts import EOS, byte_tokenizer, draw_joined, json_lines, random_text, text_of, write
 from transformers import PreTrainedTokenizerFast
 
-from gptq.data.windows import calibration_windows, evaluation_windows, text_fingerprint
+from gptq.data.windows import (
+    calibration_windows,
+    distinct_tokens,
+    evaluation_windows,
+    text_fingerprint,
+)
 from gptq.errors import UserError
 
 
@@ -140,3 +145,17 @@ def test_fingerprint_is_of_shape_and_tokens():
     assert text_fingerprint(windows.T.contiguous().T) == text_fingerprint(windows)
     others = [windows.view(3, 2), windows[:1], windows.flip(0), windows + 1]
     assert len({text_fingerprint(other) for other in [windows, *others]}) == 5
+
+
+def test_distinct_tokens_count_repeated_text_once():
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(32_000, (500,), generator=generator)
+    windows = torch.stack([text[start : start + 100] for start in (0, 0, 50, 200)])
+    # Runs of 8 of the first 150 tokens, and of 100 further on.
+    assert distinct_tokens(windows) == 143 + 93
+    assert distinct_tokens(windows[:2]) == 93
+    assert distinct_tokens(torch.tensor([5, 6, 7] * 40)[None]) == 3
+    assert distinct_tokens(torch.tensor([[1, 2], [1, 2], [2, 1]])) == 2
+    shuffled = torch.randint(3, (8, 2000), generator=generator)
+    rows = shuffled.unfold(1, 8, 1).reshape(-1, 8)
+    assert distinct_tokens(shuffled) == len(torch.unique(rows, dim=0))

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from gptq.errors import UserError
-from gptq.files import torch_file
 from gptq.files.opening import open_tensors
 
 DTYPES = [
@@ -101,17 +100,6 @@ def test_opening_and_asking_for_names_reads_no_values(tmp_path, kind):
         file.write(struct.pack("<1000f", *range(1000)))
     assert "w" in tensors
     assert torch.equal(tensors["w"], torch.arange(1000.0))
-
-
-def test_a_file_is_unmapped_and_mapped_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "_MAPPED_BYTES", 1000)
-    state = {f"t{i}": torch.full((100,), float(i)) for i in range(9)}
-    tensors = open_tensors([write(tmp_path / "m.pt", "zip", state)])
-    loads = []
-    original = torch.load
-    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(1) or original(*a, **k))
-    assert_same(tensors, state)
-    assert len(loads) == 2  # after 3 tensors of 400 bytes each, and again after 3
 
 
 def test_views_and_shared_storage_come_out_whole(tmp_path):
@@ -291,6 +279,22 @@ def header(entries) -> bytes:
         header({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}) + bytes(4),
         header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4 << 40]}}) + bytes(4),
         header({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [1 << 63, 0], "data_offsets": [0, 0]}}),
+        header({"w": {"dtype": "F32", "shape": [1] * 2000, "data_offsets": [0, 4]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}) + bytes(4),
+        header({"w": {"dtype": "F32", "shape": [1 << 33] * 2, "data_offsets": [0, 4]}}) + bytes(4),
+        # Two tensors on the same bytes, bytes that overlap, and bytes of no tensor.
+        header({n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in "ab"}) + bytes(4),
+        header(
+            {
+                "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+                "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]},
+            }
+        )
+        + bytes(6),
+        header({"w": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]}}) + bytes(6),
+        header(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
         header({"w": [1, 2]}),
         header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}) + bytes(9),
     ],

@@ -10,7 +10,8 @@ import torch
 
 from gptq.files.lazy import Entry, LazyTensors, as_lazy
 from gptq.files.opening import open_tensors
-from gptq.files.torch_file import check_sums, write_state_dict
+from gptq.files.torch_file import check_sums
+from gptq.files.torch_writing import write_state_dict
 
 TENSORS = {
     "words": torch.arange(-3, 3, dtype=torch.int32).view(2, 3),
