@@ -31,7 +31,7 @@ def prompts(served: Served, request: ChatRequest | CompletionRequest) -> list[li
     if isinstance(request, ChatRequest):
         found = [_chat_tokens(served, request)]
     else:
-        found = [_text_tokens(served, prompt) for prompt in request.prompts]
+        found = [_text_tokens(served, prompt) for prompt in request.prompt]
     if not found or not all(found):
         raise Refusal("the prompt is empty", param="prompt")
     if len(found) * (request.n or 1) > MOST_ANSWERS:
@@ -59,7 +59,7 @@ def jobs(
             top_p=top_p,
             # Of the same seed, all answers to a prompt would be the same.
             seed=None if request.seed is None else (request.seed + number) % 2**63,
-            stop=request.stop_strings,
+            stop=request.stop or (),
         )
         for prompt in prompts
         for number in range(request.n or 1)

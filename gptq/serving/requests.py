@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -41,8 +42,24 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
 }
 
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0)]
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> Any:
+    """OpenAI takes one prompt or several; a prompt may be a list itself, of token ids."""
+    is_tokens = isinstance(value, list) and bool(value) and isinstance(value[0], int)
+    return [value] if isinstance(value, str) or is_tokens else value
+
+
+TokenIds = list[Annotated[int, Field(ge=0)]]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopStrings = Annotated[list[StopString], Field(max_length=16), BeforeValidator(_as_list)]
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -86,15 +103,11 @@ class Request(_Checked):
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
@@ -109,13 +122,12 @@ class TextPart(_Checked):
 
 class Message(_Checked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
 
     @property
     def turn(self) -> dict[str, str]:
         """As chat templates take it."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        text = "".join(part.text for part in self.content)
         # OpenAI's newer name of the same role, which templates do not know.
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -149,14 +161,7 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """Each is text or token ids."""
-        given: Any = self.prompt
-        one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-        return [given] if one else given
+    prompt: Annotated[list[str | TokenIds], BeforeValidator(_as_prompts)]
 
     @property
     def most_tokens(self) -> int | None:
