@@ -26,7 +26,7 @@ else:
 PACKAGES = {
     *("gptq", "quant_cuda", "quant_cuda.cpu", "quant_cuda.cuda"),
     *(f"gptq.{name}" for name in ("blockwise", "checkpoints", "cli", "data", "files")),
-    *(f"gptq.{name}" for name in ("inference", "models", "pipeline", "solver")),
+    *(f"gptq.{name}" for name in ("inference", "models", "pipeline", "serving", "solver")),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Everything that building reads.
