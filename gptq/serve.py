@@ -109,9 +109,7 @@ def _serve(argv: Sequence[str]) -> None:
             raise UserError(
                 f"serving needs {name}, which is not here: pip install 'belle-gptq[serve]'"
             ) from error
-    import uvicorn
-
-    from gptq.serving.app import make_app
+    from gptq.serving.app import Server, make_app
     from gptq.serving.generate import Served
     from gptq.serving.jobs import Limits
 
@@ -124,14 +122,13 @@ def _serve(argv: Sequence[str]) -> None:
         known = (folder.resolve().name, str(folder), str(folder.resolve()))
         names = [without_surrogates(name) for name in known]
         app = make_app(served, names, limits)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         host = arguments.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         print(printable(f"serving {folder} at {url}/v1, up to {most} tokens; Ctrl-C ends it"))
         print(f"try it: {_example(url)}")
         # uvicorn raises the signal again that ended it.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(app).run(sockets=[listening])
 
 
 def _example(url: str) -> str:

@@ -1,12 +1,13 @@
 """The HTTP side: OpenAI's chat completions and completions, for the one model that is served."""
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -84,13 +85,7 @@ def make_app(served: Served, names: Sequence[str], limits: Limits) -> Starlette:
     """The server as an ASGI application; `Service` documents the arguments."""
     queue = RequestQueue(served, limits.requests)
     service = Service(served, names, limits, queue)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        queue.close()
-
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", service.health),
             Route("/v1/models", service.models),
@@ -99,8 +94,21 @@ def make_app(served: Served, names: Sequence[str], limits: Limits) -> Starlette:
             Route("/load_model", service.load_model, methods=["POST"]),
         ],
         exception_handlers={Refusal: _refused, HTTPException: _refused, Exception: _refused},
-        lifespan=lifespan,
     )
+    app.state.queue = queue
+    return app
+
+
+class Server(uvicorn.Server):
+    """Runs an app of `make_app`; told to stop, it ends the answers that uvicorn would wait for."""
+
+    def __init__(self, app: Starlette) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        self._queue: RequestQueue = app.state.queue
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._queue.close()
+        super().handle_exit(sig, frame)
 
 
 async def _read_body(http: Request, limit: int) -> bytes:
@@ -134,6 +142,8 @@ async def _whole(http: Request, answers: Answers, form: ReplyFormat, prompt: int
     try:
         async for index, piece in answers:
             found.setdefault(index, []).append(piece)
+    except Exception as error:
+        raise _as_refusal(error) from error
     finally:
         watch.cancel()
         answers.leave()

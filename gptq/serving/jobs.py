@@ -72,7 +72,7 @@ def _chat_tokens(served: Served, request: ChatRequest) -> list[int]:
     except UserError as error:
         raise Refusal(str(error), param="messages") from error
     # A chat template writes its own beginning of text.
-    return _tokens(served, text, add_special_tokens=False)
+    return _tokens(served, text, add_special_tokens=served.tokenizer.chat_template is None)
 
 
 def _text_tokens(served: Served, prompt: str | list[int]) -> list[int]:
@@ -107,7 +107,6 @@ def _new_tokens(prompt: int, wanted: int | None, limits: Limits) -> int:
         raise Refusal(
             f"the prompt has {prompt} tokens and max_tokens is {wanted or 1}; both together may be "
             f"at most {limits.tokens}",
-            param="messages",
             code="context_length_exceeded",
         )
     return min(room, limits.new_tokens) if wanted is None else wanted

@@ -11,6 +11,10 @@ from gptq.serving.generate import Job, Piece, Served
 from gptq.serving.requests import Refusal
 
 
+def _stopped() -> Refusal:
+    return Refusal("the server was stopped", status=503)
+
+
 class Answers:
     """The answers to one request, as they are written. Belongs to the event loop that made it."""
 
@@ -34,13 +38,13 @@ class Answers:
         except Exception as error:
             self._send(error)
 
-    def leave(self) -> None:
-        """Nobody waits for the answers any more: what is not computed yet never is."""
+    def leave(self, reason: Refusal | None = None) -> None:
+        """Compute no more of the answers: nobody waits for them, or for this reason."""
         self._left.set()
         self.jobs = ()
         if self.future is not None:
             self.future.cancel()
-        self._items.put_nowait(None)
+        self._send(reason)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces, each with the number of its answer. Raises what `Served.answer` raises."""
@@ -63,20 +67,27 @@ class RequestQueue:
 
     def __init__(self, served: Served, most: int) -> None:
         """most: requests at a time, the one that is answered among them."""
-        self._served = served
-        self._free = threading.BoundedSemaphore(most)
+        self._served, self._most = served, most
+        self._open: set[Answers] = set()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, "model")
 
     def add(self, jobs: Sequence[Job]) -> Answers:
         """Answer a request when its turn comes. Raises Refusal if too many wait already."""
-        if not self._free.acquire(blocking=False):
+        if self._closed:
+            raise _stopped()
+        if len(self._open) >= self._most:
             raise Refusal("too many requests wait already; try again later", status=503)
         answers = Answers(jobs)
+        self._open.add(answers)
         answers.future = self._thread.submit(answers.write, self._served)
         # Called when it was answered, failed, or left before its turn.
-        answers.future.add_done_callback(lambda _: self._free.release())
+        answers.future.add_done_callback(lambda _: self._open.discard(answers))
         return answers
 
     def close(self) -> None:
-        """Answer nothing more."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Answer nothing more, and end what is being answered."""
+        self._closed = True
+        for answers in tuple(self._open):
+            answers.leave(_stopped())
+        self._thread.shutdown(wait=False)

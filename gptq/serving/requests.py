@@ -22,8 +22,14 @@ MOST_ANSWERS = 16
 
 # Fields that do not change an answer.
 _IGNORED = {
-    *("metadata", "name", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-    *("service_tier", "store", "user"),
+    "metadata",
+    "name",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
 }
 # Fields that are not supported, and the values with which they ask for nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -75,6 +81,14 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _asks_for_nothing(name: str, value: object) -> bool:
+    # Completions ask for log probabilities with a number, 0 too, which Python takes for False.
+    neutral = [
+        it for it in _NEUTRAL.get(name, ()) if isinstance(it, bool) == isinstance(value, bool)
+    ]
+    return value is None or value in neutral
+
+
 class _Checked(BaseModel):
     """Refuses fields that it does not know, unless they ask for nothing."""
 
@@ -83,7 +97,7 @@ class _Checked(BaseModel):
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "_Checked":
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name not in _IGNORED and value not in _NEUTRAL.get(name, ()):
+            if name not in _IGNORED and not _asks_for_nothing(name, value):
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return self
 

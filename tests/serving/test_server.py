@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -59,18 +60,16 @@ def served(folder):
 @pytest.fixture(scope="module")
 def server(served, folder):
     """The server's address."""
-    import uvicorn
-
-    from gptq.serving.app import make_app
+    from gptq.serving.app import Server, make_app
     from gptq.serving.jobs import Limits
 
     app = make_app(served, ["packed", str(folder)], Limits(TOKENS, 400, REQUESTS))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    running = Server(app)
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        running.should_exit = True
+        running.handle_exit(signal.SIGTERM, None)
         thread.join(30)
 
 
@@ -155,6 +154,7 @@ def test_completions(openai_client, served):
     tokens = served.tokenizer(prompt)["input_ids"]
     by_text = create(model="packed", prompt=[prompt, "one dog"], **GREEDY)
     by_tokens = create(model="packed", prompt=tokens, **GREEDY)
+    assert create(model="packed", prompt=[tokens], **GREEDY).choices == by_tokens.choices
     assert [choice.index for choice in by_text.choices] == [0, 1]
     assert by_text.choices[0].text == by_tokens.choices[0].text != by_text.choices[1].text
     assert by_tokens.usage.prompt_tokens == len(tokens)
@@ -351,6 +351,7 @@ def test_a_clients_mistake_is_told(post, body, message):
         ({"prompt": [-1]}, "prompt.*: "),
         ({"prompt": ["a"] * 6, "n": 3}, "more than 16 answers"),
         ({"prompt": "a", "logprobs": 1}, "logprobs is not supported"),
+        ({"prompt": "a", "logprobs": 0}, "logprobs is not supported"),
         ({"prompt": "a", "echo": True}, "echo is not supported"),
         ({"prompt": "a", "best_of": 2}, "best_of is not supported"),
     ],
@@ -531,6 +532,29 @@ def test_too_many_requests_are_refused(served):
         assert [piece async for piece in waiting] == []
         assert (running.tokens, left.tokens, waiting.tokens) == (1, 0, 1)
         queue.close()
+
+    asyncio.run(visit())
+
+
+def test_a_server_that_stops_ends_its_answers(served):
+    import asyncio
+
+    from gptq.serving.generate import Job
+    from gptq.serving.queue import RequestQueue
+    from gptq.serving.requests import Refusal
+
+    async def visit():
+        queue = RequestQueue(served, most=9)
+        jobs = [Job([5], 400, 0.0, 1.0, None, ())] * 9
+        running, waiting = queue.add(jobs), queue.add(jobs)
+        pieces = aiter(running)
+        assert (await anext(pieces))[0] == 0
+        queue.close()
+        for answers in (pieces, waiting):
+            with pytest.raises(Refusal, match="the server was stopped"):
+                assert len([piece async for piece in answers]) < 400
+        with pytest.raises(Refusal, match="the server was stopped"):
+            queue.add(jobs)
 
     asyncio.run(visit())
 
