@@ -48,9 +48,9 @@ test test-rest test-all: venv
 test-installed: WANTED := "$(TORCH)"
 test-installed: EXTRAS := data
 test-installed: FILES := cli/test_run checkpoints/test_convert inference/test_hf
-test-oldest: WANTED = --constraint $(BARE)/floors.txt
+test-oldest: WANTED = --constraint $(BARE)/floors.txt openai httpx
 test-oldest: EXTRAS := data,serve,train,report
-test-oldest: FILES := blockwise checkpoints cli data files inference models pipeline/test_blocks project/test_nn
+test-oldest: FILES := blockwise checkpoints cli data files inference models pipeline/test_blocks project/test_nn serving
 test-oldest: CHOSEN := -m "not slow and not peers" -k "not lm_eval and not of_the_page"
 test-installed test-oldest: BARE = .cache/$@
 test-installed test-oldest: venv

@@ -1,16 +1,13 @@
-"""What needs the optional packages: serving, training adapters, lm-evaluation-harness.
+"""What needs the optional packages: training adapters, lm-evaluation-harness.
 
-Run with `-m extras` in an environment that has `.[serve,train]`, openai and lm_eval.
+Run with `-m extras` in an environment that has `.[train]` and lm_eval.
 """
 
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,117 +36,6 @@ def folder(text_file, tmp_path_factory) -> Path:
     config = QuantConfig(bits=4, group_size=32)
     gptq.quantize(source, text_file, config, save_dir=where / "packed", nsamples=4, seqlen=32)
     return where / "packed"
-
-
-# Serving -------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    port = free_port()
-    words = [sys.executable, "-m", "gptq.serve", str(folder), "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*words, "--port", str(port), "--device", "cpu", "--dtype", "float32"],
-        # Nothing was ever fetched from a hub: the place for it is not there.
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HOME": str(tmp_path_factory.mktemp("home") / "none"),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended: {process.stdout.read()}")
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1).read()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@pytest.fixture
-def client(server):
-    from openai import OpenAI
-
-    return OpenAI(base_url=f"{server}/v1", api_key="none", timeout=120)
-
-
-ASKED = [{"role": "user", "content": "the cat"}]
-SETTINGS = {"max_tokens": 12, "temperature": 0.0, "seed": 0}
-
-
-def expected_answer(folder: Path) -> str:
-    model, tokenizer = gptq.load(folder)
-    text = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    written = model.generate(**tokens, max_new_tokens=12, do_sample=False, pad_token_id=1)
-    return tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def test_the_openai_client(client, folder):
-    answer = client.chat.completions.create(model=str(folder), messages=ASKED, **SETTINGS)
-    assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content == expected_answer(folder)
-    assert answer.usage.completion_tokens <= 12
-
-
-def test_streaming(client, folder):
-    stream = client.chat.completions.create(
-        model=str(folder), messages=ASKED, stream=True, **SETTINGS
-    )
-    pieces = [piece.choices[0].delta.content or "" for piece in stream if piece.choices]
-    assert len([piece for piece in pieces if piece]) > 1
-    # An unfinished character at the end is not sent by every version of transformers.
-    assert "".join(pieces).rstrip("\ufffd") == expected_answer(folder).rstrip("\ufffd")
-
-
-def test_the_list_of_models(client):
-    assert all(model.object == "model" for model in client.models.list())
-
-
-def test_chat_in_a_terminal(server, folder):
-    """The documented command, spoken to through a pipe."""
-    text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^ +(transformers chat .*)$", text, re.MULTILINE)
-    words = line.replace("model-4bit", str(folder)).replace("http://localhost:8000", server)
-    program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
-    settings = ["max_new_tokens=12", "do_sample=false"]
-    done = subprocess.run(
-        [*program, *words.split()[1:], *settings],
-        # Offline, it would not reach for an address on this machine either.
-        env={**os.environ, "HF_HUB_OFFLINE": "0", "COLUMNS": "200"},
-        input=f"{ASKED[0]['content']}\nn\n!exit\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    # Shown as Markdown, which folds spaces.
-    shown = "".join(done.stdout.split())
-    assert "".join(expected_answer(folder).rstrip("\ufffd").split()) in shown
-
-
-def test_a_folder_that_cannot_be_served(folder, tmp_path, capsys):
-    from gptq import serve
-
-    assert serve.main([str(tmp_path)]) == 2
-    assert "is no model's folder" in capsys.readouterr().err
 
 
 # Training ------------------------------------------------------------------------------------

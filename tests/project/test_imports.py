@@ -31,7 +31,9 @@ OURS["gptq.inference"] = (*OURS["gptq.checkpoints"], "gptq.checkpoints")
 OURS["gptq.api"] = (*OURS["gptq.inference"], "gptq.inference", "gptq.pipeline")
 OURS["gptq.hf"] = OURS["gptq.api"]
 OURS["gptq.cli"] = (*OURS["gptq.api"], "gptq.api", "gptq.hf")
-OURS["gptq.convert"] = OURS["gptq.serve"] = (*OURS["gptq.cli"], "gptq.cli")
+OURS["gptq.convert"] = (*OURS["gptq.cli"], "gptq.cli")
+OURS["gptq.serving"] = ("gptq.errors", "gptq.data", "gptq.cli")
+OURS["gptq.serve"] = (*OURS["gptq.convert"], "gptq.serving")
 OURS["gptq.__main__"] = ("gptq.cli",)
 SCRIPTS = (*OURS["gptq.serve"], "gptq.convert", "gptq.serve")
 OURS["llama"] = OURS["bloom"] = OURS["benchmarks"] = SCRIPTS
@@ -56,7 +58,8 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "gptq.hf": ("torch", "transformers", "peft"),
     "gptq.cli": ("torch", "transformers", "rich", "jinja2"),
     "gptq.convert": ("torch", "transformers"),
-    "gptq.serve": ("transformers", "huggingface_hub", "typer"),
+    "gptq.serving": ("torch", "transformers", "pydantic", "starlette", "uvicorn"),
+    "gptq.serve": ("transformers",),
     "gptq.__main__": (),
     "llama": (),
     "bloom": (),

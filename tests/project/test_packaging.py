@@ -26,7 +26,7 @@ else:
 PACKAGES = {
     *("gptq", "quant_cuda", "quant_cuda.cpu", "quant_cuda.cuda"),
     *(f"gptq.{name}" for name in ("blockwise", "checkpoints", "cli", "data", "files")),
-    *(f"gptq.{name}" for name in ("inference", "models", "pipeline", "solver")),
+    *(f"gptq.{name}" for name in ("inference", "models", "pipeline", "serving", "solver")),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Everything that building reads.
@@ -194,7 +194,11 @@ def test_compiled_code_is_there_where_there_is_a_compiler(installed, tmp_path):
 
 
 # What is imported only where it is used, and the extra that brings it.
-EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "train", "typer": "serve"}
+EXTRAS = {
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("pydantic", "starlette", "uvicorn"), "serve"),
+    "peft": "train",
+}
 
 
 def test_what_is_imported_is_required():
@@ -214,11 +218,10 @@ def test_what_extras_bring_is_not_imported_with_the_package():
     assert set(EXTRAS) <= found
     optional = PROJECT["optional-dependencies"]
     for name, extra in EXTRAS.items():
-        # transformers itself brings typer, for its own command line.
-        assert name == "typer" or name in requirements(optional[extra]), name
+        assert name in requirements(optional[extra]), name
     code = "import sys, gptq.api, gptq.hf, gptq.convert, gptq.serve; "
     code += "import gptq.cli.run, gptq.cli.console; "
-    code += f"print([name for name in {sorted(set(EXTRAS) - {'typer'})} if name in sys.modules])"
+    code += f"print([name for name in {sorted(EXTRAS)} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
