@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gptq import torchrun
 from gptq.blockwise.activation_cache import ActivationCache
+from gptq.blockwise.activations import batches
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.assembly import from_blocks
@@ -145,8 +147,9 @@ def quantize(
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
-    max_memory: such as "6GiB"; activations go to disk, next to the output, if they would exceed it,
-        a GPU's first to the machine's memory. By default what is free on the device.
+    max_memory: of each process, such as "6GiB"; activations go to disk, next to the output, if they
+        would exceed it, a GPU's first to the machine's memory. By default what is free on the
+        device, or the process's share of it.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
@@ -192,7 +195,7 @@ def run(
     windows = _windows(source, job)
     stages = [("reading the calibration text", perf_counter() - started)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
-    needed = needs(model, config, 0 if windows is None else windows.numel())
+    needed = needs(model, config, _own_tokens(windows, model.device))
     memory = available_memory(model.device) if limit is None else limit
     in_memory = fits(needed, memory, job.max_memory)
     total = len(source.spec.linears) * model.block_count
@@ -254,7 +257,7 @@ def _activation_cache(
     needed: Needs, device: torch.device, journal: Journal, team: Team
 ) -> ActivationCache:
     """For activations that the device has no memory for."""
-    available = available_memory(torch.device("cpu")) / team.size
+    available = available_memory(torch.device("cpu"))
     if device.type == "cuda" and needed.activations + FIXED < available:
         return ActivationCache(host=True)
     return ActivationCache(journal.scratch / str(team.rank) / "quantized")
@@ -302,6 +305,13 @@ def _windows(source: ModelSource, job: Job) -> Tensor | None:
         raise UserError("no DATASET to calibrate on: give c4, wikitext2, ptb or a text file")
     seqlen = window_length(source, job.seqlen)
     return calibration_windows(job.dataset, source.tokenizer(), job.nsamples, seqlen, job.seed)
+
+
+def _own_tokens(windows: Tensor | None, device: torch.device) -> int:
+    """How many calibration tokens one process runs at most, the first."""
+    if windows is None:
+        return 0
+    return sum(batch.numel() for batch in batches(windows, device)[:: torchrun.size()])
 
 
 def _utf8_name(path: str | Path) -> str:

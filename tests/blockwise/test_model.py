@@ -11,7 +11,7 @@ from gptq.blockwise.activations import batches, embed
 from gptq.blockwise.model import BlockwiseModel, free
 from gptq.blockwise.source import open_model
 from gptq.errors import UserError
-from gptq.inference.perplexity import perplexity
+from gptq.inference.perplexity import LOGIT_TOKENS, perplexity
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -69,6 +69,24 @@ def test_perplexity_equals_a_plain_loop(folder):
     expected = torch.tensor(total / (3 * 40)).exp().item()
     found = perplexity(opened(folder), windows(3, 40))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("extra", [-1, 0, 1, 2, 500])
+def test_windows_longer_than_the_logits_in_memory(tmp_path, extra):
+    """Logits are made 1024 tokens at a time; a window can end at, before or after such a part."""
+    length = LOGIT_TOKENS + extra
+    folder = make_model(tmp_path / "m", llama_config(max_position_embeddings=2048))
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Tokens that the model finds likely and others: parts left out or counted twice would show.
+    tokens = windows(2, length)
+    tokens[:, 1000:] = 7
+    losses = []
+    for window in tokens:
+        scores = whole(window[None]).logits[0, :-1].double().log_softmax(-1)
+        losses.append(-scores.gather(1, window[1:, None]).mean())
+    expected = torch.stack(losses).mean().exp().item()
+    assert perplexity(opened(folder), tokens) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_block_is_in_memory_only_while_it_is_loaded(llama_dir):
