@@ -53,7 +53,7 @@ def _memory_groups(root: Path) -> Iterator[Path]:
     A limit of any group on the way to the root of the tree holds. The memory controller is in
     version 1 or 2 (the kernel's cgroup-v1/memory.rst and cgroup-v2.rst).
     """
-    inner = {}
+    inner: dict[str, PurePosixPath] = {}
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -66,8 +66,9 @@ def _memory_groups(root: Path) -> Iterator[Path]:
         if kind not in inner or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top, place = mount.split()[3:5]
+        folder = root / place.lstrip("/")
         # A container may see a part of the tree, by paths of the whole or of that part.
-        path, folder = inner[kind], root / place.lstrip("/")
+        path = inner[kind]
         inside = path.relative_to(top) if path.is_relative_to(top) else PurePosixPath()
         if ".." not in inside.parts:
             yield from (folder / group for group in (inside, *inside.parents))
@@ -85,8 +86,10 @@ def _group_memory(group: Path) -> int | None:
         return None
     # Files' pages count as used, but are dropped when memory is needed. Version 1 counts those of
     # the groups inside in the line that begins with total_.
-    pages = dict(re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE))
-    cached = int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))
+    pages: dict[str, str] = dict(
+        re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    )
+    cached = int(pages.get("total_inactive_file") or pages.get("inactive_file", 0))
     return min(limits) - max(int(used) - cached, 0)
 
 
