@@ -53,25 +53,25 @@ def _memory_groups(root: Path) -> Iterator[Path]:
     A limit of any group on the way to the root of the tree holds. The memory controller is in
     version 1 or 2 (the kernel's cgroup-v1/memory.rst and cgroup-v2.rst).
     """
-    inner: dict[str, PurePosixPath] = {}
+    paths = {}
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            inner["cgroup2"] = PurePosixPath(path)
+            paths["cgroup2"] = path
         elif "memory" in controllers.split(","):
-            inner["cgroup"] = PurePosixPath(path)
-    for line in _read(root / "proc/self/mountinfo").splitlines():
+            paths["cgroup"] = path
+    for line in filter(None, _read(root / "proc/self/mountinfo").splitlines()):
         mount, _, system = line.partition(" - ")
         kind, *_, options = system.split()
-        if kind not in inner or (kind == "cgroup" and "memory" not in options.split(",")):
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top, place = mount.split()[3:5]
-        folder = root / place.lstrip("/")
         # A container may see a part of the tree, by paths of the whole or of that part.
-        path = inner[kind]
-        inside = path.relative_to(top) if path.is_relative_to(top) else PurePosixPath()
+        group = PurePosixPath(paths[kind])
+        inside = group.relative_to(top) if group.is_relative_to(top) else PurePosixPath()
         if ".." not in inside.parts:
-            yield from (folder / group for group in (inside, *inside.parents))
+            folder = root / place.lstrip("/")
+            yield from (folder / part for part in (inside, *inside.parents))
 
 
 def _group_memory(group: Path) -> int | None:
@@ -89,7 +89,7 @@ def _group_memory(group: Path) -> int | None:
     pages: dict[str, str] = dict(
         re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
     )
-    cached = int(pages.get("total_inactive_file") or pages.get("inactive_file", 0))
+    cached = int(pages.get("total_inactive_file") or pages.get("inactive_file") or "0")
     return min(limits) - max(int(used) - cached, 0)
 
 

@@ -149,6 +149,47 @@ def test_needs_are_told_from_shapes(llama_dir, bloom_dir):
     assert needs(opened(bloom_dir, torch.bfloat16), plain, 100).activations == 100 * 320 * 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "squares"),
+    [
+        ({}, 4),
+        ({"group_size": -1}, 4),
+        # Grids that are found before the sweep copy a group's rows of H, and of those its columns.
+        ({"group_size": -1, "static_groups": True}, 6),
+        ({"group_size": 512, "static_groups": True}, 4.75),
+        ({"group_size": 2048, "static_groups": True}, 6),
+        ({"group_size": -1, "method": "rtn"}, 6),
+        # All groups' moments first, two squares each: two groups of 64 inputs, then 1024.
+        ({"true_sequential": False}, 4 + 3 * 2 * 64**2 / 1024**2),
+    ],
+    ids=str,
+)
+def test_squares_as_large_as_the_hessian(tmp_path, settings, squares):
+    """The widest group decides: 1024 inputs, 64 outputs."""
+    model = opened(make_model(tmp_path / "m", llama_config(intermediate_size=1024)))
+    block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 1024 + 2 * 64
+    config = QuantConfig(**{"error_feedback": 0, **settings})
+    found = needs(model, config, 100)
+    assert found.most == 4 * (block + 9 * 64 * 1024 + squares * 1024**2) + FIXED
+    copies = 1 if config.true_sequential else 2
+    assert found.activations == copies * 100 * (64 + 1024) * 4
+
+
+def test_rounding_without_text_has_no_hessian(llama_dir):
+    config = QuantConfig(method="rtn")
+    assert needs(opened(llama_dir), config, 0).most < needs(opened(llama_dir), config, 1).most
+
+
+@pytest.mark.parametrize(("processes", "tokens"), [(1, 5 * 96), (2, 3 * 96), (4, 2 * 96)])
+def test_processes_share_the_windows(monkeypatch, processes, tokens):
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 96)
+    for name, value in (("RANK", 0), ("WORLD_SIZE", processes), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, str(value))
+    windows = torch.zeros(5, 96, dtype=torch.int64)
+    assert gptq.api._own_tokens(windows, torch.device("cpu")) == tokens
+    assert gptq.api._own_tokens(None, torch.device("cpu")) == 0
+
+
 def test_limits(llama_dir):
     needed = needs(opened(llama_dir), QuantConfig(), 100)
     exact = needed.most + needed.activations
