@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import bloom_config, llama_config, make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gptq.blockwise.activations import batches, embed
@@ -69,6 +70,23 @@ def test_perplexity_equals_a_plain_loop(folder):
     expected = torch.tensor(total / (3 * 40)).exp().item()
     found = perplexity(opened(folder), windows(3, 40))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_tells_its_progress_and_frees_the_model(llama_dir):
+    model, told = opened(llama_dir), []
+    perplexity(model, windows(), lambda done, total: told.append((done, total)))
+    assert told == [(1, 2), (2, 2)]
+    assert all(weight.is_meta for weight in model.module.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_perplexity_that_is_no_number_is_refused(tmp_path, value):
+    folder = make_model(tmp_path / "m", llama_config())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"activations overflow in torch\.float32; try --dtype"):
+        perplexity(opened(folder), windows())
 
 
 @torch.no_grad()

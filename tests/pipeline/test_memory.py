@@ -16,9 +16,9 @@ from gptq import QuantConfig
 from gptq.blockwise import activations
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
-from gptq.device import available_memory, parse_size, peak_memory
+from gptq.device import available_memory, peak_memory
 from gptq.errors import UserError
-from gptq.pipeline.memory import FIXED, GIB, fits, needs
+from gptq.pipeline.memory import FIXED, fits, needs
 
 # Errors are fed back, which takes the most activations; the rest is as quick as it can be.
 QUICK = {
@@ -198,30 +198,6 @@ def test_limits(llama_dir):
     with pytest.raises(UserError, match=r"--max-memory 9k is too little: one layer .* GiB"):
         fits(needed, 9000, "9k")
     assert not fits(needed, 9000, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("6GiB", 6 * GIB),
-        ("6gib", 6 * GIB),
-        ("6Gi", 6 * GIB),
-        ("2.5G", 2_500_000_000),
-        ("500MB", 500_000_000),
-        ("500 mb", 500_000_000),
-        ("1TiB", 2**40),
-        ("123456", 123456),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "x", "0", "-1GiB", "6GiBs", "6 6", "1e9", "0.0G", "i", "6i"])
-def test_what_is_no_size_is_one_line(text, llama_dir, tmp_path, text_file):
-    with pytest.raises(UserError, match=r"--max-memory .* is not a size: give one such as 6GiB"):
-        gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", max_memory=text)
-    assert os.listdir(tmp_path) == []
 
 
 def test_what_the_system_says():

@@ -1,11 +1,14 @@
-"""What memory is left, from made-up trees of /proc and /sys/fs/cgroup."""
+"""Sizes by name, and what memory is left, from made-up trees of /proc and /sys/fs/cgroup."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptq.device import available_memory
+import gptq
+from gptq.device import available_memory, parse_size
+from gptq.errors import UserError
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -153,3 +156,29 @@ def test_processes_of_one_machine_share_its_memory(tmp_path, monkeypatch, local,
         else:
             monkeypatch.setenv(name, value)
     assert left(tmp_path) == 8 / share
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GiB", 6 * GIB),
+        ("6gib", 6 * GIB),
+        ("6Gi", 6 * GIB),
+        ("2.5G", 2_500_000_000),
+        ("500MB", 500_000_000),
+        ("500 mb", 500_000_000),
+        ("1TiB", 2**40),
+        ("123456", 123456),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0", "-1GiB", "6GiBs", "6 6", "1e9", "0.0G", "i", "6i", "1" + 310 * "0"]
+)
+def test_what_is_no_size_is_one_line(text, llama_dir, tmp_path, text_file):
+    with pytest.raises(UserError, match=r"--max-memory .* is not a size: give one such as 6GiB"):
+        gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", max_memory=text)
+    assert os.listdir(tmp_path) == []
