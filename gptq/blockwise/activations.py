@@ -67,6 +67,7 @@ def embed(
     windows: int64 (batch, seq) each, as from `batches`. cache: for the activations, by default in
         memory.
     Of the embedding only the rows of tokens that occur are kept.
+    Raises UserError as `check_tokens`.
     """
     activations = Activations(ActivationCache() if cache is None else cache, {})
     if not windows:
@@ -74,6 +75,7 @@ def embed(
     first, *others = model.spec.embed
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
     whole = model.module.get_submodule(first)
+    check_tokens(used, cast(nn.Embedding, whole).num_embeddings)
     replace(model.module, first, nn.Embedding.from_pretrained(_embedding_rows(model, used)))
     for name in others:
         model.load(name)
@@ -86,6 +88,15 @@ def embed(
     for name in others:
         free(model.module.get_submodule(name))
     return activations
+
+
+def check_tokens(tokens: Tensor, rows: int) -> None:
+    """Raise UserError for a token that an embedding of so many rows does not have."""
+    if tokens.numel() and int(tokens.max()) >= rows:
+        raise UserError(
+            f"the tokenizer makes token {int(tokens.max())} of the text, but the embedding has "
+            f"{rows} rows; give the model its own tokenizer, or resize its embedding"
+        )
 
 
 def _embedding_rows(model: BlockwiseModel, used: Tensor) -> Tensor:

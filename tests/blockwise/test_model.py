@@ -8,10 +8,12 @@ from conftest import bloom_config, llama_config, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import gptq
 from gptq.blockwise.activations import batches, embed
 from gptq.blockwise.model import BlockwiseModel, free
 from gptq.blockwise.source import open_model
 from gptq.errors import UserError
+from gptq.inference.generate import benchmark, text
 from gptq.inference.perplexity import LOGIT_TOKENS, perplexity
 
 CPU = torch.device("cpu")
@@ -132,3 +134,24 @@ def test_tensors_that_do_not_fit(llama_dir, change, message):
     change(tensors, name)
     with pytest.raises(UserError, match=f"{name}: {message}"):
         replace(model, tensors=tensors).load_block(1)
+
+
+def test_tokens_beyond_the_embedding(llama_dir):
+    """As a tokenizer with tokens of its own has them; the rows are those of the model."""
+    model = opened(llama_dir)
+    rows = model.module.get_input_embeddings().num_embeddings
+    tokens = windows()
+    tokens[-1, -1] = rows - 1
+    embed(model, batches(tokens, CPU))
+    tokens[-1, -1] = rows
+    message = (
+        rf"token {rows} of the text, but the embedding has {rows} rows; give the model its own"
+    )
+    with pytest.raises(UserError, match=message):
+        embed(model, batches(tokens, CPU))
+    whole, tokenizer = gptq.load(llama_dir)
+    tokenizer.add_tokens([f"<{number}>" for number in range(rows - len(tokenizer) + 1)])
+    with pytest.raises(UserError, match=message):
+        text(whole, tokenizer, tokenizer.decode([rows]), 1)
+    with pytest.raises(UserError, match=message):
+        benchmark(whole, torch.tensor([1, rows, 2]))
