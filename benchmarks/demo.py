@@ -70,13 +70,15 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     del loaded
     windows = evaluation_windows(heldout, tokenizer, SEQLEN, WINDOWS)
     return Row(
-        checkpoint.stat().st_size if checkpoint else itemsize * parameters,
-        bits_per_weight(open_weights(model, checkpoint)) if checkpoint else 8 * itemsize,
-        latency.peak_memory,
-        perplexity(open_weights(model, checkpoint), windows),
-        latency.tokens_per_second,
-        written,
-        dtype,
+        file_bytes=checkpoint.stat().st_size if checkpoint else itemsize * parameters,
+        bits_per_weight=(
+            bits_per_weight(open_weights(model, checkpoint)) if checkpoint else 8 * itemsize
+        ),
+        peak_memory=latency.peak_memory,
+        perplexity=perplexity(open_weights(model, checkpoint), windows),
+        tokens_per_second=latency.tokens_per_second,
+        text=written,
+        dtype=dtype,
     )
 
 

@@ -42,7 +42,7 @@ def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
         # hidden states.
         feedback = (rows if group.writes_residual else columns) * columns
         moments = 4 * squares * (MOMENTS * columns**2 + feedback * config.feeds_back)
-        work = 4 * squares * (SQUARES * columns**2 + _grid_squares(columns, config))
+        work = 4 * squares * (SQUARES * columns**2 + _more_squares(columns, config))
         work += 4 * COPIES * rows * columns
         # If layers are not solved in turn, all groups have their moments first.
         before = 0 if config.true_sequential else kept
@@ -59,9 +59,14 @@ def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
     )
 
 
-def _grid_squares(columns: int, config: QuantConfig) -> int:
-    """Elements of H that are copied to search a group's grid, if all are searched before the sweep:
-    the group's rows, and of those its columns. One group of all inputs copies H twice."""
+def _more_squares(columns: int, config: QuantConfig) -> int:
+    """Elements of H that are copied beside those of one sweep.
+
+    If all grids are searched before the sweep, of each group the rows, and of those its columns:
+    one group of all inputs copies H twice. So does a sweep after the first (measured).
+    """
+    if config.sweeps > 1:
+        return 2 * columns**2
     if not config.static_groups and config.method == "gptq":
         return 0
     size = columns if config.group_size == -1 else min(config.group_size, columns)

@@ -31,7 +31,11 @@ TESTS = {
     "gptq.pipeline.journal": ["pipeline/test_journal.py", "pipeline/test_outputs.py"],
     "gptq.pipeline.identity": ["pipeline/test_identity.py"],
     "gptq.checkpoints.verify": ["checkpoints/test_verify.py"],
-    "gptq.checkpoints.reading": ["checkpoints/test_reading.py", "checkpoints/test_layouts.py"],
+    "gptq.checkpoints.reading": [
+        "checkpoints/test_reading.py",
+        "checkpoints/test_layouts.py",
+        "checkpoints/test_embeddings.py",
+    ],
     "gptq.inference.perplexity": ["blockwise/test_model.py"],
     "gptq.device": ["project/test_memory_limits.py", "project/test_device.py"],
 }

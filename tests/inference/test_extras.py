@@ -217,7 +217,7 @@ def test_the_adapters_gradient(folder):
     assert len(grads[0]) == 12
     for name, grad in grads[0].items():
         # An element near zero is a difference of large ones.
-        atol = 1e-4 * float(grad.abs().max())
+        atol = 1e-3 * float(grad.abs().max())
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=atol)
 
 

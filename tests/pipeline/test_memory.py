@@ -159,6 +159,7 @@ def test_needs_are_told_from_shapes(llama_dir, bloom_dir):
         ({"group_size": 512, "static_groups": True}, 4.75),
         ({"group_size": 2048, "static_groups": True}, 6),
         ({"group_size": -1, "method": "rtn"}, 6),
+        ({"sweeps": 2}, 6),
         # All groups' moments first, two squares each: two groups of 64 inputs, then 1024.
         ({"true_sequential": False}, 4 + 3 * 2 * 64**2 / 1024**2),
     ],
