@@ -180,3 +180,15 @@ def test_folders_around_an_output_are_made_before_the_work(tmp_path, folder):
     for _ in range(2):
         check_writable(path, folder=folder)
         assert [it.name for it in path.parent.parent.rglob("*")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("config", "quantized"),
+    [('{"quantization_config": {}}', True), ('{"bits": 4}', False), ("[]", False), ("{", False)],
+)
+def test_a_quantized_folder_of_any_format_can_be_replaced(tmp_path, config, quantized):
+    (tmp_path / "config.json").write_text(config)
+    refused = pytest.raises(UserError, match="exists and is no quantized checkpoint")
+    with contextlib.nullcontext() if quantized else refused:
+        check_writable(tmp_path, folder=True, ours=lambda name: name == "config.json")
+    assert os.listdir(tmp_path) == ["config.json"]
