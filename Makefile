@@ -11,7 +11,7 @@
 # make test-oldest      the same with the oldest of everything that pyproject.toml allows
 # make test-extras      what needs optional packages: serving, adapters, lm-eval; in an environment
 #                       that adds them to this one, made again when pyproject.toml changes
-# make test-slow        the slow cases that take three minutes together
+# make test-slow        the slow cases that compile nothing and take less than three minutes
 # make mutants          small changes to the modules that guard data which no test notices; an hour
 #
 # PYTHON=python3.12   the interpreter that the environment is made with
@@ -81,8 +81,8 @@ $(EXTRAS_ENV)/ready: pyproject.toml | venv
 		$$($(RUN) tests/helpers/floors.py serve train report | sed 's/==/>=/') "lm_eval>=0.4.9"
 	@touch $@
 
-# Compiling every CUDA kernel and every change to a file of a run are left to `-m slow`.
-SLOW := quant_cuda/test_cpu_sanitizers pipeline/test_team
+# What compiles kernels, and a run that ends at every change to a file, are left to `-m slow`.
+SLOW := pipeline/test_team
 test-slow: venv
 	@$(RUN) -m pytest -m slow $(SLOW:%=tests/%.py)
 

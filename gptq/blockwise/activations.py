@@ -75,7 +75,7 @@ def embed(
     first, *others = model.spec.embed
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
     whole = model.module.get_submodule(first)
-    check_tokens(used, cast(nn.Embedding, whole).num_embeddings)
+    check_tokens(used, whole)
     replace(model.module, first, nn.Embedding.from_pretrained(_embedding_rows(model, used)))
     for name in others:
         model.load(name)
@@ -90,8 +90,12 @@ def embed(
     return activations
 
 
-def check_tokens(tokens: Tensor, rows: int) -> None:
-    """Raise UserError for a token that an embedding of so many rows does not have."""
+def check_tokens(tokens: Tensor, embedding: nn.Module) -> None:
+    """Raise UserError for a token that an nn.Embedding or QuantEmbedding has no row for."""
+    if isinstance(embedding, QuantEmbedding):
+        rows = embedding.out_features
+    else:
+        rows = cast(nn.Embedding, embedding).num_embeddings
     if tokens.numel() and int(tokens.max()) >= rows:
         raise UserError(
             f"the tokenizer makes token {int(tokens.max())} of the text, but the embedding has "

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from gptq.blockwise.activations import check_tokens
@@ -110,7 +110,7 @@ def benchmark(
     progress: called with (tokens done, tokens in all).
     Raises UserError for a token that the embedding does not have.
     """
-    check_tokens(tokens, _embedding_rows(model))
+    check_tokens(tokens, model.get_input_embeddings())
     device = model.device
     reset_peak_memory(device)
     step = stepper(model, len(tokens))
@@ -135,10 +135,6 @@ def benchmark(
     )
 
 
-def _embedding_rows(model: PreTrainedModel) -> int:
-    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-
-
 def _continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -147,7 +143,7 @@ def _continuation(
     streamer: TextStreamer | None,
 ) -> str:
     """The greedy continuation of an encoded prompt, int64 (1, n) `input_ids` and its mask."""
-    check_tokens(encoded["input_ids"], _embedding_rows(model))
+    check_tokens(encoded["input_ids"], model.get_input_embeddings())
     encoded = encoded.to(model.device)
     prompt_length = encoded["input_ids"].shape[1]
     pad = tokenizer.pad_token_id

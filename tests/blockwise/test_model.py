@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gptq
-from gptq.blockwise.activations import batches, embed
+from gptq.blockwise.activations import batches, check_tokens, embed
 from gptq.blockwise.model import BlockwiseModel, free
 from gptq.blockwise.source import open_model
 from gptq.errors import UserError
 from gptq.inference.generate import benchmark, text
 from gptq.inference.perplexity import LOGIT_TOKENS, perplexity
+from gptq.nn import QuantEmbedding
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -155,3 +156,12 @@ def test_tokens_beyond_the_embedding(llama_dir):
         text(whole, tokenizer, tokenizer.decode([rows]), 1)
     with pytest.raises(UserError, match=message):
         benchmark(whole, torch.tensor([1, rows, 2]))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_token_beyond_either_kind_of_embedding(packed):
+    embedding = QuantEmbedding(40, 8, 4, -1) if packed else torch.nn.Embedding(40, 8)
+    check_tokens(torch.tensor([0, 39]), embedding)
+    check_tokens(torch.tensor([], dtype=torch.int64), embedding)
+    with pytest.raises(UserError, match=r"token 40 of the text, but the embedding has 40 rows"):
+        check_tokens(torch.tensor([40, 0]), embedding)
