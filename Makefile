@@ -9,6 +9,10 @@
 # make test-all         every case, in one run
 # make test-installed   what pip installs of the wheel of the source archive, in an empty environment
 # make test-oldest      the same with the oldest of everything that pyproject.toml allows
+# make test-extras      what needs optional packages: serving, adapters, lm-eval; in an environment
+#                       that adds them to this one, made again when pyproject.toml changes
+# make test-slow        the slow cases that compile nothing and take less than three minutes
+# make mutants          small changes to the modules that guard data which no test notices; an hour
 #
 # PYTHON=python3.12   the interpreter that the environment is made with
 # VENV=path           an environment that has everything already; nothing is installed into it
@@ -32,7 +36,7 @@ CUDA_TARGETS ?= $(if $(GPU),,sm_80)
 # The test files are shared out over several processes, where pytest-xdist is there.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-rest test-all test-installed test-oldest lint docs wheel clean venv
+.PHONY: demo test test-rest test-all test-installed test-oldest test-extras test-slow mutants lint docs wheel clean venv
 
 demo: venv
 	@$(RUN) -m benchmarks.demo
@@ -62,6 +66,28 @@ test-installed test-oldest: venv
 		$(WANTED) "$$(echo $(BARE)/dist/*.whl)[$(EXTRAS)]" "accelerate>=1.5" "pytest>=8"
 	@cd tests && ../$(BARE)/bin/python -c "import gptq; assert 'site-packages' in gptq.__file__"
 	@cd tests && ../$(BARE)/bin/pytest $(CHOSEN) $(foreach file,$(FILES),$(if $(findstring test_,$(file)),$(file).py,$(file)))
+
+EXTRAS_ENV := .cache/extras
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+test-extras: $(EXTRAS_ENV)/ready
+	@PYTHONPATH=. $(EXTRAS_ENV)/bin/python -m pytest -m extras
+
+$(EXTRAS_ENV)/ready: pyproject.toml | venv
+	@rm -rf $(EXTRAS_ENV)
+	@$(RUN) -m venv $(EXTRAS_ENV)
+	@echo "import site; site.addsitedir('$$($(RUN) -c '$(SITE)')')" \
+		> $$($(EXTRAS_ENV)/bin/python -c '$(SITE)')/base.pth
+	@$(EXTRAS_ENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$($(RUN) tests/helpers/floors.py serve train report | sed 's/==/>=/') "lm_eval>=0.4.9"
+	@touch $@
+
+# What compiles kernels, and a run that ends at every change to a file, are left to `-m slow`.
+SLOW := pipeline/test_team
+test-slow: venv
+	@$(RUN) -m pytest -m slow $(SLOW:%=tests/%.py)
+
+mutants: venv
+	@$(RUN) tests/helpers/mutants.py
 
 lint: venv
 	@$(RUN) -m ruff check .

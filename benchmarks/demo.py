@@ -6,7 +6,6 @@ Nothing is measured in this process: each model is run in a fresh one, so that i
 its own.
 """
 
-import os
 import resource
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.assets import DEFAULT_CACHE, model_path, text_path
-from benchmarks.common.measures import bits_per_weight, in_fresh_process
+from benchmarks.common.measures import bits_per_weight, in_fresh_process, machine, version
 from gptq.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +47,8 @@ class Row:
     tokens_per_second: float
     text: str
     """The text after PROMPT; empty if it was not asked for."""
+    dtype: str
+    """What the model was computed in, such as float32."""
 
 
 def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) -> Row:
@@ -64,16 +65,20 @@ def measure(model: Path, checkpoint: Path | None, heldout: Path, write: bool) ->
     # First, because the peak includes everything done before.
     latency = benchmark(loaded, torch.tensor(tokens))
     written = text(loaded, tokenizer, PROMPT, NEW_TOKENS) if write else ""
+    itemsize, dtype = loaded.dtype.itemsize, str(loaded.dtype).removeprefix("torch.")
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded
     windows = evaluation_windows(heldout, tokenizer, SEQLEN, WINDOWS)
     return Row(
-        checkpoint.stat().st_size if checkpoint else 2 * parameters,
-        bits_per_weight(open_weights(model, checkpoint)) if checkpoint else 16,
-        latency.peak_memory,
-        perplexity(open_weights(model, checkpoint), windows),
-        latency.tokens_per_second,
-        written,
+        file_bytes=checkpoint.stat().st_size if checkpoint else itemsize * parameters,
+        bits_per_weight=(
+            bits_per_weight(open_weights(model, checkpoint)) if checkpoint else 8 * itemsize
+        ),
+        peak_memory=latency.peak_memory,
+        perplexity=perplexity(open_weights(model, checkpoint), windows),
+        tokens_per_second=latency.tokens_per_second,
+        text=written,
+        dtype=dtype,
     )
 
 
@@ -97,7 +102,7 @@ def main() -> int:
         code = llama(arguments)
         if code:
             return code
-    models = {"full, 16 bit": None, "4 bit, nearest": rounded, "4 bit, GPTQ": solved}
+    models = {"full": None, "4 bit, nearest": rounded, "4 bit, GPTQ": solved}
     rows = {}
     for name, checkpoint in models.items():
         print(f"running: {name}", flush=True)
@@ -125,10 +130,11 @@ def llama(arguments: list[str | Path]) -> int:
 
 def table(rows: dict[str, Row]) -> Table:
     result = Table(
-        title=f"SmolLM2-135M-Instruct, {os.cpu_count()} CPU cores",
+        title=f"SmolLM2-135M-Instruct, {version()}, {machine()}",
         caption="Bits a weight: of the layers in blocks. Embeddings have 8 bits. Perplexity: "
         f"{WINDOWS} windows of {SEQLEN} tokens of an encyclopedia, calibrated on web pages. "
-        "The weights come from a file of 4 bits in groups of 32.",
+        "The weights come from a file of 4 bits in groups of 32; the full model's are counted as "
+        "they are in memory.",
         caption_justify="left",
     )
     result.add_column("model")
@@ -136,7 +142,7 @@ def table(rows: dict[str, Row]) -> Table:
         result.add_column(heading, justify="right")
     for name, row in rows.items():
         result.add_row(
-            name,
+            f"{name}, in {row.dtype}",
             f"{row.file_bytes / 1e6:.0f}",
             f"{row.bits_per_weight:.2f}",
             f"{row.peak_memory / 1e6:.0f}",

@@ -2,8 +2,10 @@
 
     python -m benchmarks.quality [--models NAME...] [--settings NAME...] [--methods NAME...]
 
-The measure is the gap, ln(perplexity quantized) - ln(perplexity full), in nats a token. Every
-result is appended to a file at once; what is in the file is not measured again.
+The measure is the gap, ln(perplexity quantized) - ln(perplexity full), in nats a token, both
+computed in float32. Every result is appended to a file at once, with the version that made it and
+the machine. What is in the file is not measured again without --fresh; of two results for the same
+model, setting and method the later counts.
 Other toolkits run in environments of their own: --gptqmodel PYTHON, --autoround PYTHON.
 """
 
@@ -26,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common.assets import DEFAULT_CACHE, model_path, text_path
-from benchmarks.common.measures import bits_per_weight
+from benchmarks.common.measures import bits_per_weight, machine, version
 from benchmarks.common.permuted import permuted_copy
 from benchmarks.limits import PLAIN
 from benchmarks.train_tiny import tiny_model
@@ -39,6 +41,8 @@ from gptq.files.atomic import whole_file
 PEERS = Path(__file__).parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 EVALUATION_WINDOWS = 20
+# The version and machine of results from before these were kept.
+UNKNOWN = "not recorded"
 
 # Each of ours after the second adds one idea to the one before it.
 METHODS: dict[str, dict[str, object]] = {
@@ -62,6 +66,7 @@ PEER_METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "AutoRound, 50 steps": ("autoround", {"iters": 50}),
     "AutoRound, 200 steps": ("autoround", {"iters": 200}),
 }
+PEER_PACKAGES = {"gptqmodel": "gptqmodel", "autoround": "auto-round"}
 GRIDS = {
     "W4 g128": (4, 128),
     "W4 g64": (4, 64),
@@ -103,6 +108,15 @@ class Result:
     cpu_seconds: float
     """Processor time of quantizing, all threads together."""
     threads: int
+    version: str = UNKNOWN
+    """Of this package, with its commit; of another toolkit, its name and version."""
+    machine: str = UNKNOWN
+    """The processor and the number of its cores."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a table has one row for."""
+        return self.model, self.setting, self.method
 
 
 def subject(name: str, cache: Path) -> Subject:
@@ -195,11 +209,23 @@ def _children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def toolkit_version(method: str, pythons: Mapping[str, str]) -> str:
+    """Which code a method is: this package's version, or another toolkit's in its environment."""
+    if method in METHODS:
+        return version()
+    peer = PEER_METHODS[method][0]
+    script = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    words = [pythons[peer], "-c", script, PEER_PACKAGES[peer]]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return f"{peer} {done.stdout.strip() or UNKNOWN}"
+
+
 def read_results(path: Path) -> list[Result]:
-    """The results in a file; none if there is no file."""
+    """The results in a file, of equal keys only the last; none if there is no file."""
     if not path.exists():
         return []
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
+    rows = [Result(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list({row.key: row for row in rows}.values())
 
 
 def add(path: Path, result: Result) -> None:
@@ -211,9 +237,10 @@ def add(path: Path, result: Result) -> None:
 def measure(
     names: list[str], settings: list[str], methods: list[str], args: argparse.Namespace
 ) -> Iterator[Result]:
-    """Quantize and evaluate everything that was asked for and is not in the file."""
+    """Quantize and evaluate everything that was asked for and is not in the file; with --fresh also
+    what is."""
     pythons = {"gptqmodel": args.gptqmodel, "autoround": args.autoround}
-    measured = {(row.model, row.setting, row.method) for row in read_results(args.results)}
+    measured = set() if args.fresh else {row.key for row in read_results(args.results)}
     for name in names:
         wanted = [(s, m) for s in settings for m in methods if (name, s, m) not in measured]
         if not wanted:
@@ -237,6 +264,8 @@ def measure(
                 bits_per_weight=bits,
                 cpu_seconds=seconds,
                 threads=torch.get_num_threads(),
+                version=toolkit_version(method, pythons),
+                machine=machine(),
             )
 
 
@@ -244,18 +273,22 @@ def table(results: list[Result], model: str) -> Table:
     """One row a setting and method, best reading order: settings, then methods as listed."""
     rows = [row for row in results if row.model == model]
     texts = list(rows[0].gaps)
-    made = Table(title=model, caption="gap: ln perplexity above the full model's, nats a token")
+    made = Table(
+        title=model,
+        caption="gap: ln perplexity above the full model's, nats a token; both run in float32",
+    )
     for heading in ("setting", "method"):
         made.add_column(heading)
-    for heading in (*(f"gap {text}" for text in texts), "bits a weight", "CPU s"):
+    for heading in (*(f"gap {text}" for text in texts), "bits a weight", "CPU s", "threads"):
         made.add_column(heading, justify="right")
+    for heading in ("version", "machine"):
+        made.add_column(heading)
     order = {name: place for place, name in enumerate([*METHODS, *PEER_METHODS])}
     places = {name: place for place, name in enumerate(SETTINGS)}
     for row in sorted(rows, key=lambda row: (places[row.setting], order[row.method])):
         gaps = [f"{row.gaps[text]:.4f}" for text in texts]
-        made.add_row(
-            row.setting, row.method, *gaps, f"{row.bits_per_weight:.2f}", f"{row.cpu_seconds:.0f}"
-        )
+        costs = f"{row.bits_per_weight:.2f}", f"{row.cpu_seconds:.0f}", str(row.threads)
+        made.add_row(row.setting, row.method, *gaps, *costs, row.version, row.machine)
     return made
 
 
@@ -302,6 +335,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=every, default=None, metavar="NAME")
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="python of an environment with it")
     parser.add_argument("--autoround", metavar="PYTHON", help="python of an environment with it")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to add to")
     parser.add_argument("--chart", type=Path, help="draw gap against bits into this picture")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.assets import DEFAULT_CACHE
+from benchmarks.common.measures import machine, version
 from benchmarks.common.stopwatch import SETTINGS, Stopwatch
 from benchmarks.limits import Rates, measured_rates, operations
 from benchmarks.quality import PEERS, Subject, log_perplexities, subject, windows_of
@@ -123,7 +124,7 @@ def best(runs: list[Run], method: str) -> Run:
 
 def stage_table(run: Run, least: dict[str, float], rates: Rates, threads: int) -> Table:
     """Seconds by stage, the least each can take, and what share of the time that is."""
-    made = Table(title=f"{run.method}: stages")
+    made = Table(title=f"{run.method} in float32: stages")
     for heading in ("stage", "seconds", "least", "share of the limit"):
         made.add_column(heading, justify="left" if heading == "stage" else "right")
     total = run.cpu_seconds if threads == 1 else run.seconds
@@ -138,9 +139,9 @@ def stage_table(run: Run, least: dict[str, float], rates: Rates, threads: int) -
     return made
 
 
-def summary(runs: list[Run]) -> Table:
-    """Processor seconds and gaps side by side, and ratios to the peer."""
-    made = Table(title="compared", caption="gap: nats a token; best of the repeats")
+def summary(runs: list[Run], model: str) -> Table:
+    """Processor seconds and gaps of one model side by side, and ratios to the peer."""
+    made = Table(title=model, caption="gap: nats a token; best of the repeats")
     texts = list(runs[0].gaps)
     headings = ("method", "CPU s", "wall s", "times faster", *(f"gap {text}" for text in texts))
     for heading in headings:
@@ -158,6 +159,8 @@ def summary(runs: list[Run]) -> Table:
 def write(path: Path, it: Subject, runs: list[Run], rates: Rates) -> None:
     record = {
         "model": it.name,
+        "version": version(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
@@ -206,8 +209,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = QuantConfig(**GRID, **SETTINGS[method])
         least = operations(config, settings, it.nsamples, it.seqlen)
         console.print(stage_table(best(runs, method), least, rates, args.threads))
-    console.print(summary(runs))
-    console.print(f"{it.name}, {args.threads} threads, {rates.operations / 1e9:.0f} GFLOP/s")
+    console.print(summary(runs, it.name))
+    speed = f"{rates.operations / 1e9:.0f} GFLOP/s"
+    console.print(f"{version()}, {machine()}, {args.threads} threads, {speed}")
     write(args.output, it, runs, rates)
     return 0
 

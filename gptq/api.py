@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gptq import torchrun
 from gptq.blockwise.activation_cache import ActivationCache
+from gptq.blockwise.activations import batches
 from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
@@ -150,8 +152,9 @@ def quantize(
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
-    max_memory: such as "6GiB"; activations go to disk, next to the output, if they would exceed it,
-        a GPU's first to the machine's memory. By default what is free on the device.
+    max_memory: of each process, such as "6GiB"; activations go to disk, next to the output, if they
+        would exceed it, a GPU's first to the machine's memory. By default what is free on the
+        device, or the process's share of it.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
@@ -200,7 +203,7 @@ def run(
         warnings.warn(text, stacklevel=3)
     stages = [("reading the calibration text", perf_counter() - started)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
-    needed = needs(model, config, 0 if windows is None else windows.numel())
+    needed = needs(model, config, _own_tokens(windows, model.device))
     memory = available_memory(model.device) if limit is None else limit
     in_memory = fits(needed, memory, job.max_memory)
     total = len(source.spec.linears) * model.block_count
@@ -263,7 +266,7 @@ def _activation_cache(
     needed: Needs, device: torch.device, journal: Journal, team: Team
 ) -> ActivationCache:
     """For activations that the device has no memory for."""
-    available = available_memory(torch.device("cpu")) / team.size
+    available = available_memory(torch.device("cpu"))
     if device.type == "cuda" and needed.activations + FIXED < available:
         return ActivationCache(host=True)
     return ActivationCache(journal.scratch / str(team.rank) / "quantized")
@@ -334,6 +337,13 @@ def _calibration_warnings(
         f"{job.dataset}: {count} different tokens are few for layers of {widest} inputs, and the "
         "model may become worse than by rounding; give more text, or more --nsamples",
     )
+
+
+def _own_tokens(windows: Tensor | None, device: torch.device) -> int:
+    """How many calibration tokens one process runs at most, the first."""
+    if windows is None:
+        return 0
+    return sum(batch.numel() for batch in batches(windows, device)[:: torchrun.size()])
 
 
 def _utf8_name(path: str | Path) -> str:

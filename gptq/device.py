@@ -3,7 +3,8 @@
 import math
 import re
 import resource
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -30,20 +31,71 @@ def parse_size(text: str) -> int:
     return int(amount)
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated without swapping: of a GPU's memory or the machine's."""
+def available_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that this process can allocate without swapping: of a GPU's memory, or its share of
+    the machine's if torchrun started several processes on it.
+
+    root: where /proc and /sys/fs/cgroup are.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    entry = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    entry = re.search(r"MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"))
     free = int(entry[1]) * 1024 if entry else 2**62
-    # meminfo is of the whole machine; a container's limit is in its control group.
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+    # meminfo is of the whole machine; a container's limits are in its control groups.
+    limited = [_group_memory(group) for group in _memory_groups(root)]
+    free = min([free, *(left for left in limited if left is not None)])
+    return max(free, 0) // torchrun.local_size()
 
 
-def _read(path: str) -> str:
+def _memory_groups(root: Path) -> Iterator[Path]:
+    """Folders of the control groups whose limits hold for this process, the innermost first.
+
+    A limit of any group on the way to the root of the tree holds. The memory controller is in
+    version 1 or 2 (the kernel's cgroup-v1/memory.rst and cgroup-v2.rst).
+    """
+    paths = {}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for line in filter(None, _read(root / "proc/self/mountinfo").splitlines()):
+        mount, _, system = line.partition(" - ")
+        kind, *_, options = system.split()
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        top, place = mount.split()[3:5]
+        # A container may see a part of the tree, by paths of the whole or of that part.
+        group = PurePosixPath(paths[kind])
+        inside = group.relative_to(top) if group.is_relative_to(top) else PurePosixPath()
+        if ".." not in inside.parts:
+            folder = root / place.lstrip("/")
+            yield from (folder / part for part in (inside, *inside.parents))
+
+
+def _group_memory(group: Path) -> int | None:
+    """Bytes that a control group can still allocate; None if it has no limit."""
+    # Version 2 reclaims memory above `high` before it fails at `max`.
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [
+        int(text) for text in (_read(group / name).strip() for name in names) if text.isdigit()
+    ]
+    used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+    if not limits or not used.strip().isdigit():
+        return None
+    # Files' pages count as used, but are dropped when memory is needed. Version 1 counts those of
+    # the groups inside in the line that begins with total_.
+    pages: dict[str, str] = dict(
+        re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    )
+    cached = int(pages.get("total_inactive_file") or pages.get("inactive_file") or "0")
+    return min(limits) - max(int(used) - cached, 0)
+
+
+def _read(path: Path) -> str:
     try:
-        return Path(path).read_text()
+        return path.read_text()
     except OSError:
         return ""
 
@@ -112,5 +164,5 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # getrusage counts the process that started this one, if that was larger.
-    entry = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
+    entry = re.search(r"VmHWM:\s+(\d+) kB", _read(Path("/proc/self/status")))
     return 1024 * (int(entry[1]) if entry else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -17,3 +17,9 @@ def rank() -> int:
 def local_rank() -> int:
     """Which of those on this machine this is."""
     return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+def local_size() -> int:
+    """How many of them are on this machine, and share its memory."""
+    # What started them without saying so is taken to have started all of them here.
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if size() > 1 else 1

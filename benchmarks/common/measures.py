@@ -1,12 +1,16 @@
 """What several benchmarks measure in the same way."""
 
 import multiprocessing
+import os
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
+from gptq import __version__
 from gptq.api import Opened
 from gptq.blockwise.empty_model import linear
 from gptq.nn import PackedModule, QuantLinear
@@ -23,6 +27,25 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
         return executor.submit(function, *arguments).result()
+
+
+def version() -> str:
+    """Of this package, with the commit if it is a checkout, and a mark if files were changed."""
+    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return f"{__version__}+{done.stdout.strip()}"
+
+
+def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name and how many cores this process may use."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(": ")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, 'unknown processor')}, {len(os.sched_getaffinity(0))} cores"
 
 
 def bits_per_weight(opened: Opened) -> float:

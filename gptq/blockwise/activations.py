@@ -68,6 +68,7 @@ def embed(
     windows: int64 (batch, seq) each, as from `batches`. cache: for the activations, by default in
         memory.
     Of the embedding only the rows of tokens that occur are kept.
+    Raises UserError as `check_tokens`.
     """
     activations = Activations(ActivationCache() if cache is None else cache, {})
     if not windows:
@@ -75,6 +76,7 @@ def embed(
     first, *others = model.spec.embed
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
     whole = model.module.get_submodule(first)
+    check_tokens(used, whole)
     replace(model.module, first, _with_rows(whole, _embedding_rows(model, used)))
     for name in others:
         model.load(name)
@@ -98,6 +100,19 @@ def _with_rows(whole: nn.Module, rows: Tensor) -> nn.Module:
     embedding.padding_idx = None
     embedding._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
     return embedding
+
+
+def check_tokens(tokens: Tensor, embedding: nn.Module) -> None:
+    """Raise UserError for a token that an nn.Embedding or QuantEmbedding has no row for."""
+    if isinstance(embedding, QuantEmbedding):
+        rows = embedding.out_features
+    else:
+        rows = cast(nn.Embedding, embedding).num_embeddings
+    if tokens.numel() and int(tokens.max()) >= rows:
+        raise UserError(
+            f"the tokenizer makes token {int(tokens.max())} of the text, but the embedding has "
+            f"{rows} rows; give the model its own tokenizer, or resize its embedding"
+        )
 
 
 def _embedding_rows(model: BlockwiseModel, used: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ removed in it.
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import re
 import secrets
@@ -125,7 +126,7 @@ def _check_folder(path: Path, ours: Ours) -> None:
     real = path.resolve()
     if not real.name:
         raise UserError(f"{path}: is the root of the file system; give a folder in it")
-    if path.is_dir() and not (path / "quantize_config.json").exists():
+    if path.is_dir() and not _declares_quantization(path):
         mine = sorted(entry.name for entry in path.iterdir() if ours(entry.name))
         if mine:
             raise UserError(
@@ -147,6 +148,18 @@ def _check_folder(path: Path, ours: Ours) -> None:
         for name in (first, second):
             with contextlib.suppress(OSError):
                 name.rmdir()
+
+
+def _declares_quantization(folder: Path) -> bool:
+    """Whether a folder holds a quantized checkpoint: in a file of its own, or in config.json, as
+    other formats have it."""
+    if (folder / "quantize_config.json").exists():
+        return True
+    try:
+        config = json.loads((folder / LAST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(config, dict) and "quantization_config" in config
 
 
 def check_apart(outputs: Sequence[Path], inputs: Sequence[Path], folder: Path | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from gptq.blockwise.activations import check_tokens
 from gptq.data.chat import Message, chat_prompt
 from gptq.device import peak_memory, reset_peak_memory
 from gptq.errors import UserError
@@ -37,7 +38,7 @@ def text(
     """The model's greedy continuation of `prompt`.
 
     streamer: gets the tokens as they are generated.
-    Raises UserError for a prompt of no tokens.
+    Raises UserError for a prompt of no tokens, or of a token that the embedding does not have.
     """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if encoded["input_ids"].shape[1] == 0:
@@ -107,7 +108,9 @@ def benchmark(
     On a GPU a step replays one CUDA graph, see `cuda_graph.stepper`.
     check: also compute the perplexity of the tokens, outside of the times.
     progress: called with (tokens done, tokens in all).
+    Raises UserError for a token that the embedding does not have.
     """
+    check_tokens(tokens, model.get_input_embeddings())
     device = model.device
     reset_peak_memory(device)
     step = stepper(model, len(tokens))
@@ -140,6 +143,7 @@ def _continuation(
     streamer: TextStreamer | None,
 ) -> str:
     """The greedy continuation of an encoded prompt, int64 (1, n) `input_ids` and its mask."""
+    check_tokens(encoded["input_ids"], model.get_input_embeddings())
     encoded = encoded.to(model.device)
     prompt_length = encoded["input_ids"].shape[1]
     pad = tokenizer.pad_token_id

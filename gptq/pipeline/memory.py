@@ -28,13 +28,13 @@ class Needs:
 
 
 def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
-    """What quantizing a model takes with that many calibration tokens."""
+    """What quantizing a model takes of one process, which runs that many calibration tokens."""
     spec, itemsize = model.spec, model.dtype.itemsize
     block = model.module.get_submodule(spec.block(0))
     shapes = {name: linear(block, name).weight.shape for name in spec.linears}
     block_bytes = sum(weight.numel() for weight in block.parameters()) * itemsize
-    squares = 1 if config.method == "gptq" else 0
-    least = most = widest = 0
+    squares = 1 if tokens else 0
+    least = most = widest = kept = 0
     for group in spec.groups:
         rows, columns = sum(shapes[name][0] for name in group.layers), shapes[group.layers[0]][1]
         new = rows * columns * itemsize
@@ -42,16 +42,35 @@ def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
         # hidden states.
         feedback = (rows if group.writes_residual else columns) * columns
         moments = 4 * squares * (MOMENTS * columns**2 + feedback * config.feeds_back)
-        work = 4 * (squares * SQUARES * columns**2 + COPIES * rows * columns)
-        least, most = max(least, new + moments), max(most, new + moments + work)
+        work = 4 * squares * (SQUARES * columns**2 + _more_squares(columns, config))
+        work += 4 * COPIES * rows * columns
+        # If layers are not solved in turn, all groups have their moments first.
+        before = 0 if config.true_sequential else kept
+        least = max(least, new + before + moments)
+        most = max(most, new + before + moments + work)
+        kept += moments
         widest = max(widest, columns)
     width = model.source.config.hidden_size + widest
-    streams = 2 if config.feeds_back else 1
+    streams = 1 + config.feeds_back + (not config.true_sequential)
     return Needs(
         least=block_bytes + least,
         most=block_bytes + most + FIXED,
         activations=streams * tokens * width * itemsize,
     )
+
+
+def _more_squares(columns: int, config: QuantConfig) -> int:
+    """Elements of H that are copied beside those of one sweep.
+
+    If all grids are searched before the sweep, of each group the rows, and of those its columns:
+    one group of all inputs copies H twice. So does a sweep after the first (measured).
+    """
+    if config.sweeps > 1:
+        return 2 * columns**2
+    if not config.static_groups and config.method == "gptq":
+        return 0
+    size = columns if config.group_size == -1 else min(config.group_size, columns)
+    return size * (columns + size)
 
 
 def fits(needed: Needs, limit: int, spelled: str | None) -> bool:

@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 from conftest import llama_config, make_model
+from rich.console import Console
 
+import gptq
 from benchmarks import quality
+from benchmarks.common.measures import machine, version
 
 
 @pytest.fixture
@@ -55,3 +60,73 @@ def test_a_peer_that_fails_is_named(tiny, capsys):
     peer = ["--methods", "GPTQModel, its defaults", "--gptqmodel", "/bin/false"]
     assert quality.main([*words, *peer]) == 2
     assert "GPTQModel, its defaults failed" in capsys.readouterr().err
+
+
+def test_a_result_is_made_again_when_asked(tiny, monkeypatch, capsys):
+    words = ["--models", "llama-tiny", "--settings", "W4 g32 asym", "--methods", "rounding"]
+    words += ["--results", str(tiny)]
+    monkeypatch.setattr(quality, "version", lambda: "0.1+older")
+    assert quality.main(words) == 0
+    monkeypatch.setattr(quality, "version", lambda: "0.2+newer")
+    assert quality.main(words) == 0
+    rows = quality.read_results(tiny)
+    assert [row.version for row in rows] == ["0.1+older"]
+    assert quality.main([*words, "--fresh"]) == 0
+    assert len(tiny.read_text().splitlines()) == 2
+    (row,) = quality.read_results(tiny)
+    assert (row.version, row.machine) == ("0.2+newer", machine())
+    capsys.readouterr()
+
+
+ROW = quality.Result("m", "W4 g64 asym", "default", {"wiki": 0.5}, 4.36, 7.0, 1, "0.2+abc", "a CPU")
+
+
+def shown(rows, model) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(quality.table(rows, model))
+    return capture.get()
+
+
+def test_a_table_has_one_model_and_says_what_made_each_row():
+    other = replace(ROW, method="rounding", version="0.1+def", machine="another CPU", threads=2)
+    text = shown([ROW, other, replace(ROW, model="elsewhere", gaps={"wiki": 0.25})], "m")
+    lines = {line.split("│")[2].strip(): line for line in text.splitlines() if "W4 g64" in line}
+    assert lines.keys() == {"default", "rounding"}
+    assert "0.2+abc" in lines["default"]
+    assert "a CPU" in lines["default"]
+    assert "0.1+def" in lines["rounding"]
+    assert "another CPU" in lines["rounding"]
+    assert "0.25" not in text
+    assert "both run in float32" in text
+
+
+def test_results_from_before_versions_were_kept(tmp_path):
+    path, old = tmp_path / "r.jsonl", dict(vars(ROW))
+    for name in ("version", "machine"):
+        del old[name]
+    path.write_text(json.dumps(old) + "\n")
+    (row,) = quality.read_results(path)
+    assert row.version == row.machine == "not recorded"
+    assert "not recorded" in shown([row], "m")
+
+
+def test_the_results_in_the_repository_can_be_read():
+    rows = quality.read_results(quality.RESULTS)
+    assert len({row.key for row in rows}) == len(rows) > 0
+
+
+def test_which_code_a_method_is():
+    assert quality.toolkit_version("default", {}) == version()
+    assert version().startswith(gptq.__version__)
+    # There is no such package in this environment.
+    pythons = {"gptqmodel": sys.executable}
+    found = quality.toolkit_version("GPTQModel, its defaults", pythons)
+    assert found == "gptqmodel not recorded"
+
+
+def test_a_machine_without_a_name(tmp_path):
+    path = tmp_path / "cpuinfo"
+    assert machine(path).startswith("unknown processor, ")
+    path.write_text("processor\t: 0\nmodel name\t: Fast 9000 \nmodel name\t: Slow\n")
+    assert machine(path).startswith("Fast 9000, ")

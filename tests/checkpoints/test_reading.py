@@ -154,3 +154,26 @@ def test_code_in_a_pickle_is_not_run(llama_dir, tmp_path):
 
 def test_a_missing_file(llama_dir, tmp_path):
     refused(llama_dir, tmp_path / "none.pt", "no such checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (1, "has no place in the model; "),
+        (2, "has no place in the model, nor have 1 more tensors; "),
+        (3, "has no place in the model, nor have 2 more tensors; "),
+    ],
+)
+def test_tensors_without_a_place_are_counted(llama_dir, state, tmp_path, count, message):
+    extra = {f"model.layers.0.extra.{number}": torch.ones(2) for number in range(count)}
+    save_file({**state, **extra}, tmp_path / "m.safetensors")
+    refused(llama_dir, tmp_path / "m.safetensors", message)
+
+
+def test_a_flipped_bit_in_a_torch_file(llama_dir, made, state, tmp_path):
+    data = bytearray((made / "m.pt").read_bytes())
+    scales = state["model.layers.1.mlp.up_proj.scales"].numpy().tobytes()
+    data[data.index(scales)] ^= 1
+    (tmp_path / "m.pt").write_bytes(data)
+    with pytest.raises(UserError, match=r"m\.pt"):
+        gptq.load(llama_dir, tmp_path / "m.pt")

@@ -144,3 +144,51 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     remove_partial(tmp_path / "m.pt")
     left = {"m.pt.partial", ".m.pt.rc", ".other.77.partial", "m.pt"}
     assert set(os.listdir(tmp_path)) == left
+
+
+def test_data_is_durable_before_its_name_is(tmp_path, monkeypatch):
+    """Of a folder every file, then the folder itself, then the name; of a file the same."""
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def fsync(handle):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.partition(".partial")[0])
+        sync(handle)
+
+    def renamed(*paths):
+        calls.append("renamed")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    with whole_folder(tmp_path / "new") as unfinished:
+        for name in ("a", "b"):
+            (unfinished / name).write_text(name)
+    *files, folder, last, parent = calls
+    assert sorted(files) == ["a", "b"]
+    assert folder.startswith(".new.")
+    assert (last, parent) == ("renamed", tmp_path.name)
+    calls.clear()
+    with whole_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("x")
+    assert calls[0].startswith(".file.")
+    assert calls[1:] == ["renamed", tmp_path.name]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_folders_around_an_output_are_made_before_the_work(tmp_path, folder):
+    path = tmp_path / "a" / "b" / "out"
+    for _ in range(2):
+        check_writable(path, folder=folder)
+        assert [it.name for it in path.parent.parent.rglob("*")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("config", "quantized"),
+    [('{"quantization_config": {}}', True), ('{"bits": 4}', False), ("[]", False), ("{", False)],
+)
+def test_a_quantized_folder_of_any_format_can_be_replaced(tmp_path, config, quantized):
+    (tmp_path / "config.json").write_text(config)
+    refused = pytest.raises(UserError, match="exists and is no quantized checkpoint")
+    with contextlib.nullcontext() if quantized else refused:
+        check_writable(tmp_path, folder=True, ours=lambda name: name == "config.json")
+    assert os.listdir(tmp_path) == ["config.json"]

@@ -1,4 +1,7 @@
-"""Prints the oldest version of everything that pyproject.toml allows, as constraints for pip."""
+"""Prints the oldest version of everything that pyproject.toml allows, as constraints for pip.
+
+python tests/helpers/floors.py [EXTRA...]     of these optional parts alone
+"""
 
 import sys
 from pathlib import Path
@@ -15,14 +18,16 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 TOOLS = "test"
 
 
-def floors(project: dict) -> list[str]:
+def floors(project: dict, *extras: str) -> list[str]:
     """`name==version` of each requirement, those of the optional parts too.
 
-    project: the table [project] of pyproject.toml.
+    project: the table [project] of pyproject.toml. extras: the optional parts, if only theirs are
+        asked for.
     """
     optional = project["optional-dependencies"]
-    lines = [*project["dependencies"]]
-    lines += [line for extra, wanted in optional.items() if extra != TOOLS for line in wanted]
+    lines = [] if extras else [*project["dependencies"]]
+    parts = extras or [extra for extra in optional if extra != TOOLS]
+    lines += [line for extra in parts for line in optional[extra]]
     found = set()
     for requirement in map(Requirement, lines):
         (oldest,) = [part.version for part in requirement.specifier if part.operator == ">="]
@@ -31,4 +36,5 @@ def floors(project: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(floors(tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"])))
+    text = PROJECT.read_text(encoding="utf-8")
+    print("\n".join(floors(tomllib.loads(text)["project"], *sys.argv[1:])))

@@ -378,6 +378,38 @@ def test_arguments_are_as_transformers_takes_them(name, model, steps):
     assert list(getattr(ours, "keys", list)()) == list(getattr(theirs, "keys", list)())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"position_ids": torch.tensor([[11], [12]])},
+        {"position_ids": torch.tensor([[11, 12]])},
+        {"position_ids": torch.tensor([11])},
+        {"attention_mask": torch.ones(1, 8, dtype=torch.long)},
+        {"attention_mask": torch.tensor([[1, 1, 1, 0, 1, 1, 1]])},
+        {"logits_to_keep": torch.tensor([0])},
+        {"use_cache": False},
+        {"output_attentions": True},
+    ],
+    ids=str,
+)
+def test_unusual_arguments_are_left_to_transformers(arguments, model, steps):
+    """Whatever it makes of them: a result, or its own error."""
+    outcomes = []
+    for kind in (cpu_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
+        model.__class__ = kind
+        cache = logits(model, some_tokens(6))[1]
+        steps.clear()
+        try:
+            with torch.no_grad():
+                token = torch.tensor([[9]])
+                outcomes.append(model(input_ids=token, **arguments, **{CACHE: cache}).logits)
+        except (RuntimeError, IndexError, ValueError) as error:
+            outcomes.append(str(error))
+        assert not steps
+    ours, theirs = outcomes
+    assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
+
+
 def test_layers_in_another_order_or_repeated(tmp_path, steps):
     model = loaded(packed_folder(tmp_path, num_hidden_layers=3))
     layers = model.model.layers

@@ -102,7 +102,9 @@ def test_the_adapters_gradient(folder):
     assert grads[0].keys() == grads[1].keys()
     assert len(grads[0]) == 12
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-6)
+        # An element near zero is a difference of large ones.
+        atol = 1e-3 * float(grad.abs().max())
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=atol)
 
 
 # lm-evaluation-harness -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The journal: what is in it, whose it is, and who may use it."""
 
+import fcntl
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from gptq.errors import UserError
-from gptq.pipeline.journal import Journal, finished_blocks, journal_folder, open_journal
+from gptq.pipeline.journal import LOCK, Journal, finished_blocks, journal_folder, open_journal
 
 TENSORS = {"a.qweight": torch.arange(6, dtype=torch.int32).view(2, 3)}
 LAYERS = [{"name": "a", "loss": 0.1}]
@@ -119,6 +120,47 @@ def test_every_output_is_locked(tmp_path):
         with open_journal([three], {}, resume=False):
             pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
+    """Another run can end, and remove its lock file, between the opening and the locking."""
+    output, lock, removed = tmp_path / "m.pt", fcntl.flock, []
+
+    def flock(file, operation):
+        if not removed:
+            removed.append(journal_folder(output) / LOCK)
+            removed[0].unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open_journal([output], {}, resume=False) as journal:
+        assert removed == [journal.folder / LOCK]
+        with (
+            pytest.raises(UserError, match=r"m.pt: another run is writing it"),
+            open_journal([output], {}, resume=False),
+        ):
+            pass
+
+
+def test_a_lock_of_another_run_in_the_same_place_is_not_ours(tmp_path, monkeypatch):
+    """As above, and a third run has made a file of the same name and locked that."""
+    output, lock, theirs = tmp_path / "m.pt", fcntl.flock, []
+
+    def flock(file, operation):
+        if not theirs:
+            path = journal_folder(output) / LOCK
+            path.unlink()
+            theirs.append(path.open("w"))
+            lock(theirs[0], operation)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(UserError, match=r"m.pt: another run is writing it"),
+        open_journal([output], {}, resume=False),
+    ):
+        pass
+    theirs[0].close()
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):

@@ -16,9 +16,9 @@ from gptq import QuantConfig
 from gptq.blockwise import activations
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
-from gptq.device import available_memory, parse_size, peak_memory
+from gptq.device import available_memory, peak_memory
 from gptq.errors import UserError
-from gptq.pipeline.memory import FIXED, GIB, fits, needs
+from gptq.pipeline.memory import FIXED, fits, needs
 
 # Errors are fed back, which takes the most activations; the rest is as quick as it can be.
 QUICK = {
@@ -149,6 +149,48 @@ def test_needs_are_told_from_shapes(llama_dir, bloom_dir):
     assert needs(opened(bloom_dir, torch.bfloat16), plain, 100).activations == 100 * 320 * 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "squares"),
+    [
+        ({}, 4),
+        ({"group_size": -1}, 4),
+        # Grids that are found before the sweep copy a group's rows of H, and of those its columns.
+        ({"group_size": -1, "static_groups": True}, 6),
+        ({"group_size": 512, "static_groups": True}, 4.75),
+        ({"group_size": 2048, "static_groups": True}, 6),
+        ({"group_size": -1, "method": "rtn"}, 6),
+        ({"sweeps": 2}, 6),
+        # All groups' moments first, two squares each: two groups of 64 inputs, then 1024.
+        ({"true_sequential": False}, 4 + 3 * 2 * 64**2 / 1024**2),
+    ],
+    ids=str,
+)
+def test_squares_as_large_as_the_hessian(tmp_path, settings, squares):
+    """The widest group decides: 1024 inputs, 64 outputs."""
+    model = opened(make_model(tmp_path / "m", llama_config(intermediate_size=1024)))
+    block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 1024 + 2 * 64
+    config = QuantConfig(**{"error_feedback": 0, **settings})
+    found = needs(model, config, 100)
+    assert found.most == 4 * (block + 9 * 64 * 1024 + squares * 1024**2) + FIXED
+    copies = 1 if config.true_sequential else 2
+    assert found.activations == copies * 100 * (64 + 1024) * 4
+
+
+def test_rounding_without_text_has_no_hessian(llama_dir):
+    config = QuantConfig(method="rtn")
+    assert needs(opened(llama_dir), config, 0).most < needs(opened(llama_dir), config, 1).most
+
+
+@pytest.mark.parametrize(("processes", "tokens"), [(1, 5 * 96), (2, 3 * 96), (4, 2 * 96)])
+def test_processes_share_the_windows(monkeypatch, processes, tokens):
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 96)
+    for name, value in (("RANK", 0), ("WORLD_SIZE", processes), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, str(value))
+    windows = torch.zeros(5, 96, dtype=torch.int64)
+    assert gptq.api._own_tokens(windows, torch.device("cpu")) == tokens
+    assert gptq.api._own_tokens(None, torch.device("cpu")) == 0
+
+
 def test_limits(llama_dir):
     needed = needs(opened(llama_dir), QuantConfig(), 100)
     exact = needed.most + needed.activations
@@ -157,30 +199,6 @@ def test_limits(llama_dir):
     with pytest.raises(UserError, match=r"--max-memory 9k is too little: one layer .* GiB"):
         fits(needed, 9000, "9k")
     assert not fits(needed, 9000, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("6GiB", 6 * GIB),
-        ("6gib", 6 * GIB),
-        ("6Gi", 6 * GIB),
-        ("2.5G", 2_500_000_000),
-        ("500MB", 500_000_000),
-        ("500 mb", 500_000_000),
-        ("1TiB", 2**40),
-        ("123456", 123456),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "x", "0", "-1GiB", "6GiBs", "6 6", "1e9", "0.0G", "i", "6i"])
-def test_what_is_no_size_is_one_line(text, llama_dir, tmp_path, text_file):
-    with pytest.raises(UserError, match=r"--max-memory .* is not a size: give one such as 6GiB"):
-        gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", max_memory=text)
-    assert os.listdir(tmp_path) == []
 
 
 def test_what_the_system_says():

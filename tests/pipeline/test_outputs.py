@@ -19,7 +19,7 @@ from gptq.files import atomic
 from gptq.files.atomic import check_apart, check_writable, remove_partial, whole_folder
 
 CONFIG = gptq.QuantConfig(bits=8, group_size=32, method="rtn", scale_search="minmax")
-MODEL_FILES = {"config.json", "quantize_config.json", "model.safetensors"}
+MODEL_FILES = {"config.json", "model.safetensors"}
 
 
 def rounded(model: Path, **outputs) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from gptq import device as machine
 from gptq.device import (
+    available_memory,
     calibration_dtype,
     half_dtype,
     peak_memory,
@@ -26,6 +27,33 @@ def test_a_device_by_name_or_a_gpu_if_there_is_one(monkeypatch):
         # What tries the device out; there may be none here.
         monkeypatch.setattr(torch, "empty", lambda *_args, **_kwargs: None)
         assert pick_device(None).type == kind
+
+
+@pytest.mark.parametrize(("size", "name"), [("1", "cuda"), ("4", "cuda:2")])
+def test_processes_of_torchrun_take_a_gpu_each(monkeypatch, size, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_args, **_kwargs: None)
+    run = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": size, "MASTER_ADDR": "x"}
+    for key, value in run.items():
+        monkeypatch.setenv(key, value)
+    assert pick_device(None) == torch.device(name)
+
+
+def test_memory_of_a_gpu_is_its_allocators(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    assert (available_memory(GPU), peak_memory(GPU)) == (5, 7)
+    reset_peak_memory(CPU)
+    assert forgotten == []
+    reset_peak_memory(GPU)
+    assert forgotten == [GPU]
+
+
+def test_a_device_that_holds_no_data():
+    with pytest.raises(UserError, match=r"--device meta cannot be used \(it holds no data\)"):
+        pick_device("meta")
 
 
 @pytest.mark.parametrize("name", ["warp", "cpu:x", "cuda:99", ""])

@@ -1,0 +1,97 @@
+"""The small changes of `make mutants`: which there are, and that tests are seen to notice them."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from helpers.mutants import LISTED, TESTS, mutants
+
+SMALL = '''
+LIMIT = 7
+
+def sizes(items, low=0):
+    """Not changed."""
+    found = []
+    for item in items:
+        if item is None or item < low:
+            continue
+        found.append(2 * item)
+    if not found:
+        raise ValueError("none")
+    return found
+'''
+
+
+def test_every_kind_of_change():
+    names = [mutant.name for mutant in mutants(SMALL)]
+    assert all(name.startswith("sizes: ") for name in names)
+    changes = [tuple(name.removeprefix("sizes: ").split("  ->  ")) for name in names]
+    assert sorted(changes) == sorted(
+        [
+            ("0", "1"),
+            ("item is None", "item is not None"),
+            ("item < low", "item <= low"),
+            ("item is None or item < low", "item is None and item < low"),
+            ("if item is None or item < low:", "if not (item is None or item < low):"),
+            ("continue", "pass"),
+            ("2 * item", "2 // item"),
+            ("2", "3"),
+            ("found.append(2 * item)", "pass"),
+            ("if not found:", "if not not found:"),
+            ("raise ValueError('none')", "pass"),
+        ]
+    )
+
+
+def test_each_is_the_module_with_one_change():
+    lines = ast.unparse(ast.parse(SMALL)).splitlines()
+    for mutant in mutants(SMALL):
+        changed = ast.unparse(mutant.tree).splitlines()
+        assert sum(a != b for a, b in zip(lines, changed, strict=True)) == 1, mutant.name
+        assert "Not changed." in ast.unparse(mutant.tree)
+
+
+SCRIPT = """
+import sys
+from helpers.mutants import mutants, passes
+source, test = open("small.py").read(), ["test_small.py"]
+print(passes("small", None, test))
+print([mutant.name for mutant in mutants(source) if passes("small", mutant.tree, test)])
+"""
+
+
+def test_what_the_tests_pass_survives(tmp_path):
+    (tmp_path / "small.py").write_text("def least(a, b):\n    return a if a < b else b\n")
+    (tmp_path / "test_small.py").write_text(
+        "from small import least\n\n"
+        "def test_least():\n    assert (least(1, 2), least(2, 1)) == (1, 1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    # Of two equal numbers either is the least.
+    assert done.stdout.splitlines() == ["True", "['least: a < b  ->  a <= b']"]
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_modules_and_their_tests_are_there(module):
+    assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    assert all((ROOT / "tests" / test).is_file() for test in TESTS[module])
+
+
+def test_every_listed_survivor_is_a_mutant_of_today():
+    lines = LISTED.read_text(encoding="utf-8").splitlines()
+    listed = {line for line in lines if line and not line.startswith("#")}
+    existing = set()
+    for module in TESTS:
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        existing |= {f"{module}.{mutant.name}" for mutant in mutants(source)}
+    assert listed <= existing, listed - existing
