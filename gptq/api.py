@@ -326,7 +326,7 @@ def _calibration_warnings(
     gets worse. A tiny trained LLaMA at 3 bits, 224 inputs at most, was above rounding's loss up to
     400 different tokens, and below it from 850 on. Hence TOKENS_PER_INPUT.
     """
-    if windows is None or job.config.method == "rtn":
+    if windows is None or job.dataset is None or job.config.method == "rtn":
         return ()
     block = model.module.get_submodule(model.spec.block(0))
     widest = max(linear(block, name).in_features for name in model.spec.linears)
@@ -334,8 +334,9 @@ def _calibration_warnings(
     if count >= TOKENS_PER_INPUT * widest:
         return ()
     return (
-        f"{job.dataset}: {count} different tokens are few for layers of {widest} inputs, and the "
-        "model may become worse than by rounding; give more text, or more --nsamples",
+        f"{_utf8_name(job.dataset)}: {count} different tokens are few for layers of {widest} "
+        "inputs, and the model may become worse than by rounding; give more text, or more "
+        "--nsamples",
     )
 
 

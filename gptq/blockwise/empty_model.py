@@ -56,7 +56,7 @@ def build(config: PretrainedConfig, spec: ModelSpec, device: torch.device) -> Pr
         ) from error
     stored = model.state_dict()
     for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in stored:
+        if buffer.is_meta and device.type != "meta" and name not in stored:
             raise UserError(
                 f"{name}: the description of '{spec.model_type}' models does not say how this "
                 "buffer is computed; the model cannot be run"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gptq.checkpoints import awq, compressed_tensors, mlx
+from gptq.checkpoints.settings import META_KEY, parse
 from gptq.files.lazy import LazyTensors
 
 READERS = (compressed_tensors, awq, mlx)
@@ -22,5 +23,8 @@ def as_gptq(
     """
     for reader in READERS:
         if reader.recognizes(tensors, settings):
-            return reader.as_gptq(path, tensors, settings)
+            translated, declared = reader.as_gptq(path, tensors, settings)
+            if META_KEY in tensors.metadata:
+                declared["meta"] = parse(path, tensors.metadata[META_KEY])
+            return translated, declared
     return tensors, dict(settings)

@@ -187,6 +187,7 @@ def write(
         empty_model.tied(source.config, source.spec, tensors),
         settings_keys=row.settings_keys,
         own_settings_file=row.own_settings_file,
+        meta=canonical.settings.meta if row.packs and not row.own_settings_file else None,
         shard_bytes=shard_bytes,
         check=check,
     )

@@ -13,6 +13,8 @@ from gptq.files import json_text
 CONFIG_NAME = "quantize_config.json"
 # The key of a file's own metadata that holds the same, as JSON.
 SETTINGS_KEY = "quantize_config"
+# The key of a file's own metadata for what a format's settings have no place for.
+META_KEY = "quantization_meta"
 # The keys of config.json that hold the settings, the first also of full models' quantizers.
 SETTINGS_KEYS = ("quantization_config", "quantization")
 QUANTIZER = f"belle-gptq:{__version__}"

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints.settings import CONFIG_NAME, SETTINGS_KEY, SETTINGS_KEYS
+from gptq.checkpoints.settings import CONFIG_NAME, META_KEY, SETTINGS_KEY, SETTINGS_KEYS
 from gptq.data.chat import BELLE_TEMPLATE
 from gptq.device import half_dtype
 from gptq.errors import UserError
@@ -61,6 +61,8 @@ class Contents:
     """The keys of config.json that hold the settings."""
     own_settings_file: bool = False
     """Whether quantize_config.json holds the settings too."""
+    meta: Mapping[str, object] | None = None
+    """What the settings have no place for; it goes into the files' own metadata."""
     shard_bytes: int = SHARD_BYTES
     check: Check | None = None
 
@@ -110,10 +112,12 @@ def write_safetensors(
             check(temporary)
 
 
-def header(settings: Mapping[str, object] | None) -> dict[str, str]:
-    """A safetensors file's metadata. settings: None for a full model."""
-    own = {} if settings is None else {SETTINGS_KEY: json.dumps(settings)}
-    return {"format": "pt", **own}
+def header(
+    settings: Mapping[str, object] | None, meta: Mapping[str, object] | None = None
+) -> dict[str, str]:
+    """A safetensors file's metadata. settings: None for a full model. meta: None for none."""
+    own = {SETTINGS_KEY: settings, META_KEY: meta}
+    return {"format": "pt", **{key: json.dumps(it) for key, it in own.items() if it is not None}}
 
 
 def write_folder(folder: Path, contents: Contents) -> None:
@@ -146,7 +150,7 @@ CONTAINERS: dict[str, Container] = {
 
 def write_weights(folder: Path, contents: Contents) -> None:
     """One safetensors file, or several of at most `shard_bytes` with an index."""
-    tensors, about = contents.tensors, header(contents.settings)
+    tensors, about = contents.tensors, header(contents.settings, contents.meta)
     parts = list(shards(tensors, list(tensors), contents.shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts, start=1):

@@ -381,10 +381,10 @@ def test_configurations(tmp_path, llama):
         config.write_text(text)
         refused(tmp_path, "config.json", "JSON")
     config.write_text(json.dumps({**good, "model_type": "gpt2"}))
-    refused(tmp_path, "it is a 'gpt2' model; llama and bloom are supported")
+    refused(tmp_path, "it is a 'gpt2' model; llama, bloom, mistral,")
     for model_type in (None, ["llama"]):
         config.write_text(json.dumps({**good, "model_type": model_type}))
-        refused(tmp_path, "llama and bloom are supported")
+        refused(tmp_path, "olmo3, exaone4, gemma, gemma2, gemma3_text are supported")
     for wrong in ({"hidden_size": "wide"}, {"num_attention_heads": 0}):
         config.write_text(json.dumps({**good, **wrong}))
         refused(tmp_path, "config.json", f"says {next(iter(wrong))} is")

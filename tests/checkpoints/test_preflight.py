@@ -179,7 +179,7 @@ def test_little_calibration_text_is_said(llama_dir, tmp_path, text_file, recwarn
 
     assert run(text_file, nsamples=16, seqlen=32) == ()
     (few,) = run(text_file, nsamples=2, seqlen=32)
-    assert few.startswith(f"{text_file}: 50 different tokens are few for layers of 96 inputs")
+    assert few.startswith(f"{text_file.name}: 50 different tokens are few for layers of 96 inputs")
     assert run(text_file, method="rtn", nsamples=2, seqlen=32) == ()
     again = tmp_path / "again.txt"
     again.write_text("the cat sat on a mat and saw that one dog " * 500)

@@ -14,6 +14,7 @@ from helpers.logs import without_progress
 from safetensors.torch import load_file, save_file
 
 import gptq
+from gptq.checkpoints.reading import open_checkpoint
 from gptq.cli.run import main
 
 QUANTIZE = ["--wbits", "4", "--groupsize", "32", "--nsamples", "4", "--seqlen", "32"]
@@ -282,7 +283,7 @@ def test_names_of_other_bytes(run, refused, llama_dir, text_file, tmp_path):
     outputs = ["--save-dir", "out", "--report", "page", "--eval", "--eval-windows", 2]
     code, _, err = run(llama_dir, odd, *QUANTIZE, *outputs)
     assert (code, err) == (0, "")
-    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text(encoding="utf-8"))
+    _, settings = open_checkpoint(tmp_path / "out")
     assert settings["meta"]["dataset"].endswith("\ufffd.txt")
     assert r"\udc" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     target = os.fsdecode("模型.pt".encode("gbk"))

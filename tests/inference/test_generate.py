@@ -101,6 +101,10 @@ class Fixed(torch.nn.Module):
     def __init__(self, *new):
         super().__init__()
         self.new, self.prompts = new, []
+        self.embedding = torch.nn.Embedding(320, 1)
+
+    def get_input_embeddings(self):
+        return self.embedding
 
     def generate(self, input_ids, attention_mask, max_new_tokens, **_):
         self.prompts.append(input_ids[0].tolist())

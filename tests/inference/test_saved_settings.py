@@ -23,7 +23,7 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("saved")
     make_model(base / "full", llama_config())
     config = QuantConfig(bits=4, group_size=32, method="rtn", sym=False)
-    outputs = {"save_dir": base / "packed", "save": base / "packed.pt"}
+    outputs = {"save_dir": base / "packed", "save": base / "packed.pt", "format": "gptq_v2"}
     gptq.quantize(base / "full", None, config, **outputs, device="cpu")
     convert(base / "packed", base / "v1", format="gptq")
     return base

@@ -253,11 +253,10 @@ def test_settings_travel_in_every_form(llama_dir, text_file, tmp_path):
     assert json.loads(state._metadata["quantize_config"]) == written
 
 
-def test_asymmetric_folders_are_v2(llama_dir, text_file, tmp_path):
+def test_zero_points_of_both_formats(llama_dir, text_file, tmp_path):
     config = QuantConfig(bits=4, group_size=32)
-    gptq.quantize(
-        llama_dir, text_file, config, save=tmp_path / "m.pt", save_dir=tmp_path / "dir", **RUN
-    )
+    outputs = {"save": tmp_path / "m.pt", "save_dir": tmp_path / "dir", "format": "gptq_v2"}
+    gptq.quantize(llama_dir, text_file, config, **outputs, **RUN)
     said = json.loads((tmp_path / "dir" / "quantize_config.json").read_text())
     assert said["checkpoint_format"] == "gptq_v2"
     name = "model.layers.0.mlp.up_proj.qzeros"

@@ -55,7 +55,7 @@ def stand_ins(request) -> dict[str, dict[str, str]]:
     dataset = str(request.getfixturevalue("text_file"))
     return {
         arch: {"MODEL": str(request.getfixturevalue(f"{arch}_dir")), "DATASET": dataset}
-        for arch in SPECS
+        for arch in ("llama", "bloom")
     }
 
 
