@@ -36,9 +36,11 @@ def convert(
 ) -> int:
     """Write a checkpoint anew and compare what was written with what was read.
 
-    checkpoint: a `.pt`, `.safetensors` or folder of any layout and tool that `gptq.load` takes.
-    out: a `.pt` or `.safetensors` file, or a folder.
-    model: where the configuration and tokenizer are; needed if `checkpoint` is a file.
+    checkpoint: a `.pt`, `.safetensors`, `.gguf` or folder of any layout and tool that `gptq.load`
+        takes.
+    out: a `.pt`, `.safetensors` or `.gguf` file, or a folder.
+    model: where the configuration and tokenizer are; needed if `checkpoint` is a file, unless it is
+        a `.gguf`, which has both.
     format: a key of `checkpoints.formats.FORMATS`, such as "gptq", "awq", or "dense" for a full
         model in 16 bits; by default as `formats.default_format` says.
     bits, group_size: only for files that do not declare them.
@@ -72,7 +74,7 @@ def convert(
 def _open(
     path: Path, model: str | Path | None, bits: int | None, group_size: int | None
 ) -> Canonical:
-    if model is None and not path.is_dir():
+    if model is None and not path.is_dir() and path.suffix != ".gguf":
         raise UserError(
             f"{path}: add --model, the folder or hub name of the model it was made from"
         )
@@ -91,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
         description="Write a quantized checkpoint in another format, and compare the two.",
     )
     add = command.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or folder of any tool")
-    add("out", metavar="OUT", help="a .pt or .safetensors file, or else a folder")
+    add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors, .gguf or folder of any tool")
+    add("out", metavar="OUT", help="a .pt, .safetensors or .gguf file, or else a folder")
     add("--model", help="folder or hub name of the model, if CHECKPOINT is a file")
     add(
         "--format",

@@ -21,7 +21,14 @@ from gptq.cli.arguments import (
 )
 from gptq.cli.command import input_error, report_error
 from gptq.cli.printing import harmless, prepare_streams, printable, without_surrogates
-from gptq.cli.settings import WBITS, check_agreement, quant_config, settings_from, spelled
+from gptq.cli.settings import (
+    WBITS,
+    check_agreement,
+    quant_config,
+    saves_gguf,
+    settings_from,
+    spelled,
+)
 from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
@@ -69,6 +76,9 @@ def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
         evaluating = running = False
         if config is None:
             return
+    if config is not None and saves_gguf(arguments) and arguments.groupsize is None:
+        size = config.group_size
+        print(f"groups of {size}: a .gguf file has a scale for {size} inputs; see --groupsize")
     # The heavy imports wait until the command line makes sense.
     from gptq.blockwise.source import open_model
 
