@@ -11,7 +11,7 @@ from gptq.blockwise import empty_model
 from gptq.blockwise.source import open_model
 from gptq.checkpoints.assembly import from_checkpoint
 from gptq.checkpoints.canonical import Canonical, measure, unpack
-from gptq.checkpoints.compatibility import folder_lines
+from gptq.checkpoints.compatibility import output_lines
 from gptq.checkpoints.formats import FORMATS, container_of, default_format, write
 from gptq.checkpoints.reading import attach
 from gptq.checkpoints.verify import verify
@@ -130,9 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(stop)
     names = [printable(path) for path in (arguments.out, arguments.checkpoint)]
     print(f"{names[0]}: {count} layers, the same weights as in {names[1]}")
-    if Path(arguments.out).is_dir():
-        for line in folder_lines(Path(arguments.out)):
-            print(printable(line))
+    for line in output_lines(Path(arguments.out)):
+        print(printable(line))
     return 0
 
 

@@ -36,6 +36,7 @@ def test_it_is_quantized_in_groups_of_32_and_evaluated(
     code, out, err = run(*argv, "--save", "m.gguf", spec=spec)
     assert (code, err) == (0, "")
     assert out.startswith("groups of 32: a .gguf file has a scale for 32 inputs; see --groupsize\n")
+    assert "run it with: llama-cli -m m.gguf" in out.splitlines()
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader("m.gguf").tensors}
     assert types == {"Q4_1", "Q8_0", "F32"}
     (perplexity,) = [line for line in out.splitlines() if line.startswith("perplexity")]
@@ -88,5 +89,6 @@ def test_convert(run, llama_dir, text_file, capsys):
     assert convert.main(["m.gguf", "folder"]) == 0
     assert "folder: 16 layers, the same weights as in m.gguf" in capsys.readouterr().out
     assert convert.main(["folder", "again.gguf", "--format", "gguf"]) == 0
+    assert "run it with: llama-cli -m again.gguf" in capsys.readouterr().out.splitlines()
     assert convert.main(["folder", "again.bin", "--format", "gguf"]) == 2
     assert "format gguf is written to a .gguf" in capsys.readouterr().err
