@@ -98,10 +98,10 @@ def gguf_config(path: Path) -> PretrainedConfig:
     }
     if names.rotary:
         values |= _rotary(header, values["hidden_size"])
-        check_sizes(path, values.get)
+    check_sizes(path, values.get)
+    if names.rotary:
         sizes = AutoConfig.for_model(spec.model_type, **values)
         values["rope_parameters"] = rope_parameters(header, sizes)
-    check_sizes(path, values.get)
     return AutoConfig.for_model(spec.model_type, **values)
 
 
