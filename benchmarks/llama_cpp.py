@@ -150,11 +150,11 @@ def time_ours(model: PreTrainedModel, prompt: int, tokens: int) -> dict[str, Any
 # llama.cpp -----------------------------------------------------------------------------------
 
 
-def in_peer(python: str, threads: int, *argv: str) -> dict[str, Any]:
-    """What peers/llama_cpp_run.py prints. Raises UserError if it fails or cannot be run."""
+def in_peer(python: str, threads: int, *argv: str, script: Path = SCRIPT) -> dict[str, Any]:
+    """What a script of `peers` prints. Raises UserError if it fails or cannot be run."""
     try:
         done = subprocess.run(
-            [python, str(SCRIPT), *argv],
+            [python, str(script), *argv],
             capture_output=True,
             text=True,
             check=False,

@@ -25,7 +25,7 @@ from gptq.checkpoints.formats import (
     folder_formats,
     write,
 )
-from gptq.checkpoints.preflight import check_before_run, planned_layers
+from gptq.checkpoints.preflight import check_before_run, check_gguf, planned_layers
 from gptq.checkpoints.settings import from_config
 from gptq.checkpoints.writing import FOLDER, is_ours
 from gptq.config import QuantConfig
@@ -100,6 +100,16 @@ class Outputs:
         check_apart(outputs, inputs, self.save_dir)
 
     @property
+    def pt(self) -> Path | None:
+        """`save`, unless it is a .gguf file."""
+        return None if self.gguf is not None else self.save
+
+    @property
+    def gguf(self) -> Path | None:
+        """`save`, if it is a .gguf file."""
+        return self.save if self.save is not None and self.save.suffix == ".gguf" else None
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """In the order in which they are reported; the journal lies next to the first."""
         return tuple(filter(None, (self.save, self.save_safetensors, self.save_dir)))
@@ -143,8 +153,8 @@ def quantize(
     model: a local folder, a hub name, or a `.gguf` file.
     dataset: what to calibrate on: c4, wikitext2, ptb, or a file of text, jsonl or parquet;
         method "rtn" can do without.
-    save, save_safetensors, save_dir: a `.pt`, a `.safetensors`, a Hugging Face folder; at least
-        one. Each appears complete or not at all.
+    save, save_safetensors, save_dir: a `.pt` or `.gguf`, a `.safetensors`, a Hugging Face folder;
+        at least one. Each appears complete or not at all.
     format: of the folder, a key of `checkpoints.formats.FORMATS`; by default as `default_format`
         there says.
     quantize_embeddings: also in the folder, which then fewer programs read; files and format "mlx"
@@ -196,6 +206,8 @@ def run(
     if job.outputs.save_dir is not None and job.outputs.format is not None:
         layers_to_be = planned_layers(model, config, _folder_bits(job))
         check_layers(job.outputs.format, layers_to_be, model_path)
+    if job.outputs.gguf is not None:
+        check_gguf(model, config)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     noticed = _calibration_warnings(model, job, windows)
@@ -235,7 +247,7 @@ def run(
 def _embedding_bits(job: Job) -> set[int]:
     """Bits of the embedding and the head in each of the outputs."""
     outputs, bits = job.outputs, job.config.embedding_bits
-    files = {bits} if outputs.save or outputs.save_safetensors else set()
+    files = {bits} if outputs.pt or outputs.save_safetensors else set()
     return files | ({_folder_bits(job)} if outputs.save_dir else set())
 
 
@@ -254,7 +266,9 @@ def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, ob
         packed = pack_embeddings(plain, _folder_bits(job))
         name = outputs.format or default_format(map(packed.facts, packed.layers), FOLDER)
         write(packed, outputs.save_dir, name, container=FOLDER)
-    files = {".pt": outputs.save, ".safetensors": outputs.save_safetensors}
+    if outputs.gguf is not None:
+        write(plain, outputs.gguf, "gguf", container=".gguf")
+    files = {".pt": outputs.pt, ".safetensors": outputs.save_safetensors}
     if any(files.values()):
         packed = pack_embeddings(plain, config.embedding_bits)
         for container, path in files.items():

@@ -11,7 +11,7 @@ from gptq.blockwise import empty_model
 from gptq.blockwise.source import open_model
 from gptq.checkpoints.assembly import from_checkpoint
 from gptq.checkpoints.canonical import Canonical, measure, unpack
-from gptq.checkpoints.compatibility import folder_lines
+from gptq.checkpoints.compatibility import output_lines
 from gptq.checkpoints.formats import FORMATS, container_of, default_format, write
 from gptq.checkpoints.reading import attach
 from gptq.checkpoints.verify import verify
@@ -36,9 +36,11 @@ def convert(
 ) -> int:
     """Write a checkpoint anew and compare what was written with what was read.
 
-    checkpoint: a `.pt`, `.safetensors` or folder of any layout and tool that `gptq.load` takes.
-    out: a `.pt` or `.safetensors` file, or a folder.
-    model: where the configuration and tokenizer are; needed if `checkpoint` is a file.
+    checkpoint: a `.pt`, `.safetensors`, `.gguf` or folder of any layout and tool that `gptq.load`
+        takes.
+    out: a `.pt`, `.safetensors` or `.gguf` file, or a folder.
+    model: where the configuration and tokenizer are; needed if `checkpoint` is a file, unless it is
+        a `.gguf`, which has both.
     format: a key of `checkpoints.formats.FORMATS`, such as "gptq", "awq", or "dense" for a full
         model in 16 bits; by default as `formats.default_format` says.
     bits, group_size: only for files that do not declare them.
@@ -72,7 +74,7 @@ def convert(
 def _open(
     path: Path, model: str | Path | None, bits: int | None, group_size: int | None
 ) -> Canonical:
-    if model is None and not path.is_dir():
+    if model is None and not path.is_dir() and path.suffix != ".gguf":
         raise UserError(
             f"{path}: add --model, the folder or hub name of the model it was made from"
         )
@@ -91,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
         description="Write a quantized checkpoint in another format, and compare the two.",
     )
     add = command.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or folder of any tool")
-    add("out", metavar="OUT", help="a .pt or .safetensors file, or else a folder")
+    add("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors, .gguf or folder of any tool")
+    add("out", metavar="OUT", help="a .pt, .safetensors or .gguf file, or else a folder")
     add("--model", help="folder or hub name of the model, if CHECKPOINT is a file")
     add(
         "--format",
@@ -128,9 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(stop)
     names = [printable(path) for path in (arguments.out, arguments.checkpoint)]
     print(f"{names[0]}: {count} layers, the same weights as in {names[1]}")
-    if Path(arguments.out).is_dir():
-        for line in folder_lines(Path(arguments.out)):
-            print(printable(line))
+    for line in output_lines(Path(arguments.out)):
+        print(printable(line))
     return 0
 
 

@@ -1,17 +1,19 @@
-"""A .gguf file as Hugging Face tensors and configuration.
+"""A .gguf file as Hugging Face tensors and configuration, and the same the other way round.
 
 Names, orders of rows and settings are data of the architecture: `ModelSpec.gguf`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from gptq.blockwise.gguf_rope import FACTORS, rope_keys, rope_parameters
 from gptq.blockwise.limits import check_sizes
 from gptq.errors import UserError
 from gptq.files.gguf_file import GgufHeader, check_types, lazy_tensor, read_header
@@ -26,18 +28,50 @@ def open_gguf(path: Path) -> LazyTensors:
     `lm_head.weight` if the file ties it to the embedding. Raises UserError unless this is a
     complete GGUF file of an architecture in SPECS.
     """
-    header, spec, names = _open(path)
+    opened = open_names(path)
     entries: Entries = {}
-    for name in header.tensors:
-        if name.endswith(".attn_rot_embd.weight"):
-            continue  # what the model computes for itself, in files of 2023
-        # First, because it refuses the names that nothing else can take apart.
-        full = _hf_name(header, spec, names, name)
-        entry, restore = lazy_tensor(header, name), _restoring(header, names, name)
-        if restore is not None:
-            entry = entry._replace(read=partial(_then, entry.read, restore))
+    for full, name in opened.tensors.items():
+        entry, rows = lazy_tensor(opened.header, name), opened.rows(name)
+        if rows is not None:
+            entry = entry._replace(read=partial(_in_order, entry.read, rows))
         entries[full] = entry
-    return LazyTensors(entries, header.metadata)
+    return LazyTensors(entries, opened.header.metadata)
+
+
+class GgufModel(NamedTuple):
+    """A file of an architecture in SPECS; nothing but its header has been read."""
+
+    header: GgufHeader
+    spec: ModelSpec
+    names: GgufNames
+    tensors: dict[str, str]
+    """Hugging Face's name of each tensor -> its name in the file, in the file's order."""
+
+    def rows(self, name: str) -> Tensor | None:
+        """Which row of the file's tensor `name` each row of Hugging Face's is, int64 (rows,); None
+        if the order is the same. Raises UserError if the rows do not divide into heads."""
+        order = self.names.row_order.get(name.split(".")[-2])
+        if order is None:
+            return None
+        heads = _kv_heads(self.header) if order == RowOrder.ROTARY_KV else _heads(self.header)
+        rows = self.header.tensors[name].shape[0]
+        restore, parts = _RESTORING[order]
+        if rows % (parts * heads):
+            raise UserError(
+                f"{self.header.path}: '{name}' has {rows} rows, which do not divide into its heads"
+            )
+        return restore(torch.arange(rows), heads)
+
+
+def open_names(path: Path) -> GgufModel:
+    """Open a file, errors as `open_gguf`."""
+    header, spec, names = _open(path)
+    tensors = {}
+    for name in header.tensors:
+        # What the model computes for itself: in files of 2023, and of Llama 3.
+        if not name.endswith(".attn_rot_embd.weight") and name != FACTORS:
+            tensors[_hf_name(header, spec, names, name)] = name
+    return GgufModel(header, spec, names, tensors)
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
@@ -65,6 +99,9 @@ def gguf_config(path: Path) -> PretrainedConfig:
     if names.rotary:
         values |= _rotary(header, values["hidden_size"])
     check_sizes(path, values.get)
+    if names.rotary:
+        sizes = AutoConfig.for_model(spec.model_type, **values)
+        values["rope_parameters"] = rope_parameters(header, sizes)
     return AutoConfig.for_model(spec.model_type, **values)
 
 
@@ -76,12 +113,7 @@ def _rotary(header: GgufHeader, hidden_size: int) -> dict[str, Any]:
             f"{header.path} rotates a part of each head only, which {header.architecture} models "
             "do not do"
         )
-    theta = header.number("rope.freq_base", 10000.0)
-    return {
-        "num_key_value_heads": _kv_heads(header),
-        "head_dim": head_dim,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
+    return {"num_key_value_heads": _kv_heads(header), "head_dim": head_dim}
 
 
 def _heads(header: GgufHeader) -> int:
@@ -109,17 +141,10 @@ def _open(path: Path) -> tuple[GgufHeader, ModelSpec, GgufNames]:
 
 
 def _check_variant(header: GgufHeader) -> None:
-    path, arch = header.path, header.architecture
     parts = header.metadata.get("split.count", 1)
     if parts != 1:
-        raise UserError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
-    scaling = header.metadata.get(f"{arch}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in header.tensors:
-        scaling = "llama3"
-    if scaling != "none":
         raise UserError(
-            f"{path} scales its rotary positions ('{scaling}', rope scaling), which cannot be "
-            "taken from GGUF files: pass the Hugging Face folder of this model"
+            f"{header.path} is one of {parts} parts: join them with llama-gguf-split --merge"
         )
 
 
@@ -145,22 +170,6 @@ def _outside(spec: ModelSpec) -> dict[str, str]:
     return {**embed, "output_norm": spec.norm, "output": spec.head}
 
 
-def _restoring(
-    header: GgufHeader, names: GgufNames, name: str
-) -> Callable[[Tensor], Tensor] | None:
-    """What brings a tensor's rows into Hugging Face's order; None if they are in it."""
-    order = names.row_order.get(name.split(".")[-2])
-    if order is None:
-        return None
-    restore, parts, count_heads = _RESTORING[order]
-    heads, rows = count_heads(header), header.tensors[name].shape[0]
-    if rows % (parts * heads):
-        raise UserError(
-            f"{header.path}: '{name}' has {rows} rows, which do not divide into its heads"
-        )
-    return partial(restore, heads=heads)
-
-
 def unpermute_rotary(tensor: Tensor, heads: int) -> Tensor:
     """Rows of a query or key projection, [heads * head_dim, ...], for the rotary form of
     Hugging Face, which turns row i with row i + head_dim / 2; llama.cpp turns 2i with 2i + 1.
@@ -174,13 +183,67 @@ def interleave_qkv(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).reshape(tensor.shape)
 
 
-# Of each order: what restores the rows, how many equal parts a head has, how many heads there are.
-_RESTORING: dict[RowOrder, tuple[Callable[..., Tensor], int, Callable[[GgufHeader], int]]] = {
-    RowOrder.ROTARY: (unpermute_rotary, 2, _heads),
-    RowOrder.ROTARY_KV: (unpermute_rotary, 2, _kv_heads),
-    RowOrder.FUSED_QKV: (interleave_qkv, 3, _heads),
+# Of each order: what restores the rows, and how many equal parts a head has.
+_RESTORING: dict[RowOrder, tuple[Callable[..., Tensor], int]] = {
+    RowOrder.ROTARY: (unpermute_rotary, 2),
+    RowOrder.ROTARY_KV: (unpermute_rotary, 2),
+    RowOrder.FUSED_QKV: (interleave_qkv, 3),
 }
 
 
-def _then(read: Read, restore: Callable[[Tensor], Tensor]) -> Tensor:
-    return restore(read())
+def _in_order(read: Read, rows: Tensor) -> Tensor:
+    return read()[rows]
+
+
+# From Hugging Face's conventions to llama.cpp's ---------------------------------------------
+
+
+def gguf_name(spec: ModelSpec, names: GgufNames, full: str) -> str:
+    """A tensor's name in the file. full: Hugging Face's, with `weight` or `bias` at its end."""
+    module, _, kind = full.rpartition(".")
+    parts = {name: part for part, name in _outside(spec).items()}
+    if module in parts:
+        return f"{parts[module]}.{kind}"
+    index, _, inner = module.removeprefix(f"{spec.blocks}.").partition(".")
+    parts = {name: part for part, name in names.block.items()}
+    return f"blk.{index}.{parts[inner]}.{kind}"
+
+
+def gguf_rows(config: PretrainedConfig, names: GgufNames, name: str, rows: int) -> Tensor | None:
+    """Which row of Hugging Face's tensor each row of the file's tensor `name` is, int64 (rows,);
+    None if the order is the same."""
+    order = names.row_order.get(name.split(".")[-2])
+    if order is None:
+        return None
+    key = "num_key_value_heads" if order == RowOrder.ROTARY_KV else "num_attention_heads"
+    restore, _ = _RESTORING[order]
+    return restore(torch.arange(rows), getattr(config, key)).argsort()
+
+
+def gguf_keys(
+    config: PretrainedConfig, names: GgufNames, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, float | int | str]:
+    """A configuration as values for the file's header, by keys after the architecture.
+
+    shapes: of tensors, by their names in the file. Raises UserError for what files cannot describe.
+    """
+    heads = config.num_attention_heads
+    # BLOOM's positions have no end; what it was trained on is a hint in its configuration.
+    positions = getattr(config, "max_position_embeddings", getattr(config, "seq_length", 2048))
+    keys: dict[str, float | int | str] = {
+        "context_length": positions,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": shapes["blk.0.ffn_up.weight"][0],
+        "attention.head_count": heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
+        "vocab_size": shapes["token_embd.weight"][0],
+    }
+    keys |= {key: getattr(config, name) for name, key in names.counts.items()}
+    keys |= {key: float(getattr(config, name)) for name, key in names.numbers.items()}
+    if names.rotary:
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys |= {"rope.dimension_count": size, **rope_keys(config)}
+        if size * heads != config.hidden_size:
+            keys |= {"attention.key_length": size, "attention.value_length": size}
+    return keys

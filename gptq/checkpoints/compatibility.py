@@ -206,6 +206,18 @@ def run_line(folder: Written, path: Path) -> str:
     return f"run it with: gptq {name} --chat"
 
 
+def output_lines(path: Path) -> list[str]:
+    """What is printed of a written folder or .gguf file; nothing of other files."""
+    if path.is_dir():
+        return folder_lines(path)
+    if path.suffix != ".gguf":
+        return []
+    return [
+        "format gguf: loads in this package, llama.cpp and what is built on it",
+        f"run it with: llama-cli -m {shlex.quote(str(path))}",
+    ]
+
+
 def folder_lines(path: Path) -> list[str]:
     """What is printed of a written folder; nothing of a full model."""
     if not folder_settings(path):

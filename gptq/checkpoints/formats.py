@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints import awq, compressed_tensors, dense, gptq_format, mlx
+from gptq.checkpoints import awq, compressed_tensors, dense, gguf_format, gptq_format, mlx
 from gptq.checkpoints.assembly import read_full
 from gptq.checkpoints.canonical import Canonical, LayerFacts, scale_rounding
 from gptq.checkpoints.layouts import PackedLayer
@@ -66,8 +68,9 @@ class Format:
     read: Callable[[Path, ModelSource], LazyTensors] | None = read_full
     """The full model that written files hold: tensors by Hugging Face's names, a packed layer's
     `weight` (out, in) dequantized. None if it cannot be read back; then nothing is compared."""
-    tolerance: Callable[[Canonical, PackedLayer], float] = scale_rounding
-    """How much the format may change a layer's weights, relative to each."""
+    tolerance: Callable[[Canonical, PackedLayer], float | Tensor] = scale_rounding
+    """How much the format may change a layer's weights: a share of each, or the most of each as a
+    tensor (out, in)."""
     packs: bool = True
     """Whether weights stay packed."""
     packs_embeddings: bool = False
@@ -107,6 +110,16 @@ FORMATS: dict[str, Format] = {
         containers=_FOLDER_ONLY,
         settings_keys=("quantization", "quantization_config"),
         packs_embeddings=True,
+    ),
+    "gguf": Format(
+        "gguf",
+        gguf_format.tensors,
+        gguf_format.settings,
+        refuses=gguf_format.refuses,
+        refuses_values=gguf_format.refuses_values,
+        containers={".gguf": gguf_format.write},
+        read=gguf_format.read,
+        tolerance=gguf_format.tolerance,
     ),
     "dense": Format(
         "dense", dense.tensors, dense.settings, read=dense.read, tolerance=exact, packs=False

@@ -5,9 +5,10 @@ along.
 """
 
 from collections.abc import Collection, Iterator
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
@@ -15,7 +16,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.embeddings import EMBEDDING_GROUP, check_rows
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
-from gptq.config import QuantConfig
+from gptq.config import DEFAULTS, QuantConfig
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import LazyTensors
 from quant_cuda.weight import group_count
@@ -59,6 +60,30 @@ def planned_layers(
         layer = PackedLayer(name, inputs, outputs, bits, group_count(inputs, size), size)
         layers.append(LayerFacts(layer, config.sym, config.needs_g_idx, spec.model_type, is_end))
     return layers
+
+
+def check_gguf(model: BlockwiseModel, config: QuantConfig) -> None:
+    """Raise UserError for a model or settings that a .gguf file cannot hold."""
+    from gptq.checkpoints import gguf_format
+
+    if config.embedding_bits != DEFAULTS["embedding_bits"]:
+        raise UserError(
+            f"--embedding-bits {config.embedding_bits} is not for .gguf files, in which the "
+            "embedding and the head are Q8_0; leave it out, or --plain"
+        )
+    sizes = {name: model.module.get_submodule(name) for name in _packed_layers(model)}
+    for name, layer in sizes.items():
+        reason = gguf_format.refusal(
+            config.bits,
+            config.group_size,
+            config.sym,
+            config.needs_g_idx,
+            cast(nn.Linear, layer).in_features,
+        )
+        if reason is not None:
+            raise UserError(f"{name} {reason}")
+    embedding = model.module.get_submodule(model.spec.embed[0])
+    gguf_format.check_source(model.source, cast(nn.Embedding, embedding).num_embeddings)
 
 
 def check_shapes(model: BlockwiseModel) -> None:

@@ -58,6 +58,11 @@ def open_checkpoint(path: Path) -> tuple[LazyTensors, dict[str, object]]:
 def _open_stored(path: Path) -> tuple[LazyTensors, dict[str, object]]:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a .pt or .safetensors file or a folder")
+    if path.suffix == ".gguf":
+        # Only here: that format's package is read for nothing else.
+        from gptq.checkpoints.gguf_packed import open_packed
+
+        return open_packed(path)
     if not path.is_dir():
         opened = open_tensors([path])
         check_sums(path)

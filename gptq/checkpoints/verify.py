@@ -28,8 +28,8 @@ def verify(original: Canonical, written: Canonical, target: Path, name: str) -> 
         _compare(layer, before, after, tolerance)
 
 
-def _compare(layer: PackedLayer, before: Tensor, after: Tensor, tolerance: float) -> None:
-    if before.shape != after.shape or not torch.all(
-        (before - after).abs() <= tolerance * before.abs()
-    ):
+def _compare(layer: PackedLayer, before: Tensor, after: Tensor, tolerance: float | Tensor) -> None:
+    """tolerance: as `Format.tolerance`."""
+    allowed = tolerance if isinstance(tolerance, Tensor) else tolerance * before.abs()
+    if before.shape != after.shape or not torch.all((before - after).abs() <= allowed):
         raise RuntimeError(f"{layer.name} was not written as it was read")

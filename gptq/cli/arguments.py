@@ -15,7 +15,7 @@ from gptq.errors import UserError
 from gptq.models import SPECS, ModelSpec
 
 # Flags whose value may be left out: the next argument is theirs only if it ends like this.
-OPTIONAL_VALUES = {"--save": ".pt", "--save_safetensors": ".safetensors"}
+OPTIONAL_VALUES = {"--save": (".pt", ".gguf"), "--save_safetensors": (".safetensors",)}
 DEFAULT_NAME = ""
 OUTPUTS = ("--save", "--save_safetensors", "--save-dir")
 # Flags that do nothing unless one of the others is there.
@@ -59,10 +59,10 @@ def join_optional_values(argv: Sequence[str]) -> list[str]:
     remaining = list(argv)
     while remaining:
         argument = remaining.pop(0)
-        ending = OPTIONAL_VALUES.get(argument)
-        if ending is not None:
+        endings = OPTIONAL_VALUES.get(argument)
+        if endings is not None:
             has_value = (
-                remaining and remaining[0].endswith(ending) and not remaining[0].startswith("-")
+                remaining and remaining[0].endswith(endings) and not remaining[0].startswith("-")
             )
             argument = f"{argument}={remaining.pop(0) if has_value else DEFAULT_NAME}"
         joined.append(argument)
@@ -120,7 +120,11 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--save", metavar="PATH.pt", help="write a .pt state dict; PATH may be left out")
+    add(
+        "--save",
+        metavar="PATH.pt",
+        help="write a .pt state dict, or a .gguf file; PATH may be left out",
+    )
     add("--save_safetensors", metavar="PATH.safetensors", help="the same as safetensors")
     add("--save-dir", metavar="DIR", help="write a Hugging Face folder")
     add(
@@ -136,7 +140,11 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     )
     add("--report", metavar="DIR", help="write a page about the quantization, DIR/index.html")
     add("--resume", action="store_true", help="continue a quantization that was stopped")
-    add("--load", metavar="PATH", help="a quantized .pt, .safetensors or folder made from MODEL")
+    add(
+        "--load",
+        metavar="PATH",
+        help="a quantized .pt, .safetensors, .gguf or folder made from MODEL",
+    )
 
 
 def _add_actions(group: argparse._ArgumentGroup) -> None:
@@ -195,9 +203,10 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag, needed in NEEDS.items():
         if flag in values and not values.keys() & set(needed):
             raise UserError(f"{flag} needs {' or '.join(needed)}")
-    for flag, ending in OPTIONAL_VALUES.items():
-        if not values.get(flag, ending).endswith(ending) and values[flag] != DEFAULT_NAME:
-            raise UserError(f"{flag} {values[flag]}: give a name that ends in {ending}")
+    for flag, endings in OPTIONAL_VALUES.items():
+        name = values.get(flag, DEFAULT_NAME)
+        if name != DEFAULT_NAME and not name.endswith(endings):
+            raise UserError(f"{flag} {name}: give a name that ends in {' or '.join(endings)}")
     for flag, reads_dataset in (("--eval", not arguments.eval_data), ("--benchmark", True)):
         if flag in values and reads_dataset and arguments.dataset is None:
             raise UserError(f"{flag} needs DATASET: c4, wikitext2, ptb or a text file")

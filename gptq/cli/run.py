@@ -21,7 +21,14 @@ from gptq.cli.arguments import (
 )
 from gptq.cli.command import input_error, report_error
 from gptq.cli.printing import harmless, prepare_streams, printable, without_surrogates
-from gptq.cli.settings import WBITS, check_agreement, quant_config, settings_from, spelled
+from gptq.cli.settings import (
+    WBITS,
+    check_agreement,
+    quant_config,
+    saves_gguf,
+    settings_from,
+    spelled,
+)
 from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
 from gptq.models import ModelSpec
@@ -69,6 +76,9 @@ def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
         evaluating = running = False
         if config is None:
             return
+    if config is not None and saves_gguf(arguments) and arguments.groupsize is None:
+        size = config.group_size
+        print(f"groups of {size}: a .gguf file has a scale for {size} inputs; see --groupsize")
     # The heavy imports wait until the command line makes sense.
     from gptq.blockwise.source import open_model
 
@@ -197,7 +207,7 @@ def _quantize(
                 raise UserError(f"{message}; {hint}") from stop
             raise KeyboardInterrupt(hint) from None
     if leader:
-        _print_result(result, outputs.save_dir)
+        _print_result(result, (outputs.gguf, outputs.save_dir))
     return result
 
 
@@ -234,18 +244,18 @@ def _resume_hint(journal: Path | None) -> str | None:
     return f"{blocks} finished blocks are kept; add --resume to the same command to go on"
 
 
-def _print_result(result: Report, folder: Path | None) -> None:
-    """Print the tables of a run, and which programs read the folder that it wrote."""
+def _print_result(result: Report, outputs: Sequence[Path | None]) -> None:
+    """Print the tables of a run, and which programs read what it wrote."""
     from rich.console import Console
 
-    from gptq.checkpoints.compatibility import folder_lines
+    from gptq.checkpoints.compatibility import output_lines
     from gptq.cli.console import layer_table, totals_table
 
     console = Console()
     console.print(layer_table(result))
     console.print(totals_table(result))
-    if folder is not None:
-        for line in folder_lines(folder):
+    for path in filter(None, outputs):
+        for line in output_lines(path):
             print(printable(line))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptq.checkpoints.names import GGUF_GROUP
 from gptq.config import BITS, DEFAULTS, QUALITIES, SETTINGS, QuantConfig, Setting
 from gptq.errors import SettingError, UserError
 
@@ -73,11 +74,20 @@ def _value(arguments: argparse.Namespace, flag: str) -> Any:
 
 
 def quant_config(arguments: argparse.Namespace) -> QuantConfig:
-    """The settings that the flags set, defaults for what they leave open."""
+    """The settings that the flags set, defaults for what they leave open.
+
+    A .gguf file has a scale for each 32 inputs, so that these are its default groups.
+    """
+    groups = {"group_size": GGUF_GROUP} if saves_gguf(arguments) else {}
     nearest = {"scale_search": "minmax"} if arguments.nearest else {}
     fixed = {} if arguments.percdamp is None else {"adaptive_damp": False}
     quality = QUALITIES[arguments.quality or "default"]
-    return QuantConfig(**{**nearest, **fixed, **quality, **settings_from(arguments)})
+    return QuantConfig(**{**groups, **nearest, **fixed, **quality, **settings_from(arguments)})
+
+
+def saves_gguf(arguments: argparse.Namespace) -> bool:
+    """Whether the file to save is a .gguf."""
+    return arguments.save is not None and arguments.save.endswith(".gguf")
 
 
 def check_agreement(

@@ -57,6 +57,12 @@ def open_weights(
     # A folder need not say that its weights are packed.
     if path is None and (source.quantized or is_packed(source.tensors)):
         path = source.folder
+    if path is None and source.gguf is not None:
+        # Only here: that format's package is read for nothing else.
+        from gptq.checkpoints.gguf_packed import has_packed
+
+        file = source.folder / source.gguf
+        path = file if has_packed(file) else None
     kind = pick_dtype(dtype, model.device, source.config.dtype)
     if path is None:
         model.check_tensors()

@@ -17,7 +17,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from gptq.blockwise.gguf_model import gguf_config, interleave_qkv, open_gguf, unpermute_rotary
+from gptq.blockwise.gguf_model import (
+    gguf_config,
+    gguf_keys,
+    gguf_name,
+    gguf_rows,
+    interleave_qkv,
+    open_gguf,
+    unpermute_rotary,
+)
+from gptq.blockwise.gguf_rope import rope_factors, rope_keys
 from gptq.errors import UserError
 from gptq.models import LLAMA, SPECS
 
@@ -49,7 +58,7 @@ BLOOM_PARTS = {
 }
 
 
-def gguf_name(name: str, parts: dict[str, str]) -> str:
+def expected_name(name: str, parts: dict[str, str]) -> str:
     module, kind = name.rsplit(".", 1)
     for prefix in ("model.layers.", "transformer.h."):
         if module.startswith(prefix):
@@ -168,7 +177,7 @@ def write_gguf(path, model, kind=GgmlType.F32, extra=None, values=(), arch=None)
         elif "query_key_value" in name:
             tensor = parted(tensor, config.n_head)
         parts = LLAMA_PARTS if rotary else BLOOM_PARTS
-        add_tensor(writer, gguf_name(name, parts), tensor, kind)
+        add_tensor(writer, expected_name(name, parts), tensor, kind)
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -311,8 +320,6 @@ def refused(path, *words):
 ONE = np.ones(8, np.float32)
 VARIANTS = {
     "arch": ({"arch": "qwen2"}, "'qwen2' model; llama and bloom are supported"),
-    "rope_freqs": ({"extra": {"rope_freqs.weight": ONE}}, "llama3"),
-    "yarn": ({"values": [("llama.rope.scaling.type", "yarn")]}, "yarn"),
     "split": ({"values": [("split.count", 3)]}, "llama-gguf-split --merge"),
     "alignment": ({"values": [("general.alignment", 0)]}, "alignment"),
 }
@@ -327,6 +334,113 @@ def test_variants_that_are_not_supported(tmp_path, case):
     else:
         path = write_gguf(tmp_path / "m.gguf", tiny_llama(), **arguments)
     refused(path, word)
+
+
+ROPES = {
+    "none": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_positions_both_ways(tmp_path, kind):
+    """The keys and the tensor that llama.cpp's converter writes, by its names."""
+    rope = {"rope_type": "default" if kind == "none" else kind, "rope_theta": 500.0, **ROPES[kind]}
+    model = tiny_llama(rope_parameters=rope)
+    values: list[tuple[str, object]] = []
+    if kind in ("linear", "yarn"):
+        values += [("llama.rope.scaling.type", kind), ("llama.rope.scaling.factor", 4.0)]
+    if kind in ("yarn", "llama3"):
+        original = rope["original_max_position_embeddings"]
+        values += [("llama.rope.scaling.original_context_length", original)]
+    extra = {"rope_freqs.weight": llama3_factors(rope)} if kind == "llama3" else {}
+    path = write_gguf(tmp_path / "m.gguf", model, values=values, extra=extra)
+    config = gguf_config(path)
+    assert config.rope_parameters == rope
+    assert torch.equal(logits(reloaded(path)), logits(model))
+    keys = rope_keys(model.config)
+    expected = {"llama.rope.freq_base": 500.0, **dict(values)}
+    assert {f"llama.{key}": value for key, value in keys.items()} == expected
+    factors = rope_factors(model.config)
+    if kind == "llama3":
+        np.testing.assert_allclose(factors, extra["rope_freqs.weight"], rtol=1e-5)
+    else:
+        assert factors is None
+
+
+def llama3_factors(rope, head_dim=16) -> np.ndarray:
+    """What Llama 3.1's paper and code divide each frequency by, one at a time."""
+    factors = []
+    for i in range(head_dim // 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (2 * i / head_dim)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        share = min(max((turns - 1) / 3, 0), 1)
+        factors.append(1 / (share + (1 - share) / rope["factor"]))
+    assert 1 in factors
+    assert rope["factor"] in factors
+    return np.array(factors, np.float32)
+
+
+BAD_ROPES = {
+    "other-factors": (
+        {"extra": {"rope_freqs.weight": ONE + np.arange(8, dtype=np.float32)}},
+        "llama3",
+    ),
+    "too-few-factors": ({"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "llama3"),
+    "longrope": ({"values": [("llama.rope.scaling.type", "longrope")]}, "longrope"),
+    "no-factor": ({"values": [("llama.rope.scaling.type", "linear")]}, "rope.scaling.factor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROPES)
+def test_scaled_positions_that_cannot_be_taken(tmp_path, case):
+    arguments, word = BAD_ROPES[case]
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), **arguments)
+    with pytest.raises(UserError, match=word) as caught:
+        gguf_config(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0},
+    ],
+)
+def test_scaled_positions_that_cannot_be_written(rope):
+    config = LlamaConfig(rope_parameters={"rope_theta": 500.0, **rope})
+    with pytest.raises(UserError, match="format gguf cannot describe"):
+        rope_keys(config)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bloom])
+def test_names_rows_and_keys_are_those_of_llama_cpp(tmp_path, make):
+    """Every tensor, written by the slow oracles above, is the product's own name and order."""
+    model = make(tie_word_embeddings=False)
+    path = write_gguf(tmp_path / "m.gguf", model)
+    spec = SPECS[model.config.model_type]
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    shapes = {}
+    for full, tensor in model.state_dict().items():
+        name = gguf_name(spec, spec.gguf, full)
+        rows = gguf_rows(model.config, spec.gguf, name, len(tensor))
+        assert np.array_equal(tensor if rows is None else tensor[rows], stored.pop(name)), full
+        shapes[name] = tuple(tensor.shape)
+    assert not stored
+    keys = gguf_keys(model.config, spec.gguf, shapes)
+    for key, value in keys.items():
+        field = reader.fields.get(f"{model.config.model_type}.{key}")
+        if field is not None and key != "context_length":
+            assert field.contents() == pytest.approx(value), key
 
 
 def test_experts_heads_and_partial_rotation(tmp_path):

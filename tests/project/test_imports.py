@@ -52,7 +52,7 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "gptq.solver": ("torch",),
     "gptq.blockwise": ("torch", "transformers", "huggingface_hub", "gguf", "numpy"),
     "gptq.pipeline": ("torch", "transformers"),
-    "gptq.checkpoints": ("torch", "transformers"),
+    "gptq.checkpoints": ("torch", "transformers", "gguf"),
     "gptq.inference": ("torch", "transformers"),
     "gptq.api": ("torch", "transformers"),
     "gptq.hf": ("torch", "transformers", "peft"),

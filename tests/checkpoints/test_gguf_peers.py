@@ -1,0 +1,113 @@
+"""Our .gguf files in llama.cpp itself, in an environment of its own.
+
+Run with `-m peers` and LLAMA_CPP_PYTHON, the path of that environment's Python (tried with
+llama-cpp-python 0.3.36). llama.cpp rounds activations to 8 bits in blocks of 32.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT, WORDS, bloom_config, llama_config, make_model
+
+import gptq
+from gptq import QuantConfig
+from gptq.blockwise.source import open_model
+
+pytestmark = pytest.mark.peers
+
+TOKENS = [number * 7 % 300 for number in range(100)]
+TEXTS = ["the cat sat on a mat", "A  dog, 12345 dogs\nand naïve ones", "rain" * 9]
+ROPES = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def in_llama_cpp(file, texts=()) -> dict:
+    python = os.environ.get("LLAMA_CPP_PYTHON")
+    assert python, "LLAMA_CPP_PYTHON must name the Python of an environment with llama-cpp-python"
+    done = subprocess.run(
+        [python, str(ROOT / "tests" / "helpers" / "run_llama_cpp.py")],
+        input=json.dumps({"file": str(file), "tokens": TOKENS, "texts": list(texts)}),
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def same_logits(file, answer) -> None:
+    model, _ = gptq.load(file)
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0]
+    difference = (torch.tensor(answer["logits"]) - expected).square().mean().sqrt()
+    # A wrong order of rows or position gives about 1.
+    assert difference < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("arch", ["llama", "tied", "biases", "bloom"])
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (4, False), (8, True)])
+def test_every_type(arch, bits, sym, text_file, tmp_path):
+    changes = {
+        "llama": {"hidden_size": 128},
+        "tied": {"tie_word_embeddings": True},
+        "biases": {"attention_bias": True, "mlp_bias": True},
+    }
+    config = bloom_config() if arch == "bloom" else llama_config(**changes[arch])
+    folder = make_model(tmp_path / "model", config)
+    settings = QuantConfig(bits=bits, sym=sym, group_size=32)
+    file = tmp_path / "m.gguf"
+    gptq.quantize(folder, text_file, settings, save=file, nsamples=4, seqlen=32)
+    answer = in_llama_cpp(file, TEXTS)
+    same_logits(file, answer)
+    tokenizer = open_model(folder).tokenizer()
+    assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_positions(kind, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": 500.0, **ROPES[kind]}
+    folder = make_model(tmp_path / "model", llama_config(rope_parameters=rope))
+    settings = QuantConfig(bits=8, sym=True, method="rtn", group_size=32)
+    gptq.quantize(folder, None, settings, save=tmp_path / "m.gguf")
+    same_logits(tmp_path / "m.gguf", in_llama_cpp(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("with_model_file", [True, False])
+def test_sentencepiece(with_model_file, tmp_path):
+    (tmp_path / "text.txt").write_text(f"{WORDS}\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    folder = make_model(tmp_path / "model", llama_config(bos_token_id=1, eos_token_id=2))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    tokenizer = open_model(folder).tokenizer()
+    if not with_model_file:
+        tokenizer.save_pretrained(folder)
+        (folder / "tokenizer.model").unlink()
+    settings = QuantConfig(sym=True, method="rtn", group_size=32)
+    gptq.quantize(folder, None, settings, save=tmp_path / "m.gguf")
+    answer = in_llama_cpp(tmp_path / "m.gguf", TEXTS)
+    assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]

@@ -1,0 +1,194 @@
+"""Tokenizers as llama.cpp is told of them."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import sentencepiece
+from conftest import WORDS, llama_config, make_model
+from gguf import TokenType
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gptq.blockwise.source import open_model
+from gptq.checkpoints import gguf_tokenizer
+from gptq.checkpoints.gguf_tokenizer import tokenizer_keys
+from gptq.data.chat import BELLE_TEMPLATE
+from gptq.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def bytes_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("bytes") / "model", llama_config())
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_dir(tmp_path_factory):
+    """A model whose tokenizer is a tokenizer.model alone: pieces 0..2 special, 3..258 bytes."""
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "text.txt").write_text(f"{WORDS}\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    model = make_model(folder / "model", llama_config(bos_token_id=1, eos_token_id=2))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    shutil.copy(folder / "tokenizer.model", model)
+    return model
+
+
+def keys_of(folder, count=320):
+    keys = tokenizer_keys(open_model(folder), count)
+    return {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
+
+
+def test_byte_level(bytes_dir):
+    keys = keys_of(bytes_dir)
+    described = json.loads((bytes_dir / "tokenizer.json").read_text())
+    assert (keys["model"], keys["pre"]) == ("gpt2", "gpt-2")
+    assert keys["merges"] == [" ".join(pair) for pair in described["model"]["merges"]]
+    for token, number in described["model"]["vocab"].items():
+        assert keys["tokens"][number] == token
+    assert keys["tokens"][300:] == [f"[PAD{number}]" for number in range(300, 320)]
+    control, normal, unused = TokenType.CONTROL, TokenType.NORMAL, TokenType.UNUSED
+    assert keys["token_type"] == [control] * 2 + [normal] * 298 + [unused] * 20
+    assert (keys["bos_token_id"], keys["eos_token_id"]) == (0, 1)
+    assert keys["add_bos_token"] is False
+    assert "unknown_token_id" not in keys
+    assert "tokenizer.chat_template" not in keys
+
+
+def test_tokens_without_a_row_are_left_out(bytes_dir):
+    assert len(keys_of(bytes_dir, 290)["tokens"]) == 290
+
+
+def test_sentencepiece(sentencepiece_dir):
+    keys = keys_of(sentencepiece_dir)
+    pieces = sentencepiece.SentencePieceProcessor(str(sentencepiece_dir / "tokenizer.model"))
+    assert (keys["model"], keys["pre"]) == ("llama", "default")
+    count = pieces.vocab_size()
+    assert keys["tokens"][:count] == [pieces.IdToPiece(i) for i in range(count)]
+    assert keys["scores"][:count] == [pieces.GetScore(i) for i in range(count)]
+    assert keys["token_type"][:3] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    assert keys["token_type"][3:259] == [TokenType.BYTE] * 256
+    assert keys["token_type"][259:count] == [TokenType.NORMAL] * (count - 259)
+    assert keys["token_type"][count:] == [TokenType.UNUSED] * (320 - count)
+    special = ("bos_token_id", "eos_token_id", "unknown_token_id", "add_bos_token")
+    assert [keys[key] for key in special] == [1, 2, 0, True]
+    assert keys["add_eos_token"] is False
+    assert keys["add_space_prefix"] is True
+
+
+def test_scores_without_tokenizer_model_rank_the_same(sentencepiece_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sentencepiece_dir, folder)
+    open_model(folder).tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    before, after = keys_of(sentencepiece_dir), keys_of(folder)
+    for key in ("model", "tokens", "token_type", "bos_token_id", "add_bos_token"):
+        assert after[key] == before[key], key
+    merged = [i for i, score in enumerate(before["scores"]) if score < 0]
+    orders = [
+        sorted((i for i in merged if len(keys["tokens"][i]) > 1), key=lambda i: -keys["scores"][i])
+        for keys in (before, after)
+    ]
+    joined = [i for i in orders[0] if after["scores"][i] > -1000]
+    assert len(joined) > 30
+    assert [i for i in orders[1] if i in joined] == joined
+
+
+# How text is split -----------------------------------------------------------------------------
+
+
+def with_splitting(folder, target, change):
+    """The model with another tokenizer.json."""
+    shutil.copytree(folder, target)
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    change(tokenizer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(target)
+    return target
+
+
+def digits(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+
+
+def unknown(tokenizer):
+    split = pre_tokenizers.Split(Regex("a+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False)])
+
+
+def normalized(tokenizer):
+    tokenizer.normalizer = normalizers.Lowercase()
+
+
+def pieces(tokenizer):
+    tokenizer.model = models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0)
+
+
+def test_a_splitting_is_recognised_by_its_definition(bytes_dir, tmp_path):
+    assert keys_of(with_splitting(bytes_dir, tmp_path / "m", digits))["pre"] == "smollm"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (unknown, "splits text in a way that it has no name for"),
+        (normalized, "splits text in a way"),
+        (pieces, "is of type Unigram"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_does_not_have(change, words, bytes_dir, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        keys_of(with_splitting(bytes_dir, tmp_path / "m", change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_splitting_is_recognised_by_the_ids_of_a_text(monkeypatch, bytes_dir):
+    ids = open_model(bytes_dir).tokenizer().encode(gguf_tokenizer._PROBE)
+    text = "[" + ", ".join(str(number) for number in ids) + "]"
+    known = {hashlib.sha256(text.encode()).hexdigest(): "llama-bpe"}
+    monkeypatch.setattr(gguf_tokenizer, "_SPLITTINGS", known)
+    assert keys_of(bytes_dir)["pre"] == "llama-bpe"
+
+
+# Other parts -----------------------------------------------------------------------------------
+
+
+def test_chat_templates(bytes_dir, tmp_path):
+    folder = tmp_path / "BELLE-tiny"
+    shutil.copytree(bytes_dir, folder)
+    assert keys_of(folder)["tokenizer.chat_template"] == BELLE_TEMPLATE
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert keys_of(folder)["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_added_tokens(tmp_path):
+    """Of a byte-level tokenizer: special ones and those that text may hold."""
+    folder = make_model(tmp_path / "model", llama_config())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([WORDS], trainer)
+    tokenizer.add_tokens(["<fact>"])
+    tokenizer.add_special_tokens(["<|end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.save_pretrained(folder)
+    keys = keys_of(folder)
+    types = {
+        token: keys["token_type"][keys["tokens"].index(token)] for token in ("<fact>", "<|end|>")
+    }
+    assert types == {"<fact>": TokenType.USER_DEFINED, "<|end|>": TokenType.CONTROL}
+    assert keys["eos_token_id"] == fast.eos_token_id
