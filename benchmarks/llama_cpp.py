@@ -150,11 +150,11 @@ def time_ours(model: PreTrainedModel, prompt: int, tokens: int) -> dict[str, Any
 # llama.cpp -----------------------------------------------------------------------------------
 
 
-def in_peer(python: str, threads: int, *argv: str, script: Path = SCRIPT) -> dict[str, Any]:
+def in_peer(python: str, threads: int, *argv: str, script: Path | None = None) -> dict[str, Any]:
     """What a script of `peers` prints. Raises UserError if it fails or cannot be run."""
     try:
         done = subprocess.run(
-            [python, str(script), *argv],
+            [python, str(script or SCRIPT), *argv],
             capture_output=True,
             text=True,
             check=False,

@@ -17,6 +17,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -50,9 +51,9 @@ def exchange(
     errors = {}
     for row in task.get("make", []):
         assert make is not None, f"{program} writes no models"
-        errors[row["target"]] = _error(lambda row=row: make(**row))
+        errors[row["target"]] = _error(partial(make, **row))
     for folder in task.get("read", []):
-        errors[folder] = _error(lambda folder=folder: _read(program, load, folder, task))
+        errors[folder] = _error(partial(_read, program, load, folder, task))
     versions = {package: version(package) for package in packages}
     print("\n" + json.dumps({"versions": versions, "errors": errors}), flush=True)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers.old_tools import PROBE
 from safetensors.torch import load_file
+
+from helpers.old_tools import PROBE
 
 FOLDER = Path(os.environ.get("PEERS", ROOT / ".cache" / "peers"))
 
@@ -36,7 +37,7 @@ def exchange(program: str, where: Path, dtype: str = "float32", **task) -> dict[
 
 
 def logits(program: str, folder: Path) -> torch.Tensor:
-    """As the program that read the folder computed them for PROBE, up to constants of each token."""
+    """Those of the program that read the folder, for PROBE, up to a constant of each token."""
     return load_file(f"{folder}.{program}.safetensors")["logits"]
 
 
