@@ -273,7 +273,7 @@ def test_shards_with_an_index(dirs, tmp_path):
 def test_a_folder_that_gptqmodel_made():
     """Of GPTQModel 7.4.0 itself: 4 bit, asymmetric, act-order, "gptq_v2"; its logits in bfloat16.
 
-    tests/helpers/run_gptqmodel.py made it from a random model, of which nothing else is kept.
+    It was made from a random model, of which nothing else is kept.
     """
     folder = ROOT / "tests" / "fixtures" / "gptqmodel"
     expected = torch.tensor(json.loads((folder.parent / "gptqmodel_logits.json").read_text()))
