@@ -130,10 +130,14 @@ def _kv_heads(header: GgufHeader) -> int:
 def _open(path: Path) -> tuple[GgufHeader, ModelSpec, GgufNames]:
     """The header, and how its architecture is described. Raises UserError if it is not in SPECS."""
     header = read_header(path)
-    known = {spec.gguf.architecture: (spec, spec.gguf) for spec in SPECS.values() if spec.gguf}
+    # Of several that files name alike, the first: LLaMA and Mistral.
+    known: dict[str, tuple[ModelSpec, GgufNames]] = {}
+    for spec in SPECS.values():
+        if spec.gguf is not None:
+            known.setdefault(spec.gguf.architecture, (spec, spec.gguf))
     if header.architecture not in known:
         raise UserError(
-            f"{path} is a '{header.architecture}' model; {' and '.join(known)} are supported"
+            f"{path} is a '{header.architecture}' model; {', '.join(known)} are supported"
         )
     _check_variant(header)
     check_types(header)
@@ -220,6 +224,15 @@ def gguf_rows(config: PretrainedConfig, names: GgufNames, name: str, rows: int) 
     return restore(torch.arange(rows), getattr(config, key)).argsort()
 
 
+def _has_window(config: PretrainedConfig) -> bool:
+    """Whether some layer attends to fewer tokens than the model has positions."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return False
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return "sliding_attention" in kinds and window < config.max_position_embeddings
+
+
 def gguf_keys(
     config: PretrainedConfig, names: GgufNames, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, float | int | str]:
@@ -227,6 +240,11 @@ def gguf_keys(
 
     shapes: of tensors, by their names in the file. Raises UserError for what files cannot describe.
     """
+    if _has_window(config):
+        raise UserError(
+            "this model attends to a sliding window, which format gguf cannot describe; use "
+            "another --format"
+        )
     heads = config.num_attention_heads
     # BLOOM's positions have no end; what it was trained on is a hint in its configuration.
     positions = getattr(config, "max_position_embeddings", getattr(config, "seq_length", 2048))

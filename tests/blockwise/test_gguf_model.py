@@ -319,7 +319,7 @@ def refused(path, *words):
 
 ONE = np.ones(8, np.float32)
 VARIANTS = {
-    "arch": ({"arch": "qwen2"}, "'qwen2' model; llama and bloom are supported"),
+    "arch": ({"arch": "gemma"}, "'gemma' model; llama, bloom, qwen2, qwen3 are supported"),
     "split": ({"values": [("split.count", 3)]}, "llama-gguf-split --merge"),
     "alignment": ({"values": [("general.alignment", 0)]}, "alignment"),
 }

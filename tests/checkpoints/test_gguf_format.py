@@ -13,12 +13,12 @@ from gguf import GGMLQuantizationType as GgmlType
 from helpers.old_tools import PROBE
 from helpers.old_tools import write as made_by
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 import gptq
 from gptq import QuantConfig, convert
 from gptq.blockwise.gguf_model import gguf_config, open_gguf
-from gptq.checkpoints import gguf_format
+from gptq.checkpoints import gguf_format, gguf_tokenizer
 from gptq.checkpoints.gguf_format import refusal
 from gptq.errors import UserError
 from gptq.files.lazy import Entry
@@ -26,6 +26,14 @@ from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
 
 TYPES = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}
 CASES = [(arch, *case) for arch in ("llama", "tied", "bloom") for case in TYPES]
+SIZES = llama_config(num_hidden_layers=1).to_diff_dict()
+SIZES = {key: it for key, it in SIZES.items() if key not in ("model_type", "transformers_version")}
+OTHERS = {
+    "mistral": MistralConfig(**{**SIZES, "sliding_window": None}),
+    "qwen2": Qwen2Config(**SIZES),
+    # Heads wider than their share of the hidden states.
+    "qwen3": Qwen3Config(**{**SIZES, "head_dim": 32}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +182,30 @@ def test_transformers_reads_it(arch, bits, sym, written):
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     close(logits(model.eval()), logits(dense(path)), 1e-4)
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+def test_other_architectures(arch, tmp_path, monkeypatch):
+    # Qwen's own splitting is known by its vocabulary, which the test's is not.
+    monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
+    folder = make_model(tmp_path / arch, OTHERS[arch])
+    config = QuantConfig(sym=True, method="rtn", group_size=32)
+    outputs = {"save": tmp_path / "m.gguf", "save_safetensors": tmp_path / "m.safetensors"}
+    gptq.quantize(folder, None, config, **outputs)
+    model, _ = gptq.load(tmp_path / "m.gguf")
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(packed) == 8  # seven layers and the head
+    expected, _ = gptq.load(folder, tmp_path / "m.safetensors")
+    # Embeddings are rounded in groups of 32 here and of 64 there.
+    close(logits(model), logits(expected), 0.1)
+    close(logits(model), logits(dense(tmp_path / "m.gguf")))
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    folder = make_model(tmp_path / "m", MistralConfig(**{**SIZES, "sliding_window": 8}))
+    config = QuantConfig(sym=True, method="rtn", group_size=32)
+    with pytest.raises(UserError, match="attends to a sliding window"):
+        gptq.quantize(folder, None, config, save=tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("arch", ["llama", "tied", "bloom"])

@@ -13,10 +13,12 @@ import pytest
 import sentencepiece
 import torch
 from conftest import ROOT, WORDS, bloom_config, llama_config, make_model
+from transformers import AutoConfig
 
 import gptq
 from gptq import QuantConfig
 from gptq.blockwise.source import open_model
+from gptq.checkpoints import gguf_tokenizer
 
 pytestmark = pytest.mark.peers
 
@@ -75,6 +77,21 @@ def test_every_type(arch, bits, sym, text_file, tmp_path):
     same_logits(file, answer)
     tokenizer = open_model(folder).tokenizer()
     assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "quirks"),
+    [("mistral", {"sliding_window": None}), ("qwen2", {}), ("qwen3", {"head_dim": 32})],
+)
+def test_other_architectures(kind, quirks, tmp_path, monkeypatch):
+    # Qwen's own splitting is known by its vocabulary, which the test's is not.
+    monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
+    sizes = {**llama_config().to_diff_dict(), **quirks}
+    sizes.pop("model_type")
+    folder = make_model(tmp_path / "model", AutoConfig.for_model(kind, **sizes))
+    settings = QuantConfig(sym=True, method="rtn", group_size=32)
+    gptq.quantize(folder, None, settings, save=tmp_path / "m.gguf")
+    same_logits(tmp_path / "m.gguf", in_llama_cpp(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize("kind", ROPES)
