@@ -390,7 +390,8 @@ def test_arguments_are_as_transformers_takes_them(name, model, steps):
         {"use_cache": False},
         {"output_attentions": True},
     ],
-    ids=str,
+    # A tensor of two rows prints as two lines.
+    ids=lambda arguments: " ".join(str(arguments).split()),
 )
 def test_unusual_arguments_are_left_to_transformers(arguments, model, steps):
     """Whatever it makes of them: a result, or its own error."""
