@@ -113,7 +113,6 @@ READERS: dict[str, Reader] = {
         },
         # Its BLOOM reorders the rows of query_key_value, but not those of packed weights (0.32).
         without=("bloom",),
-        packed_embeddings=("compressed-tensors",),
     ),
     "SGLang": Reader(
         {"compressed-tensors": _sglang_compressed, "awq": _anything, "gptq": _marlin},

@@ -79,8 +79,10 @@ def settings(canonical: Canonical) -> dict[str, object]:
     for layer in canonical.layers:
         is_end = layer.name in ends
         kind = (layer.bits, layer.group_size, is_end)
-        # Layers that are all alike need no names; "Linear" is not an embedding or a head.
+        # Layers that are all alike need no names. vLLM gives its embedding none, only a class.
         names = [layer.name] if is_end or len(kinds) > 1 else ["Linear"]
+        if layer.name == canonical.source.spec.embed[0]:
+            names = ["Embedding"]
         targets.setdefault(kind, []).extend(n for n in names if n not in targets.get(kind, ()))
     groups = {
         f"group_{number}": {

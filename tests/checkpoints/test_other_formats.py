@@ -251,7 +251,7 @@ def test_packed_embeddings(name, models, tmp_path):
     else:
         groups = declared["config_groups"].values()
         assert [group["targets"] for group in groups] == [
-            ["model.embed_tokens", "lm_head"],
+            ["Embedding", "lm_head"],
             ["Linear"],
         ]
         assert declared["ignore"] == []

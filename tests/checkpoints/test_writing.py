@@ -208,7 +208,7 @@ def test_who_reads_what():
     compressed = partial(able, sym=False, format="compressed-tensors")
     assert compressed() == {"vLLM", "SGLang", with_package}
     assert compressed(bits=3) == {"vLLM", with_package}
-    assert compressed(embeddings=True) == {"vLLM"}
+    assert compressed(embeddings=True) == set()
     assert compressed(model_type="bloom") == {with_package}
     assert able(format="awq", sym=False) == {"vLLM", "SGLang", "GPTQModel"}
     assert able(format="mlx", embeddings=True) == {"mlx-lm"}
