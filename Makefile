@@ -78,7 +78,8 @@ $(EXTRAS_ENV)/ready: pyproject.toml | venv
 	@echo "import site; site.addsitedir('$$($(RUN) -c '$(SITE)')')" \
 		> $$($(EXTRAS_ENV)/bin/python -c '$(SITE)')/base.pth
 	@$(EXTRAS_ENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		$$($(RUN) tests/helpers/floors.py serve train report | sed 's/==/>=/') "lm_eval>=0.4.9"
+		$$($(RUN) tests/helpers/floors.py serve train report | sed 's/==/>=/') \
+		openai httpx "lm_eval>=0.4.9"
 	@touch $@
 
 # What compiles kernels, and a run that ends at every change to a file, are left to `-m slow`.
