@@ -82,6 +82,6 @@ def _window_loss(model: nn.Module, tokens: Tensor, hidden: Tensor) -> float:
     for start in range(0, len(targets), LOGIT_TOKENS):
         target = targets[start : start + LOGIT_TOKENS]
         states = hidden[None, start : start + len(target)]
-        logits = model(inputs_embeds=states, use_cache=False).logits[0].float()
+        logits = model(inputs_embeds=states).logits[0].float()
         total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
     return total / len(targets)
