@@ -48,7 +48,6 @@ from gptq.pipeline.memory import FIXED, Needs, fits, needs
 from gptq.pipeline.report import LayerReport, Report
 from gptq.pipeline.team import Team
 from gptq.pipeline.team import team as open_team
-from gptq.torchrun import rank
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
@@ -211,7 +210,7 @@ def run(
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     noticed = _calibration_warnings(model, job, windows)
-    for text in noticed if rank() == 0 else ():
+    for text in noticed if torchrun.rank() == 0 else ():
         warnings.warn(text, stacklevel=3)
     stages = [("reading the calibration text", perf_counter() - started)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}

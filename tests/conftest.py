@@ -72,21 +72,23 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
+# Grouped-query heads, and an intermediate width of which groups of 64 leave a short last one.
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+
+
 def llama_config(**changes) -> LlamaConfig:
-    """Grouped-query heads, and an intermediate width that groups of 64 leave a short last one."""
-    settings = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": False,
-    }
-    return LlamaConfig(**{**settings, **changes})
+    return LlamaConfig(**{**SIZES, **changes})
 
 
 def bloom_config(**changes) -> BloomConfig:

@@ -13,6 +13,7 @@ from torch import nn
 from gptq import __version__
 from gptq.api import Opened
 from gptq.blockwise.empty_model import linear
+from gptq.cli.printing import prepare_streams
 from gptq.nn import PackedModule, QuantLinear
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -25,7 +26,10 @@ Result = TypeVar("Result")
 def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
     """Call a function in a new process, whose peak memory is then the function's own."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+    # Its warnings are lines as those of the command line are.
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=context, initializer=prepare_streams
+    ) as executor:
         return executor.submit(function, *arguments).result()
 
 

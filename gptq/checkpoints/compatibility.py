@@ -15,6 +15,7 @@ from gptq.blockwise.weight_files import read_json
 from gptq.checkpoints.reading import open_checkpoint
 from gptq.checkpoints.settings import folder_settings
 from gptq.checkpoints.translation import fitting_group
+from gptq.models import SPECS
 
 
 @dataclass(frozen=True)
@@ -154,23 +155,21 @@ def facts(path: Path) -> Written:
     method = declared.get("quant_method", "mlx")
     name = str(settings["format"] if method == "gptq" else method)
     bits, group_size = cast(int, settings["bits"]), cast(int, settings["group_size"])
-    config = read_json(path / "config.json")
-    sizes, embeddings = set(), False
-    for layer in (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")):
-        words, outputs = tensors.shape(f"{layer}.qweight")
-        is_end = outputs == config.get("vocab_size")
-        embeddings |= is_end
-        if not is_end:
-            sizes.add((words * 32 // bits, outputs))
+    model_type = str(read_json(path / "config.json").get("model_type"))
+    spec = SPECS[model_type]
+    names = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    ends = names & {spec.embed[0], spec.head}
+    shapes = [tensors.shape(f"{name}.qweight") for name in names - ends]
+    sizes = frozenset((words * 32 // bits, outputs) for words, outputs in shapes)
     return Written(
         bits,
         group_size,
         settings["sym"] is True,
         name,
-        frozenset(sizes),
-        embeddings=embeddings,
+        sizes,
+        embeddings=bool(ends),
         desc_act=settings.get("desc_act") is True,
-        model_type=str(config.get("model_type")),
+        model_type=model_type,
     )
 
 

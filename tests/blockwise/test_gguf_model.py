@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
+from helpers.gguf_models import ROPES
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -336,23 +337,11 @@ def test_variants_that_are_not_supported(tmp_path, case):
     refused(path, word)
 
 
-ROPES = {
-    "none": {},
-    "linear": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-}
-
-
-@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("kind", ["none", *ROPES])
 def test_scaled_positions_both_ways(tmp_path, kind):
     """The keys and the tensor that llama.cpp's converter writes, by its names."""
-    rope = {"rope_type": "default" if kind == "none" else kind, "rope_theta": 500.0, **ROPES[kind]}
+    rope = {"rope_type": "default" if kind == "none" else kind, "rope_theta": 500.0}
+    rope |= ROPES.get(kind, {})
     model = tiny_llama(rope_parameters=rope)
     values: list[tuple[str, object]] = []
     if kind in ("linear", "yarn"):

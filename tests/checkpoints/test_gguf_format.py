@@ -8,16 +8,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import bloom_config, llama_config, make_model
+from conftest import SIZES, bloom_config, llama_config, make_model
 from gguf import GGMLQuantizationType as GgmlType
-from helpers.old_tools import PROBE
+from helpers.gguf_models import dense, logits
 from helpers.old_tools import write as made_by
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 import gptq
 from gptq import QuantConfig, convert
-from gptq.blockwise.gguf_model import gguf_config, open_gguf
 from gptq.checkpoints import gguf_format, gguf_tokenizer
 from gptq.checkpoints.gguf_format import refusal
 from gptq.errors import UserError
@@ -26,13 +25,11 @@ from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
 
 TYPES = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}
 CASES = [(arch, *case) for arch in ("llama", "tied", "bloom") for case in TYPES]
-SIZES = llama_config(num_hidden_layers=1).to_diff_dict()
-SIZES = {key: it for key, it in SIZES.items() if key not in ("model_type", "transformers_version")}
 OTHERS = {
-    "mistral": MistralConfig(**{**SIZES, "sliding_window": None}),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES),
     # Heads wider than their share of the hidden states.
-    "qwen3": Qwen3Config(**{**SIZES, "head_dim": 32}),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
 }
 
 
@@ -59,21 +56,6 @@ def written(dirs, tmp_path_factory):
         outputs = dict(zip(("save", "save_safetensors"), files[arch, bits, sym], strict=True))
         gptq.quantize(dirs[arch], None, config, **outputs)
     return files
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(PROBE, use_cache=False).logits
-
-
-def dense(path):
-    """Hugging Face's model with the weights as the gguf package dequantizes them."""
-    model = AutoModelForCausalLM.from_config(gguf_config(path), dtype=torch.float32)
-    state = {name: tensor.float() for name, tensor in open_gguf(path).items()}
-    result = model.load_state_dict(state, strict=False)
-    assert not result.unexpected_keys
-    model.tie_weights()
-    return model.eval()
 
 
 def close(got, expected, share=1e-3):
@@ -194,7 +176,7 @@ def test_other_architectures(arch, tmp_path, monkeypatch):
     gptq.quantize(folder, None, config, **outputs)
     model, _ = gptq.load(tmp_path / "m.gguf")
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    assert len(packed) == 8  # seven layers and the head
+    assert len(packed) == 15  # seven layers of each block, and the head
     expected, _ = gptq.load(folder, tmp_path / "m.safetensors")
     # Embeddings are rounded in groups of 32 here and of 64 there.
     close(logits(model), logits(expected), 0.1)
@@ -202,7 +184,7 @@ def test_other_architectures(arch, tmp_path, monkeypatch):
 
 
 def test_a_sliding_window_is_refused(tmp_path):
-    folder = make_model(tmp_path / "m", MistralConfig(**{**SIZES, "sliding_window": 8}))
+    folder = make_model(tmp_path / "m", MistralConfig(**SIZES, sliding_window=8))
     config = QuantConfig(sym=True, method="rtn", group_size=32)
     with pytest.raises(UserError, match="attends to a sliding window"):
         gptq.quantize(folder, None, config, save=tmp_path / "m.gguf")

@@ -6,12 +6,10 @@ import pytest
 import torch
 from conftest import bloom_config, llama_config, make_model
 from gguf import GGMLQuantizationType as GgmlType
-from helpers.old_tools import PROBE
-from transformers import AutoModelForCausalLM
+from helpers.gguf_models import dense, logits
 
 import gptq
 from gptq import QuantConfig, convert
-from gptq.blockwise.gguf_model import gguf_config, open_gguf
 from gptq.checkpoints.gguf_packed import has_packed, open_packed
 from gptq.errors import UserError
 from gptq.nn import QuantEmbedding, QuantLinear
@@ -48,19 +46,6 @@ def requantized(source, target, kinds, damage=lambda _name, _blocks: None):
     writer.write_tensors_to_file()
     writer.close()
     return target
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(PROBE, use_cache=False).logits
-
-
-def dense(path):
-    model = AutoModelForCausalLM.from_config(gguf_config(path), dtype=torch.float32)
-    state = {name: tensor.float() for name, tensor in open_gguf(path).items()}
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    return model.eval()
 
 
 MIXED = {

@@ -6,13 +6,12 @@ llama-cpp-python 0.3.36). llama.cpp rounds activations to 8 bits in blocks of 32
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
-import sentencepiece
 import torch
-from conftest import ROOT, WORDS, bloom_config, llama_config, make_model
+from conftest import ROOT, SIZES, bloom_config, llama_config, make_model
+from helpers.gguf_models import ROPES, sentencepiece_model
 from transformers import AutoConfig
 
 import gptq
@@ -24,16 +23,6 @@ pytestmark = pytest.mark.peers
 
 TOKENS = [number * 7 % 300 for number in range(100)]
 TEXTS = ["the cat sat on a mat", "A  dog, 12345 dogs\nand naïve ones", "rain" * 9]
-ROPES = {
-    "linear": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-}
 
 
 def in_llama_cpp(file, texts=()) -> dict:
@@ -86,9 +75,7 @@ def test_every_type(arch, bits, sym, text_file, tmp_path):
 def test_other_architectures(kind, quirks, tmp_path, monkeypatch):
     # Qwen's own splitting is known by its vocabulary, which the test's is not.
     monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
-    sizes = {**llama_config().to_diff_dict(), **quirks}
-    sizes.pop("model_type")
-    folder = make_model(tmp_path / "model", AutoConfig.for_model(kind, **sizes))
+    folder = make_model(tmp_path / "model", AutoConfig.for_model(kind, **SIZES, **quirks))
     settings = QuantConfig(sym=True, method="rtn", group_size=32)
     gptq.quantize(folder, None, settings, save=tmp_path / "m.gguf")
     same_logits(tmp_path / "m.gguf", in_llama_cpp(tmp_path / "m.gguf"))
@@ -105,21 +92,7 @@ def test_scaled_positions(kind, tmp_path):
 
 @pytest.mark.parametrize("with_model_file", [True, False])
 def test_sentencepiece(with_model_file, tmp_path):
-    (tmp_path / "text.txt").write_text(f"{WORDS}\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=310,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    folder = make_model(tmp_path / "model", llama_config(bos_token_id=1, eos_token_id=2))
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    shutil.copy(tmp_path / "tokenizer.model", folder)
+    folder = sentencepiece_model(tmp_path)
     tokenizer = open_model(folder).tokenizer()
     if not with_model_file:
         tokenizer.save_pretrained(folder)

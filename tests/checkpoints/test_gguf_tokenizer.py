@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from conftest import WORDS, llama_config, make_model
 from gguf import TokenType
+from helpers.gguf_models import sentencepiece_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,23 +26,7 @@ def bytes_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentencepiece_dir(tmp_path_factory):
-    """A model whose tokenizer is a tokenizer.model alone: pieces 0..2 special, 3..258 bytes."""
-    folder = tmp_path_factory.mktemp("pieces")
-    (folder / "text.txt").write_text(f"{WORDS}\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=310,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    model = make_model(folder / "model", llama_config(bos_token_id=1, eos_token_id=2))
-    for file in model.glob("tokenizer*"):
-        file.unlink()
-    shutil.copy(folder / "tokenizer.model", model)
-    return model
+    return sentencepiece_model(tmp_path_factory.mktemp("pieces"))
 
 
 def keys_of(folder, count=320):

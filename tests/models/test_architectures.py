@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SIZES as TINY
 from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,18 +13,8 @@ from gptq.api import open_weights, perplexity
 from gptq.cli.run import main
 from gptq.models import LLAMA, SPECS
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+# Whether the head is tied is what each architecture has it.
+SIZES = {k: it for k, it in TINY.items() if k != "tie_word_embeddings"} | {"pad_token_id": 1}
 WINDOW = {"sliding_window": 8}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, **WINDOW}
 # What makes a tiny model show the quirks of its architecture.

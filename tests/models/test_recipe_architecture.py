@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SIZES as TINY
 from conftest import make_model
 from transformers import (
     AutoModelForCausalLM,
@@ -21,18 +22,7 @@ from gptq.api import open_weights, perplexity
 from gptq.errors import UserError
 from gptq.models import LLAMA, SPECS
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "tie_word_embeddings": False,
-}
+SIZES = {**TINY, "num_hidden_layers": 3}
 WINDOW = {"sliding_window": 8}
 CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES, **WINDOW),
