@@ -7,7 +7,7 @@ mlx-lm 0.32; docs/format.md says what each reads, and a test holds the two toget
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -45,10 +45,6 @@ Needs = Callable[[Written], Iterator[str]]
 """Flags without which a program does not load a folder of some format; none if it does."""
 
 
-def _anything(folder: Written) -> Iterator[str]:
-    return iter(())
-
-
 def _four_bits(folder: Written) -> Iterator[str]:
     if folder.bits != 4:
         yield "--wbits 4"
@@ -56,7 +52,7 @@ def _four_bits(folder: Written) -> Iterator[str]:
 
 def _gptqmodel(folder: Written) -> Iterator[str]:
     if folder.format == "gptq" and not folder.sym:
-        yield "--format gptq_v2"
+        yield "--sym"
     if folder.group_size not in (-1, 16, 32, 64, 128, 256, 512, 1024):
         yield "--groupsize 128"
 
@@ -71,15 +67,33 @@ def _marlin(folder: Written) -> Iterator[str]:
 
 
 def _server_groups(folder: Written) -> Iterator[str]:
+    yield from _plain_groups(folder)
+    if not folder.short_groups and folder.group_size not in (-1, 32, 64, 128):
+        yield _whole_groups(folder)
+
+
+def _plain_groups(folder: Written) -> Iterator[str]:
+    """What formats without g_idx hold: whole groups of neighbouring inputs."""
     if folder.desc_act:
         yield "--order gar"
-    if folder.short_groups or folder.group_size not in (-1, 32, 64, 128):
+    if folder.short_groups:
         yield _whole_groups(folder)
 
 
 def _sglang_compressed(folder: Written) -> Iterator[str]:
     yield from _four_bits(folder)
     yield from _server_groups(folder)
+
+
+def _awq(folder: Written) -> Iterator[str]:
+    yield from _four_bits(folder)
+    yield from _plain_groups(folder)
+
+
+def _mlx(folder: Written) -> Iterator[str]:
+    yield from _plain_groups(folder)
+    if not folder.short_groups and folder.group_size not in (32, 64, 128):
+        yield _whole_groups(folder)
 
 
 def _exllamav2(folder: Written) -> Iterator[str]:
@@ -97,7 +111,7 @@ class Reader:
     """A program, and what it needs of each format that it loads."""
 
     formats: Mapping[str, Needs]
-    """The first is proposed for folders of other formats."""
+    """Of those that need as few flags the first is proposed."""
     without: tuple[str, ...] = ()
     """Architectures of this package that it does not run."""
     packed_embeddings: tuple[str, ...] = ()
@@ -108,7 +122,7 @@ READERS: dict[str, Reader] = {
     "vLLM": Reader(
         {
             "compressed-tensors": _server_groups,
-            "awq": _anything,
+            "awq": _awq,
             "gptq": _marlin,
             "gptq_v2": _marlin,
         },
@@ -116,28 +130,28 @@ READERS: dict[str, Reader] = {
         without=("bloom",),
     ),
     "SGLang": Reader(
-        {"compressed-tensors": _sglang_compressed, "awq": _anything, "gptq": _marlin},
+        {"compressed-tensors": _sglang_compressed, "awq": _awq, "gptq": _marlin},
         without=("bloom",),
     ),
-    "transformers with compressed-tensors": Reader({"compressed-tensors": _anything}),
-    "GPTQModel": Reader({"gptq_v2": _gptqmodel, "gptq": _gptqmodel, "awq": _anything}),
+    "transformers with compressed-tensors": Reader({"compressed-tensors": _plain_groups}),
+    "GPTQModel": Reader({"gptq_v2": _gptqmodel, "gptq": _gptqmodel, "awq": _awq}),
     "exllamav2": Reader({"gptq_v2": _exllamav2, "gptq": _exllamav2}, without=("bloom",)),
-    "mlx-lm": Reader({"mlx": _anything}, without=("bloom",), packed_embeddings=("mlx",)),
+    "mlx-lm": Reader({"mlx": _mlx}, without=("bloom",), packed_embeddings=("mlx",)),
 }
 OURS = ("this package", "transformers with gptq.hf.register()")
 
 
 def flags_for(reader: Reader, folder: Written) -> tuple[str, ...] | None:
-    """What a quantization would need so that a program loads it; None if nothing helps."""
+    """The fewest that a quantization would need so that a program loads it, in whatever format;
+    None if none help."""
     if folder.model_type in reader.without:
         return None
-    flags: list[str] = []
-    if folder.format in reader.formats:
-        flags += reader.formats[folder.format](folder)
-    else:
-        other = next(iter(reader.formats))
-        flags.append(f"--format {other}")
-    return tuple(dict.fromkeys(flags))
+    choices = []
+    for name, needs in reader.formats.items():
+        change = [] if name == folder.format else [f"--format {name}"]
+        flags = [*change, *needs(replace(folder, format=name))]
+        choices.append(tuple(dict.fromkeys(flags)))
+    return min(choices, key=len)
 
 
 def loads(reader: Reader, folder: Written) -> bool:

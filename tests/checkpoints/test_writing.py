@@ -219,16 +219,23 @@ def test_the_flags_that_would_widen_it():
     assert lines(asym) == [
         "format gptq_v2: loads in this package, transformers with gptq.hf.register(), GPTQModel, "
         "exllamav2",
-        "for vLLM: quantize with --sym",
-        "for SGLang, transformers with compressed-tensors: quantize with --format "
+        "for vLLM, SGLang, transformers with compressed-tensors: quantize with --format "
         "compressed-tensors",
         "for mlx-lm: quantize with --format mlx",
     ]
     short = Written(3, 128, True, "gptq", SHORT)
-    assert lines(short)[1:3] == [
-        "for vLLM, SGLang, exllamav2: quantize with --wbits 4 --groupsize 64",
-        "for transformers with compressed-tensors: quantize with --format compressed-tensors",
+    assert lines(short)[1:] == [
+        "for vLLM, transformers with compressed-tensors: quantize with --format "
+        "compressed-tensors --groupsize 64",
+        "for SGLang, exllamav2: quantize with --wbits 4 --groupsize 64",
+        "for mlx-lm: quantize with --format mlx --groupsize 64",
     ]
+    # What the default folder of such a run is, because compressed-tensors cannot hold it.
+    scattered = Written(4, 128, False, "gptq_v2", EVEN, desc_act=True)
+    assert (
+        "for vLLM, SGLang, transformers with compressed-tensors: quantize with --format "
+        "compressed-tensors --order gar"
+    ) in lines(scattered)
     assert run_line(asym, Path("out")) == "run it with: gptq out --chat"
     served = Written(4, 128, False, "compressed-tensors", EVEN)
     assert run_line(served, Path("a folder")) == "run it with: vllm serve 'a folder'"
