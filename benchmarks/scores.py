@@ -5,13 +5,10 @@ sacrebleu's. Both come with `pip install '.[report]'`.
 """
 
 import importlib.util
-import re
 import unicodedata
 
+from belle.text import tokens
 from gptq.errors import UserError
-
-# Scripts that are written without spaces: Chinese, Japanese, Thai.
-_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 def check() -> None:
@@ -46,5 +43,4 @@ class _Tokens:
     """Words, and single characters of scripts without spaces; rouge-score's own knows only a-z."""
 
     def tokenize(self, text: str) -> list[str]:
-        text = unicodedata.normalize("NFKC", text).casefold()
-        return re.findall(r"\w+", _UNSPACED.sub(r" \g<0> ", text))
+        return tokens(text)

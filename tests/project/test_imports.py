@@ -36,7 +36,8 @@ OURS["gptq.serving"] = ("gptq.errors", "gptq.data", "gptq.cli")
 OURS["gptq.serve"] = (*OURS["gptq.convert"], "gptq.serving")
 OURS["gptq.__main__"] = ("gptq.cli",)
 SCRIPTS = (*OURS["gptq.serve"], "gptq.convert", "gptq.serve")
-OURS["llama"] = OURS["bloom"] = OURS["benchmarks"] = SCRIPTS
+OURS["llama"] = OURS["bloom"] = OURS["belle"] = SCRIPTS
+OURS["benchmarks"] = (*SCRIPTS, "belle")
 
 THEIRS: dict[str, tuple[str, ...]] = {
     "quant_cuda": ("torch", "triton"),
@@ -99,7 +100,7 @@ def imported(path: Path) -> set[str]:
 
 SOURCES = sorted(
     path
-    for folder in ("gptq", "quant_cuda", "benchmarks", ".")
+    for folder in ("belle", "gptq", "quant_cuda", "benchmarks", ".")
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
     if path.name != "setup.py"
 )
@@ -111,7 +112,7 @@ def test_a_module_imports_what_the_table_allows(path):
     assert here is not None, f"{path.name} is not in the table"
     for name in imported(path):
         top = name.partition(".")[0]
-        if top in ("gptq", "quant_cuda", "benchmarks", "llama", "bloom"):
+        if top in ("belle", "gptq", "quant_cuda", "benchmarks", "llama", "bloom"):
             there = home(name)
             assert there in (here, "gptq", *OURS[here]), f"{here} imports {name}"
         elif top not in sys.stdlib_module_names:
