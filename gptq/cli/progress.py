@@ -22,25 +22,29 @@ LINES = 10
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, unit: str = "step") -> Iterator[Callable[..., None]]:
+def progress_bar(title: str, unit: str = "step", first: int = 0) -> Iterator[Callable[..., None]]:
     """A bar with the time left, on standard error; where that is no terminal, LINES lines.
 
-    Gives a function of (steps done, steps in all, what was done last). The bar is gone at the end,
-    so that an error stands alone.
+    Gives a function of (steps done, steps in all, a word about the last). The bar is gone at the
+    end, so that an error stands alone.
     unit: what a step is, in the lines.
+    first: steps that were done before.
     """
     console = Console(stderr=True)
     if console.is_interactive:
-        with _bar(title, console) as show:
+        with _bar(title, console, first) as show:
             yield show
         return
-    started = perf_counter()
+    started, last = perf_counter(), first
 
     def log(done: int, total: int, what: str = "") -> None:
-        if done * LINES // total > (done - 1) * LINES // total:
+        nonlocal last
+        if done * LINES // total > last * LINES // total:
             seconds = perf_counter() - started
-            left = seconds / done * (total - done)
-            _print_line(f"{title}: {unit} {done} of {total}, {_times(seconds, left)}")
+            left = seconds / (done - first) * (total - done)
+            detail = f" ({what})" if what else ""
+            _print_line(f"{title}: {unit} {done} of {total}{detail}, {_times(seconds, left)}")
+        last = done
 
     yield log
 
@@ -83,7 +87,7 @@ def quantization_progress(layers: int) -> Iterator[Callable[[LayerReport, int], 
 
 
 @contextlib.contextmanager
-def _bar(title: str, console: Console) -> Iterator[Callable[..., None]]:
+def _bar(title: str, console: Console, first: int = 0) -> Iterator[Callable[..., None]]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -93,7 +97,7 @@ def _bar(title: str, console: Console) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(title, total=None, completed=first)
 
         def show(done: int, total: int, what: str = "") -> None:
             bar.update(task, completed=done, total=total, description=f"{title} {what}".strip())

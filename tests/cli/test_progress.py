@@ -81,6 +81,19 @@ def test_a_line_for_every_tenth_of_the_blocks(clock, capsys):
     assert len(lines) == 10
 
 
+def test_lines_of_a_job_that_goes_on_in_uneven_steps(clock, capsys):
+    """The time left follows from the steps since its start."""
+    with progress_bar("generating", "task", first=10) as show:
+        for done in (10, 14, 14, 29, 32, 32):
+            clock[0] += 3
+            show(done, 40, f"{done} tokens")
+    assert capsys.readouterr().err.splitlines() == [
+        "generating: task 14 of 40 (14 tokens), 0:00:06 so far, about 0:00:39 left",
+        "generating: task 29 of 40 (29 tokens), 0:00:12 so far, about 0:00:07 left",
+        "generating: task 32 of 40 (32 tokens), 0:00:15 so far, about 0:00:05 left",
+    ]
+
+
 def test_a_log_that_nobody_reads_any_more_ends_nothing(monkeypatch):
     class Closed:
         encoding = "utf-8"
