@@ -37,7 +37,7 @@ OURS["gptq.serve"] = (*OURS["gptq.convert"], "gptq.serving")
 OURS["gptq.__main__"] = ("gptq.cli",)
 SCRIPTS = (*OURS["gptq.serve"], "gptq.convert", "gptq.serve")
 OURS["llama"] = OURS["bloom"] = OURS["belle"] = SCRIPTS
-OURS["benchmarks"] = (*SCRIPTS, "belle")
+OURS["benchmarks"] = OURS["generate_instruction"] = (*SCRIPTS, "belle")
 
 THEIRS: dict[str, tuple[str, ...]] = {
     "quant_cuda": ("torch", "triton"),
