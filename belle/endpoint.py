@@ -120,8 +120,11 @@ class Connection:
 
 @contextlib.asynccontextmanager
 async def connect(endpoint: Endpoint) -> AsyncIterator[Connection]:
-    """Ask an endpoint, with the key in OPENAI_API_KEY. Only OpenAI itself is known to need one:
-    raises UserError if there is none for it."""
+    """Ask an endpoint, with the key in OPENAI_API_KEY.
+
+    Raises UserError if nothing is there, or if there is no key for OpenAI itself; others may need
+    none.
+    """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key and endpoint.base_url.startswith(OPENAI):
         raise UserError(
@@ -133,6 +136,18 @@ async def connect(endpoint: Endpoint) -> AsyncIterator[Connection]:
         timeout=endpoint.time_limit,
         max_retries=endpoint.retries,
     ) as client:
+        try:
+            await client.with_options(max_retries=0).models.list()
+        except openai.APITimeoutError:
+            pass
+        except openai.APIConnectionError as error:
+            raise UserError(
+                f"{endpoint.base_url}: cannot be reached ({first_line(error.__cause__ or error)}); "
+                "start the endpoint, or give another address"
+            ) from error
+        # Whatever it has to say to this, it is there.
+        except (openai.OpenAIError, ValueError):
+            pass
         yield Connection(endpoint, client)
 
 

@@ -137,7 +137,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _summary(state: State) -> str:
-    return f"{state.refused.total()} refused, {state.tokens} tokens"
+    refused = ", ".join(f"{number} {reason}" for reason, number in state.refused.most_common(2))
+    return f"{state.tokens} tokens; refused: {refused or 'none'}"
 
 
 def _table(state: State, output: Output) -> Table:

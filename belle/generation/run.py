@@ -15,7 +15,7 @@ from belle.generation.seeds import Seed, Task, digest
 from belle.generation.state import State
 from gptq.errors import UserError
 
-SIMILAR = "too similar to another"
+SIMILAR = "too similar"
 UNANSWERED = "no answer"
 # In a row: then the endpoint, or the teacher, is of no use.
 MOST_UNANSWERED = 8
@@ -77,7 +77,6 @@ class Run:
         self._requests: deque[asyncio.Task[Reply | Unanswered]] = deque()
         self._answers: deque[asyncio.Task[None]] = deque()
         self._unanswered: list[Line] = []
-        self._answered = bool(journal.lines)
         self._fruitless = 0
 
     async def run(self) -> None:
@@ -149,21 +148,21 @@ class Run:
         reply = await self._ask(connection, prompts.answer_prompt(instruction, language), number)
         line: Line = {"answer": number, "output": None}
         if isinstance(reply, Unanswered):
-            result: Task | Refusal = Refusal(UNANSWERED, Task(instruction, "", ""))
+            line["refused"] = [_unanswered(reply, instruction)]
         else:
             line["tokens"] = reply.tokens
             result = read_answer(instruction, reply.text, reply.cut, language)
-        if isinstance(result, Refusal):
-            line["refused"] = [_refused(result)]
-        else:
-            line["output"] = result.output
+            if isinstance(result, Refusal):
+                line["refused"] = [_refused(result)]
+            else:
+                line["output"] = result.output
         self._write(line, reply)
 
     def _admit(self, reply: Reply | Unanswered) -> Line:
         """The journal's line of the next request."""
         line: Line = {"request": self._state.requests, "tasks": [], "refused": []}
         if isinstance(reply, Unanswered):
-            line["refused"].append(_refused(Refusal(UNANSWERED, Task("", "", ""))))
+            line["refused"].append(_unanswered(reply))
             return line
         line["tokens"] = reply.tokens
         read = read_instructions if self._settings.two_stage else read_tasks
@@ -190,11 +189,10 @@ class Run:
         next that has one: if the endpoint has gone, the next run asks again."""
         self._unanswered.append(line)
         if isinstance(reply, Reply):
-            self._answered = True
             for it in self._unanswered:
                 self._journal.append(it)
             self._unanswered.clear()
-        elif not self._answered or len(self._unanswered) >= MOST_UNANSWERED:
+        elif len(self._unanswered) >= MOST_UNANSWERED:
             raise UserError(
                 f"{self._endpoint.base_url}: does not answer ({reply}); run again when it does, "
                 "what was received is kept"
@@ -210,6 +208,10 @@ class Run:
                 f"(mostly: {reason}); see the file of refused tasks, and give another --model_name "
                 "or --two_stage"
             )
+
+
+def _unanswered(why: Unanswered, instruction: str = "") -> Record:
+    return {"reason": UNANSWERED, "why": str(why), "instruction": instruction}
 
 
 def _refused(refusal: Refusal) -> Record:

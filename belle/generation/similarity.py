@@ -55,13 +55,12 @@ class Pool:
             dtype=np.float64,
             workers=self._workers,
         )
-        size, results = len(self._texts), []
-        entered: list[int] = []
-        for i, row in enumerate(scores):
-            texts = [*self._texts, *(instructions[j] for j in entered)]
-            results.append(_summary(np.concatenate([row[:size], row[size:][entered]]), texts))
+        texts, columns, results = list(self._texts), list(range(len(self._texts))), []
+        for i, text in enumerate(instructions):
+            results.append(_summary(scores[i, columns], texts))
             if results[-1].highest <= self._limit:
-                entered.append(i)
+                columns.append(len(self._texts) + i)
+                texts.append(text)
         return results
 
     def _encode(self, instruction: str) -> str:

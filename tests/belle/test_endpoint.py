@@ -1,6 +1,7 @@
 """Questions to an endpoint that has every fault of a real one."""
 
 import asyncio
+import socket
 
 import pytest
 from helpers.scripted_endpoint import FAULTS, Answer, ScriptedEndpoint, error, reply
@@ -97,6 +98,13 @@ def test_openai_needs_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
         ask(Endpoint(OPENAI, "m"))
+
+
+def test_an_endpoint_that_is_not_there_is_one_line_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match=f"127.0.0.1:{port}/v1: cannot be reached"):
+        ask(Endpoint(f"http://127.0.0.1:{port}/v1", "m"))
 
 
 @pytest.mark.parametrize(

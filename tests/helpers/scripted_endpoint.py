@@ -116,6 +116,9 @@ class ScriptedEndpoint:
             protocol_version = "HTTP/1.1"
             wbufsize = -1  # An answer is one packet, which nothing delays.
 
+            def do_GET(self) -> None:
+                self.send_error(404)
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 with endpoint._lock:
