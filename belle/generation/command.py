@@ -19,6 +19,7 @@ from rich.table import Table
 from belle.endpoint import APIS, OPENAI, Endpoint
 from belle.generation.journal import Record, open_journal
 from belle.generation.output import Output
+from belle.generation.prompts import one_line
 from belle.generation.run import Run, Settings
 from belle.generation.seeds import LANGUAGES, built_in, read_seeds
 from belle.generation.similarity import Pool
@@ -105,7 +106,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
-    pool = Pool([it.instruction for it in seeds], settings.similarity, arguments.num_cpus)
+    known = [it.instruction for it in seeds]
+    if settings.two_stage:
+        # Which is how a prompt shows them.
+        known += [one_line(task) for it in seeds for task in it.instances if task.input]
+    pool = Pool(known, settings.similarity, arguments.num_cpus)
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(
             open_journal(folder / JOURNAL, settings.identity(seeds, endpoint))

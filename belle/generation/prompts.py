@@ -1,7 +1,6 @@
 """What the teacher is asked: a function of the seeds, the run's seed and the request's number."""
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,12 +52,10 @@ WORDS = {
 4. 输入是指令要处理的材料，要具体、真实、完整，不超过一百字，不用占位符；不需要材料时写“无”。
 5. 输出要正确、完整地回应指令和输入，一般不超过一百五十字。
 6. 每道任务以 ### 开头，编号、指令、输入、输出的写法与例子相同。""",
-        instructions="""请接着下面的例子，再写 {count} 条新指令，用来训练一个中文助手。要求：
-1. 动词、语气、句式和题材都要不同，也不要改写例子。
-2. 只凭文字就能完成：不看图、不听声音、不上网、不操作设备。
-3. 用中文写，每条一行，带编号，自身包含回答所需的全部材料。
-4. 只写指令，不写回答。""",
-        of_kinds="{n}. 新任务的类型在这几种里平均分配：{kinds}。",
+        instructions="""请接着下面的例子，再写 {count} 条新指令，用来训练一个中文助手。
+各条的动词、语气、句式和题材都要不同，也不要改写例子。
+每条用中文写成一行，自身包含回答所需的全部材料，只凭文字就能完成。只写指令，不写回答。""",
+        of_kinds="新任务的类型在这几种里平均分配：{kinds}。",
         answer="请完成下面的任务，只写答案，不要重复题目。\n\n{instruction}",
     ),
     "en": Words(
@@ -74,11 +71,10 @@ WORDS = {
 5. An output answers the instruction correctly and completely, as a rule in at most 100 words.
 6. Begin each task with ###, and write number, instruction, input and output as in the examples.""",
         instructions="""Continue the list below with {count} instructions to train an assistant on.
-1. Vary verbs, tone, sentence form and subject, and do not reword the examples.
-2. Text alone must suffice: no pictures, no sound, no internet, no devices.
-3. Write in English, one numbered line each, with all the material that an answer needs.
-4. Write instructions only, no answers.""",
-        of_kinds="{n}. Spread the new tasks evenly over these kinds: {kinds}.",
+Vary verbs, tone, sentence form and subject, and do not reword the examples. Each is one line of
+English with all the material that an answer needs, and text alone must suffice for it. Write
+instructions only, no answers.""",
+        of_kinds="Spread the new ones evenly over these kinds: {kinds}.",
         answer="Do this task. Write the answer alone, without the task.\n\n{instruction}",
     ),
 }
@@ -122,11 +118,15 @@ def instructions_prompt(examples: Sequence[Seed], language: str, seed: int, requ
     words, chooser = WORDS[language], random.Random(f"{seed} {request} instances")
     lines = []
     for i, example in enumerate(examples, start=1):
-        task = chooser.choice(example.instances)
-        lines.append(" ".join(f"{i}. {task.instruction} {task.input}".split()))
+        lines.append(f"{i}. {one_line(chooser.choice(example.instances))}")
     begun = f"{len(examples) + 1}."
     demands = _demands(words.instructions, INSTRUCTIONS, examples, language)
     return Prompt("\n".join([demands, "", *lines, begun]), stop=None)
+
+
+def one_line(task: Task) -> str:
+    """An instruction with its input."""
+    return " ".join(f"{task.instruction} {task.input}".split())
 
 
 def answer_prompt(instruction: str, language: str) -> Prompt:
@@ -138,10 +138,7 @@ def _demands(demands: str, count: int, examples: Sequence[Seed], language: str) 
     words = WORDS[language]
     kinds = dict.fromkeys(KINDS[it.kind][language] for it in examples if it.kind in KINDS)
     text = demands.format(count=count)
-    if not kinds:
-        return text
-    n = len(re.findall(r"^\d\.", text, re.MULTILINE)) + 1
-    return f"{text}\n{words.of_kinds.format(n=n, kinds=words.comma.join(kinds))}"
+    return f"{text}\n{words.of_kinds.format(kinds=words.comma.join(kinds))}" if kinds else text
 
 
 def _block(number: int, task: Task, words: Words) -> str:

@@ -17,11 +17,12 @@ _FIELDS |= {name: name for name in _FIELDS.values()}
 # A label begins a line, after marks of a heading or list and a number, perhaps in bold type, and
 # ends with either colon or with the line.
 _LABEL = re.compile(
-    rf"^[ \t#>*•-]*(?:[(（]?\d+\s*[.．、)）:：]?)?[ \t*]*({'|'.join(_FIELDS)})"
+    rf"^[ \t#>*•-]*(?:[(（]?\d+\s*[.．、)）:：]?)?[ \t*]*({'|'.join(_FIELDS)})s?"
     r"[ \t]*\d*\**[ \t]*(?:[:：]\**|$)",
     re.IGNORECASE | re.MULTILINE,
 )
-_NUMBER = re.compile(r"^[ \t]*\**[(（]?\d+\s*[.．、)）]\**[ \t]*", re.MULTILINE)
+_NUMBER = re.compile(r"^[ \t]*(?:\**[(（]?\d+\s*[.．、)）](?:\*\*(?=\s))?[ \t]*)+", re.MULTILINE)
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
 _BULLET = re.compile(r"^\s*[-*•][ \t]+")
 # What ends a task: ### alone or before a number, and at the very end rules and announcements.
 _END = re.compile(r"^[ \t]*#{3,}[ \t]*(?:\d+[.．、]?)?[ \t]*$", re.MULTILINE)
@@ -36,7 +37,8 @@ _NO_INPUT = re.compile(
     re.IGNORECASE,
 )
 _SELF = re.compile(
-    r"(?<![a-z])(?:chat)?gpt|openai|\bas an? (?:ai|artificial|(?:large )?language model)\b"
+    r"(?<![a-z])(?:chat)?gpt|openai"
+    r"|\b(?:as|i am|i'm) an? (?:ai|artificial intelligence|chatbot|(?:large )?language model)\b"
     r"|(?:作为|我是)(?:一个|一款|一名)?(?:ai|人工智能|(?:大型)?语言模型)",
     re.IGNORECASE,
 )
@@ -74,7 +76,7 @@ def read_instructions(text: str, cut: bool, language: str) -> list[Task | Refusa
     elif not head.rstrip().endswith((":", "：")):
         # No remark: it goes on after the number at the prompt's end.
         items.insert(0, head)
-    found = [" ".join(_BULLET.sub("", item).strip(" *\t\n").split()) for item in items]
+    found = [" ".join(_BOLD.sub(r"\1", _BULLET.sub("", item)).split()) for item in items]
     tasks = [Task(item, "", "") for item in found if item]
     if not tasks:
         return [Refusal("no task in the reply", Task(text.strip()[:SHOWN], "", ""))]
@@ -94,7 +96,7 @@ def _problem(task: Task, language: str) -> str | None:
     if not task.output:
         return "no output"
     if _SELF.search(task.instruction) or _SELF.search(task.output):
-        return "speaks of a GPT model"
+        return "self-mention"
     return None
 
 

@@ -121,7 +121,7 @@ def _seeds() -> list[str]:
 def test_every_refusal_has_its_reason(whole):
     flags, folder = whole
     reasons = {it["reason"] for it in refused(folder)}
-    expected = {"too similar", "no output", "speaks of a GPT model"}
+    expected = {"too similar", "no output", "self-mention"}
     assert reasons >= (expected if flags else {*expected, "cut by length"})
     for it in refused(folder):
         if it["reason"] == "too similar":
@@ -352,6 +352,19 @@ def test_a_teacher_of_no_use_ends_the_run(flags, tmp_path, capsys, monkeypatch):
         assert generate(scripted.url, tmp_path, "--concurrency=1", *flags) == 2
         assert len(scripted.requests) == 5
     assert "teacher: its last 5 replies had no task to accept" in error_line(capsys)
+
+
+@pytest.mark.parametrize("flags", [[], ["--two_stage"]])
+def test_a_teacher_that_repeats_its_examples_is_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "MOST_FRUITLESS", 1)
+
+    def parrot(request: Request) -> Answer:
+        examples = prompt_of(request).partition("\n1." if flags else "\n###")[2]
+        return reply(examples.partition("\n4.")[0])
+
+    with ScriptedEndpoint(parrot) as scripted:
+        assert generate(scripted.url, tmp_path, *flags) == 2
+    assert {it["reason"] for it in refused(tmp_path)} == {"too similar"}
 
 
 def test_ctrl_c_writes_what_there_is(endpoint, tmp_path):

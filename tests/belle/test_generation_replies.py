@@ -58,7 +58,7 @@ FORMS = {
 ### 输出
 7
 """,
-    "English labels": """4) Instruction: 写一首关于春雨的短诗
+    "English labels": """4) Instructions: 写一首关于春雨的短诗
 4) Input: <noinput>
 4) Output: 细雨落在瓦上。
 5) Instruction: 计算下面两个数的和
@@ -123,8 +123,9 @@ def test_the_last_task_of_a_reply_that_is_cut_is_refused():
         ("指令: 写诗\n输出: 好", "instruction under 3 or over 150 words"),
         (f"指令: {'写' * 151}\n输出: 好", "instruction under 3 or over 150 words"),
         ("指令: write a short poem\n输出: 好", "instruction in another language"),
-        ("指令: 你叫什么名字\n输出: 我是 ChatGPT。", "speaks of a GPT model"),
-        ("指令: 你叫什么名字\n输出: 作为一个AI语言模型，我没有名字。", "speaks of a GPT model"),
+        ("指令: 你叫什么名字\n输出: 我是 ChatGPT。", "self-mention"),
+        ("指令: 你叫什么名字\n输出: I'm a chatbot.", "self-mention"),
+        ("指令: 你叫什么名字\n输出: 作为一个AI语言模型，我没有名字。", "self-mention"),
     ],
 )
 def test_refusals(text, reason):
@@ -150,6 +151,7 @@ LISTS = {
     "goes on": " 写一首诗，写春雨\n5. 说出三种水果",
     "numbered, with a remark": "以下是新指令：\n4. 写一首诗，写春雨\n\n5. **说出三种水果**",
     "lines": "写一首诗，写春雨\n\n- 说出三种水果\n",
+    "numbered twice, bold within": "4. 1. **写一首诗**，写春雨\n**5.** 2) 说出三种水果",
     "an item of two lines": "(1) 写一首诗，\n   写春雨\n(2) 说出三种水果",
 }
 
