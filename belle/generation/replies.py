@@ -14,26 +14,27 @@ SHOWN = 200
 
 _FIELDS = {"指令": "instruction", "输入": "input", "输出": "output"}
 _FIELDS |= {name: name for name in _FIELDS.values()}
+# Here no two repeats that take the same characters touch, as a teacher may repeat one endlessly.
 # A label begins a line, after marks of a heading or list and a number, perhaps in bold type, and
 # ends with either colon or with the line.
 _LABEL = re.compile(
-    rf"^[ \t#>*•-]*(?:[(（]?\d+\s*[.．、)）:：]?)?[ \t*]*({'|'.join(_FIELDS)})s?"
+    rf"^[ \t#>*•-]*(?:[(（]?\d+\s*[.．、)）:：]?[ \t*]*)?({'|'.join(_FIELDS)})s?"
     r"[ \t]*\d*\**[ \t]*(?:[:：]\**|$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _NUMBER = re.compile(r"^[ \t]*(?:\**[(（]?\d+\s*[.．、)）](?:\*\*(?=\s))?[ \t]*)+", re.MULTILINE)
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
 _BULLET = re.compile(r"^\s*[-*•][ \t]+")
-# What ends a task: ### alone or before a number, and at the very end rules and announcements.
+# What ends a task: ### alone or before a number, and as last lines rules and announcements.
 _END = re.compile(r"^[ \t]*#{3,}[ \t]*(?:\d+[.．、]?)?[ \t]*$", re.MULTILINE)
-_TAIL = re.compile(
-    r"(?:^[ \t#*]*(?:[-*]{3,}|(?:任务|task)[ \t]*\d+)[.:：* \t]*$\s*)+\Z",
-    re.IGNORECASE | re.MULTILINE,
+_LAST = re.compile(
+    r"[ \t#]*(?:-{3,}|\*{3,}|\*{0,2}(?:任务|task)[ \t]*\d+[.:：*]*)?[ \t]*", re.IGNORECASE
 )
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_AROUND = " \t\n.。<>()（）[]“”\"'-"
 _NO_INPUT = re.compile(
-    r"[\s.。<>()（）\[\]“”\"'-]*(?:(?:无|没有|不需要|无需|空)(?:输入)?|none|no[- ]?input.*|n/?a"
-    r"|null|empty|not (?:needed|required|applicable))?[\s.。<>()（）\[\]“”\"'-]*",
+    r"(?:无|没有|不需要|无需|空)(?:输入)?|none|no[- ]?input.*|n/?a|null|empty"
+    r"|not (?:needed|required|applicable)|",
     re.IGNORECASE,
 )
 _SELF = re.compile(
@@ -143,8 +144,15 @@ def _tasks(text: str) -> list[Task]:
 
 def _task(instruction: str, input: str, output: str) -> Task:
     given = _clean(input)
-    return Task(_clean(instruction), "" if _NO_INPUT.fullmatch(given) else given, _clean(output))
+    return Task(
+        _clean(instruction),
+        "" if _NO_INPUT.fullmatch(given.strip(_AROUND)) else given,
+        _clean(output),
+    )
 
 
 def _clean(text: str) -> str:
-    return _TAIL.sub("", _END.split(text, maxsplit=1)[0].strip()).strip()
+    lines = _END.split(text, maxsplit=1)[0].strip().split("\n")
+    while lines and _LAST.fullmatch(lines[-1]):
+        lines.pop()
+    return "\n".join(lines).strip()

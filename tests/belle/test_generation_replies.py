@@ -171,3 +171,12 @@ def test_answers():
     assert read_answer("说出三种水果", "<think>嗯</think>\n桃", False, "zh").output == "桃"
     for text, cut in (("", False), ("桃、", True), ("我是一个语言模型", False)):
         assert isinstance(read_answer("说出三种水果", text, cut, "zh"), Refusal)
+
+
+@pytest.mark.parametrize("repeated", ["*", " ", "-", "---\n", "1.", "**", "输入: "])
+def test_a_teacher_that_repeats_itself_is_read_in_linear_time(repeated):
+    """A pattern that tries every split of the repeats would take minutes."""
+    text = repeated * 20_000
+    (task,) = read_tasks(f"指令: 写一首诗吧\n输入: {text}x\n输出: {text}x", False, "zh")
+    assert task.output.endswith("x")
+    assert read_instructions(f"1. {text}x", False, "zh")
