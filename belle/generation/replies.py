@@ -106,7 +106,7 @@ def _instruction_problem(instruction: str, language: str) -> str | None:
         return "no instruction"
     words = tokens(instruction)
     if not FEWEST <= len(words) <= MOST:
-        return f"instruction under {FEWEST} or over {MOST} words"
+        return "length of the instruction"
     han = sum(_HAN.match(word) is not None for word in words)
     if not han if language == "zh" else 2 * han > len(words):
         return "instruction in another language"

@@ -417,3 +417,12 @@ def test_the_script_names_its_function():
     assert done.returncode == 2
     assert FUNCTION in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_package_is_one_line():
+    code = "import runpy, sys; sys.modules['openai'] = None; "
+    code += "runpy.run_path('generate_instruction.py', run_name='__main__')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: needs openai: pip install 'belle-gptq[belle]'\n"
