@@ -1,30 +1,19 @@
 """What an answer has in common with a reference: exact match, ROUGE-L and chrF.
 
 ROUGE-L is rouge-score's, over words, or over characters for text without spaces; chrF is
-sacrebleu's. Both come with `pip install '.[report]'`.
+sacrebleu's.
 """
 
-import importlib.util
 import unicodedata
 
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import CHRF
+
 from belle.text import tokens
-from gptq.errors import UserError
-
-
-def check() -> None:
-    """Raise UserError if the libraries are not installed."""
-    for module in ("rouge_score", "sacrebleu"):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"{module} is not installed: pip install '.[report]', or give --max-new-tokens 0"
-            )
 
 
 def compare(written: str, reference: str) -> dict[str, float]:
     """Each from 0 to 1, by the name of the measure."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics import CHRF
-
     scorer = RougeScorer(["rougeL"], tokenizer=_Tokens())
     return {
         "exact match": float(normal(written) == normal(reference)),
