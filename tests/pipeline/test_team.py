@@ -1,8 +1,6 @@
 """One run in two processes against the same run in one."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +9,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import ROOT, llama_config, make_model
+from conftest import ROOT
 from helpers.forked import team
-from safetensors.torch import load_file, save_file
+from helpers.shared_runs import stopped, words
 
 import gptq
 import gptq.api
@@ -78,28 +76,6 @@ def test_two_processes_do_what_one_does(
     assert values[1] == pytest.approx(values[0], rel=3e-3)
 
 
-def words(folder, text, path, *more):
-    return [
-        *(str(folder), str(text), "--wbits", "4", "--groupsize", "32", "--percdamp", "0.01"),
-        *("--nsamples", "3", "--seqlen", "32", "--refine", "0", "--device", "cpu"),
-        *("--save", str(path), *more),
-    ]
-
-
-def stopped(argv, number):
-    """Run a command line in a process that gets a signal in its second block."""
-    whole = gptq.api.quantize_blocks
-
-    def blocks(*args):
-        for layer in whole(*args):
-            if layer.block == 1:
-                os.kill(os.getpid(), number)
-            yield layer
-
-    gptq.api.quantize_blocks = blocks
-    return cli.main(LLAMA, argv)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_run_and_the_journal_can_be_resumed(
     number, tmp_path, llama_dir, text_file, monkeypatch
@@ -140,103 +116,6 @@ def test_torchruns_signal_is_one_line(tmp_path, llama_dir, text_file):
     assert (first.wait(), second.wait()) == (2, 2)
     assert "error: another process of this run was lost, or the run was ended" in first.said
     assert "1 finished blocks are kept; add --resume" in first.said
-
-
-class Machines:
-    """Two machines: each has the model and the text in a folder of its own, and works there."""
-
-    def __init__(self, base, model, text):
-        self.base, self.folders = base, [base / "machine-0", base / "machine-1"]
-        for folder in self.folders:
-            folder.mkdir()
-            shutil.copytree(model, folder / "model")
-            shutil.copy(text, folder / "text.txt")
-
-    def call(self, number, work):
-        """A function that does some work in a machine's folder."""
-
-        def call():
-            os.chdir(self.folders[number])
-            return work()
-
-        return call
-
-    def run(self, *more, signal_of_second=None):
-        """The same command on both; the second may get a signal in its second block.
-
-        Returns the exit code and what was printed, of each.
-        """
-        argv = words("model", "text.txt", "out/m.pt", *more)
-        works = [lambda: cli.main(LLAMA, argv)] * 2
-        if signal_of_second is not None:
-            works[1] = lambda: stopped(argv, signal_of_second)
-        calls = [self.call(number, work) for number, work in enumerate(works)]
-        children = team(calls, self.base, one_a_machine=True)
-        return [(child.wait(), child.said) for child in children]
-
-    def files(self, number):
-        """Names of what is there besides the inputs."""
-        folder = self.folders[number]
-        inputs = (folder / "model", folder / "text.txt")
-        files = (file for file in folder.rglob("*") if file.is_file())
-        return {str(it.relative_to(folder)) for it in files if not it.is_relative_to(inputs[0])} - {
-            "text.txt"
-        }
-
-
-@pytest.fixture
-def machines(tmp_path, llama_dir, text_file):
-    return Machines(tmp_path, llama_dir, text_file)
-
-
-@pytest.mark.parametrize("more", [(), ("--max-memory", "1MiB")], ids=["memory", "disk"])
-def test_machines_with_folders_of_their_own(more, machines):
-    """The journal is on the first alone. Stopped and resumed, it is the same bit for bit."""
-    (machines.folders[0] / "out").mkdir()
-    assert [code for code, _ in machines.run(*more)] == [0, 0]
-    whole = (machines.folders[0] / "out/m.pt").read_bytes()
-    assert machines.files(1) == set()
-    (machines.folders[0] / "out/m.pt").unlink()
-    (first, said), (second, _) = machines.run(*more, signal_of_second=signal.SIGKILL)
-    assert (first, second) == (2, -signal.SIGKILL)
-    assert "1 finished blocks are kept; add --resume" in said
-    (again, said), (other, said_there) = machines.run(*more, "--resume")
-    assert (again, other) == (0, 0), said + said_there
-    assert (machines.folders[0] / "out/m.pt").read_bytes() == whole
-    assert machines.files(0) == {"out/m.pt"}
-    assert machines.files(1) == set()
-
-
-def test_machines_with_different_models_end_at_once(machines):
-    file = machines.folders[1] / "model/config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    for code, said in machines.run():
-        assert code == 2
-        assert "error: process 1 differs from the first in model; give all the same MODEL" in said
-
-
-def test_a_block_that_differs_is_noticed(tmp_path, text_file):
-    """The identity of a run has the first and the last block; this is one between."""
-    model = make_model(tmp_path / "three", llama_config(num_hidden_layers=3))
-    machines = Machines(tmp_path, model, text_file)
-    file = machines.folders[1] / "model/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
-    save_file(tensors, file, metadata={"format": "pt"})
-    for code, said in machines.run():
-        assert code == 2
-        assert "error: model.layers.1: its weights differ between the processes" in said
-
-
-def test_a_machine_without_the_model_says_so(machines):
-    shutil.rmtree(machines.folders[1] / "model")
-    argv = words("model", "text.txt", "out/m.pt")
-    # Where torchrun would end the first one.
-    calls = [lambda: 0, machines.call(1, lambda: cli.main(LLAMA, argv))]
-    _, second = team(calls, machines.base, one_a_machine=True)
-    assert second.wait() == 2
-    assert "error: 'model' is no folder here" in second.said
 
 
 def test_alone_everything_is_its_own():
