@@ -16,7 +16,7 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import batches
 from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import BlockwiseModel
-from gptq.blockwise.source import ModelSource, open_model
+from gptq.blockwise.source import ModelSource, max_positions, open_model
 from gptq.checkpoints.assembly import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import (
@@ -371,7 +371,7 @@ def _utf8_name(path: str | Path) -> str:
 
 def window_length(source: ModelSource, seqlen: int | None) -> int:
     """Tokens in a window: `seqlen`, or by default 2048 or the model's own limit if lower."""
-    limit = getattr(source.config, "max_position_embeddings", None)
+    limit = max_positions(source.config)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
     if limit is not None and seqlen > limit:

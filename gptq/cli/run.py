@@ -136,6 +136,7 @@ class _Inputs:
 def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
     """Read the tokenizer and every text. Raises UserError for what cannot be read or is short."""
     from gptq.api import window_length
+    from gptq.blockwise.source import max_positions
     from gptq.data.windows import evaluation_windows
 
     tokenizer = source.tokenizer()
@@ -148,7 +149,7 @@ def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
     }
     benchmark, count = None, arguments.benchmark
     if count is not None:
-        limit = getattr(source.config, "max_position_embeddings", None)
+        limit = max_positions(source.config)
         if limit is not None and count > limit:
             raise UserError(f"--benchmark {count} exceeds the {limit} positions of {source.name}")
         benchmark = evaluation_windows(arguments.dataset, tokenizer, count, 1)[0]
