@@ -1,9 +1,9 @@
-"""Small LLaMA and BLOOM models trained from scratch on real text, about a minute each on two cores.
+"""Small models of any architecture, trained on real text in about a minute each on two cores.
 
 Random weights say little about quantization: their layers have no structure to lose. These models
 have learned enough for rounding to hurt, and come with a part of the text they have never seen.
 
-    python -m benchmarks.train_tiny llama|bloom [--size tiny|small] [--steps N] [--cache FOLDER]
+    python -m benchmarks.train_tiny ARCHITECTURE [--size tiny|small] [--steps N] [--cache FOLDER]
 """
 
 import argparse
@@ -20,12 +20,9 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -34,6 +31,7 @@ from transformers import (
 from benchmarks.common.assets import DEFAULT_CACHE, TEXTS, text_path
 from gptq.errors import UserError
 from gptq.files.atomic import whole_folder
+from gptq.models import SPECS
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 0.1
@@ -78,6 +76,25 @@ RECIPES = {
     ("llama", "small"): Recipe("llama", 384, 1056, 8, 12, 4, vocab=4096, steps=1500, lr=2e-3),
     ("bloom", "small"): Recipe("bloom", 384, 1536, 8, 12, 12, vocab=4096, steps=1500, lr=2e-3),
 }
+# Architectures whose blocks see a window of the text: one that is shorter than a training window.
+WINDOWS: dict[str, dict[str, object]] = {
+    **{
+        name: {"sliding_window": SEQLEN // 4}
+        for name in ("mistral", "olmo3", "exaone4", "gemma2", "gemma3_text")
+    },
+    **{
+        name: {"sliding_window": SEQLEN // 4, "use_sliding_window": True, "max_window_layers": 2}
+        for name in ("qwen2", "qwen3")
+    },
+}
+
+
+def recipe_of(arch: str, size: str = "tiny") -> Recipe:
+    """The recipe of an architecture: LLaMA's own, if it has none. Raises UserError for others."""
+    if arch not in SPECS or (SPECS[arch].script, size) not in RECIPES:
+        names, sizes = ", ".join(SPECS), ", ".join(sorted({size for _, size in RECIPES}))
+        raise UserError(f"no recipe for {arch} {size}: use one of {names}; of size {sizes}")
+    return replace(RECIPES[SPECS[arch].script, size], arch=arch)
 
 
 def tiny_model(
@@ -89,15 +106,12 @@ def tiny_model(
 ) -> Path:
     """A Hugging Face folder with a trained model, its tokenizer, `train.txt` and `heldout.txt`.
 
-    arch is `llama` or `bloom`, size `tiny` (a quarter of a million parameters) or `small` (about
-    15 million). Trained on the first call and found in `cache` after that; processes that ask for
-    the same model at the same time train it once. Raises UserError for an unknown arch or size,
-    or if the text cannot be fetched.
+    arch is a key of `gptq.models.SPECS`, size `tiny` (a quarter of a million parameters) or `small`
+    (about 15 million). Trained on the first call and found in `cache` after that; processes that
+    ask for the same model at the same time train it once. Raises UserError for an unknown arch or
+    size, or if the text cannot be fetched.
     """
-    recipe = RECIPES.get((arch, size))
-    if recipe is None:
-        names = ", ".join(" ".join(key) for key in RECIPES)
-        raise UserError(f"no recipe for a model called {arch} {size}: use one of {names}")
+    recipe = recipe_of(arch, size)
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     folder = cache / f"{size}-{arch}-{recipe.key}"
@@ -182,33 +196,30 @@ def _train_tokenizer(text: str, recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def _new_model(recipe: Recipe) -> PreTrainedModel:
+    sizes: dict[str, object] = {
+        "vocab_size": recipe.vocab,
+        "hidden_size": recipe.hidden,
+        "initializer_range": recipe.init_std,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if recipe.arch == "bloom":
+        sizes |= {"n_layer": recipe.blocks, "n_head": recipe.heads}
+    else:
+        sizes |= {
+            "intermediate_size": recipe.intermediate,
+            "num_hidden_layers": recipe.blocks,
+            "num_attention_heads": recipe.heads,
+            "num_key_value_heads": recipe.kv_heads,
+            "max_position_embeddings": recipe.seqlen,
+        }
     if recipe.arch == "llama":
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=recipe.vocab,
-                hidden_size=recipe.hidden,
-                intermediate_size=recipe.intermediate,
-                num_hidden_layers=recipe.blocks,
-                num_attention_heads=recipe.heads,
-                num_key_value_heads=recipe.kv_heads,
-                max_position_embeddings=recipe.seqlen,
-                tie_word_embeddings=True,
-                initializer_range=recipe.init_std,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
-    return BloomForCausalLM(
-        BloomConfig(
-            vocab_size=recipe.vocab,
-            hidden_size=recipe.hidden,
-            n_layer=recipe.blocks,
-            n_head=recipe.heads,
-            initializer_range=recipe.init_std,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+        sizes |= {"tie_word_embeddings": True}
+    elif recipe.arch != "bloom":
+        # Some have a width of heads, or a padding token, that such a model has no room for.
+        sizes |= {"head_dim": recipe.hidden // recipe.heads, "pad_token_id": 0}
+    sizes |= WINDOWS.get(recipe.arch, {})
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.arch, **sizes))
 
 
 def _lr(step: int, recipe: Recipe) -> float:
@@ -229,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_tiny", description="Train a small model on real text."
     )
-    parser.add_argument("arch", choices=sorted({arch for arch, _ in RECIPES}))
+    parser.add_argument("arch", choices=SPECS, metavar="ARCHITECTURE", help=", ".join(SPECS))
     parser.add_argument("--size", choices=sorted({size for _, size in RECIPES}), default="tiny")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where models are kept")

@@ -1,5 +1,6 @@
 """The two calls most people need: quantize a model into a file, and load it again."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import batches
 from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import BlockwiseModel
-from gptq.blockwise.source import ModelSource, open_model
+from gptq.blockwise.source import ModelSource, max_positions, open_model
 from gptq.checkpoints.assembly import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import (
@@ -42,7 +43,7 @@ from gptq.files.atomic import check_apart, check_writable
 from gptq.inference import perplexity as evaluation
 from gptq.inference.loading import Opened, load_weights, open_weights
 from gptq.pipeline.blocks import quantize_blocks
-from gptq.pipeline.identity import identity
+from gptq.pipeline.identity import agreed, identity
 from gptq.pipeline.journal import Journal, shared_journal
 from gptq.pipeline.memory import FIXED, Needs, fits, needs
 from gptq.pipeline.report import LayerReport, Report
@@ -74,7 +75,8 @@ class Outputs:
             raise UserError(
                 f"format {self.format!r} is not known; choose one of {', '.join(folder_formats())}"
             )
-        for path in self.paths:
+        # The other processes of a run write nothing, and may be on machines without these folders.
+        for path in self.paths if torchrun.rank() == 0 else ():
             check_writable(path, folder=path is self.save_dir, ours=is_ours)
 
     @classmethod
@@ -219,11 +221,13 @@ def run(
     in_memory = fits(needed, memory, job.max_memory)
     total = len(source.spec.linears) * model.block_count
     layers = []
-    declared = identity(model, config, **calibration)
-    with (
-        open_team(model.device) as team,
-        shared_journal(team, job.outputs.paths, declared, job.resume, is_ours) as journal,
-    ):
+    own_identity = identity(model, config, **calibration)
+    with contextlib.ExitStack() as stack:
+        team = stack.enter_context(open_team(model.device))
+        declared = agreed(team.everyones(own_identity))
+        journal = stack.enter_context(
+            shared_journal(team, job.outputs.paths, declared, job.resume, is_ours)
+        )
         cache = None if in_memory else _activation_cache(needed, model.device, journal, team)
         for layer in quantize_blocks(model, windows, config, journal, cache, team):
             layers.append(layer)
@@ -367,7 +371,7 @@ def _utf8_name(path: str | Path) -> str:
 
 def window_length(source: ModelSource, seqlen: int | None) -> int:
     """Tokens in a window: `seqlen`, or by default 2048 or the model's own limit if lower."""
-    limit = getattr(source.config, "max_position_embeddings", None)
+    limit = max_positions(source.config)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
     if limit is not None and seqlen > limit:

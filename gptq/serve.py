@@ -109,8 +109,8 @@ def _serve(argv: Sequence[str]) -> None:
             raise UserError(
                 f"serving needs {name}, which is not here: pip install 'belle-gptq[serve]'"
             ) from error
+    from gptq.inference.answers import Served
     from gptq.serving.app import Server, make_app
-    from gptq.serving.generate import Served
     from gptq.serving.jobs import Limits
 
     # Before the model is loaded, which may take minutes.

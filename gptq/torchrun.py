@@ -10,16 +10,16 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Which of them this is. Only the first, 0, prints and writes."""
+    """Which of them this is. Only the first, 0, writes and shows progress."""
     return int(os.environ["RANK"]) if size() > 1 else 0
 
 
 def local_rank() -> int:
     """Which of those on this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+    # What started them without saying so is taken to have started all of them here.
+    return int(os.environ.get("LOCAL_RANK", rank())) if size() > 1 else 0
 
 
 def local_size() -> int:
     """How many of them are on this machine, and share its memory."""
-    # What started them without saying so is taken to have started all of them here.
     return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if size() > 1 else 1

@@ -62,6 +62,18 @@ class ModelSource:
         return open_tokenizer(self.folder, self.gguf, self.config)
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest window that a model takes; None if it has no such limit.
+
+    Only "dynamic" rotary scaling has the length before scaling as its limit in the configuration.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if limit is not None and rotary.get("rope_type") == "dynamic":
+        return int(limit * rotary["factor"])
+    return limit
+
+
 def open_model(model: str | Path, weights: bool = True) -> ModelSource:
     """Open a Hugging Face folder, a .gguf file, or a name on the hub.
 

@@ -23,6 +23,11 @@ NEEDS = {
     "--new-eval": ("--eval", "--eval-data"),
     "--eval-windows": ("--eval", "--eval-data"),
     "--max-new-tokens": ("--text", "--chat"),
+    "--seed": ("--wbits", "--chat"),
+    "--temperature": ("--chat",),
+    "--top-p": ("--chat",),
+    "--top-k": ("--chat",),
+    "--repetition-penalty": ("--chat",),
     "--check": ("--benchmark",),
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
@@ -31,7 +36,7 @@ NEEDS = {
 QUANTIZING_ONLY = (
     *OUTPUTS,
     *("--quality", "--format", "--plain", "--quantize-embeddings", "--report"),
-    *("--nsamples", "--seed", "--resume", "--max-memory"),
+    *("--nsamples", "--resume", "--max-memory"),
 )
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
@@ -40,6 +45,13 @@ LEAST = {
     "--eval-windows": 1,
     "--max-new-tokens": 1,
     "--benchmark": 1,
+    "--top-k": 0,
+}
+# From the first to the second.
+RANGES = {
+    "--temperature": (0.0, 10.0),
+    "--top-p": (0.001, 1.0),
+    "--repetition-penalty": (0.1, 10.0),
 }
 # The most, of any count: such numbers are slips, and fit where a count is kept.
 MOST = 2**31 - 1
@@ -115,7 +127,12 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens in a window, also with --eval (default: 2048, or the model's limit)",
     )
-    add("--seed", type=int, metavar="N", help="of the choice of windows (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of the choice of windows (default: 0), and of what --chat samples (default: none)",
+    )
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
@@ -156,6 +173,10 @@ def _add_actions(group: argparse._ArgumentGroup) -> None:
     add("--text", metavar="PROMPT", help="write on from PROMPT")
     add("--chat", action="store_true", help="answer lines from standard input")
     add("--max-new-tokens", type=int, metavar="N", help="of --text and --chat (default: 128)")
+    add("--temperature", type=float, metavar="T", help="of --chat (default: 0, the likeliest)")
+    add("--top-p", type=float, metavar="P", help="of --chat: sample among so much probability")
+    add("--top-k", type=int, metavar="K", help="of --chat: sample among so many tokens")
+    add("--repetition-penalty", type=float, metavar="R", help="of --chat, such as 1.2")
     add("--benchmark", type=int, metavar="N", help="time N tokens of DATASET, one by one")
     add("--check", action="store_true", help="with --benchmark: perplexity of those tokens too")
 
@@ -213,6 +234,9 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag in (*LEAST, "--groupsize"):
         if values.get(flag, 0) > MOST:
             raise UserError(f"{flag} {values[flag]} is not possible: give {MOST} or less")
+    for flag, (low, high) in RANGES.items():
+        if flag in values and not low <= values[flag] <= high:
+            raise UserError(f"{flag} {values[flag]} is not possible: give {low:g} to {high:g}")
     least = {**LEAST, "--benchmark": 2 if arguments.check else 1}
     for flag, lowest in least.items():
         if flag in values and values[flag] < lowest:

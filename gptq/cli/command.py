@@ -45,7 +45,7 @@ def report_error(stop: Exception | KeyboardInterrupt) -> int:
     """Print why a command ends; returns its exit code.
 
     What a user can correct is one line; anything else is a bug, and keeps its traceback. Of
-    several processes that torchrun started, only the first prints what all of them run into.
+    several processes that torchrun started, the first on each machine prints what all run into.
     """
     message = None if isinstance(stop, KeyboardInterrupt) else input_error(stop)
     if isinstance(stop, KeyboardInterrupt):
@@ -56,7 +56,7 @@ def report_error(stop: Exception | KeyboardInterrupt) -> int:
         text, code = printable(f"error: {message}"), EXIT_BAD_INPUT
     else:
         text, code = _bug(stop), EXIT_BUG
-    if torchrun.rank() == 0 or not isinstance(stop, (UserError, KeyboardInterrupt)):
+    if torchrun.local_rank() == 0 or not isinstance(stop, (UserError, KeyboardInterrupt)):
         print(text, file=sys.stderr)
     return code
 

@@ -35,7 +35,7 @@ from gptq.models import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq.api import Opened
     from gptq.blockwise.model import BlockwiseModel
@@ -136,6 +136,7 @@ class _Inputs:
 def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
     """Read the tokenizer and every text. Raises UserError for what cannot be read or is short."""
     from gptq.api import window_length
+    from gptq.blockwise.source import max_positions
     from gptq.data.windows import evaluation_windows
 
     tokenizer = source.tokenizer()
@@ -148,7 +149,7 @@ def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
     }
     benchmark, count = None, arguments.benchmark
     if count is not None:
-        limit = getattr(source.config, "max_position_embeddings", None)
+        limit = max_positions(source.config)
         if limit is not None and count > limit:
             raise UserError(f"--benchmark {count} exceeds the {limit} positions of {source.name}")
         benchmark = evaluation_windows(arguments.dataset, tokenizer, count, 1)[0]
@@ -302,16 +303,8 @@ def _evaluate(opened: Opened, inputs: _Inputs) -> dict[str, float]:
 
 def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None:
     """Load the whole model; time it, write on from a prompt, answer lines."""
-    from transformers import TextStreamer
-
     from gptq.api import load_weights
-    from gptq.inference.generate import chat, text
-
-    class HarmlessStreamer(TextStreamer):
-        """Words are the tokenizer's, which is a downloaded file's."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(harmless(text), stream_end)
+    from gptq.inference.generate import text
 
     model, tokenizer = load_weights(opened), inputs.tokenizer
     new_tokens = arguments.max_new_tokens or DEFAULT_NEW_TOKENS
@@ -321,9 +314,31 @@ def _use(arguments: argparse.Namespace, opened: Opened, inputs: _Inputs) -> None
         prompt = without_surrogates(arguments.text)
         print(harmless(prompt + text(model, tokenizer, prompt, new_tokens)))
     if arguments.chat:
-        streamer = HarmlessStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        for _ in chat(model, tokenizer, _lines(), new_tokens, streamer):
-            pass
+        _chat(arguments, model, tokenizer, new_tokens)
+
+
+def _chat(
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+) -> None:
+    from gptq.inference.answers import Served
+    from gptq.inference.dialogue import Sampling, dialogue
+
+    settings = {name: getattr(arguments, name) for name in ("top_k", "repetition_penalty", "seed")}
+    sampling = Sampling(arguments.temperature or 0.0, arguments.top_p or 1.0, **settings)
+
+    def show(piece: str) -> None:
+        # Words are the tokenizer's, which is a downloaded file's.
+        print(harmless(piece), end="", flush=True)
+
+    def notify(sentence: str) -> None:
+        print(f"note: {sentence}", file=sys.stderr, flush=True)
+
+    served = Served.of(model, tokenizer)
+    for _ in dialogue(served, _lines(), sampling, new_tokens, show, notify):
+        print(flush=True)
 
 
 def _benchmark(model, tokens: Tensor, check: bool) -> None:

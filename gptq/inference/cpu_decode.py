@@ -1,4 +1,4 @@
-"""Decoding on a CPU: all LLaMA blocks of packed layers in one call of compiled code per token.
+"""Decoding on a CPU: all blocks of packed layers in one call of compiled code per token.
 
 A small model spends most of a token's time in what Python and torch do between its matmuls. The
 model stays the one of transformers, so that generate and all else work as users know them. Only if
@@ -7,57 +7,33 @@ computes what they would.
 """
 
 import functools
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
+from gptq.inference.cpu_blocks import blocks_of
 from gptq.inference.kv_buffer import kv_buffer
-from gptq.inference.llama_code import (
+from gptq.inference.own_code import (
     ATTENTION,
-    BLOCK_CLASSES,
+    CACHES,
+    CODES,
+    Code,
     has_global_state,
     is_observed,
-    is_own,
 )
-from gptq.nn import QuantEmbedding, QuantLinear
-from quant_cuda.cpu import decoder_block, layout, library, product
+from gptq.nn import QuantEmbedding
+from quant_cuda.cpu import decoder_block, library, product
 from quant_cuda.cpu.decoder_block import Block
-from quant_cuda.weight import PreparedWeight
 
-# In the order of quant_cuda.cpu.decoder_block.WEIGHTS, which compiled code relies on.
-_LINEARS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-# What a block calls, and the classes of all that it consists of, in the order of BLOCK_CLASSES.
-_PATHS = (
-    ("",),
-    _NORMS,
-    ("self_attn",),
-    ("mlp",),
-    ("mlp.act_fn",),
-    _LINEARS,
-)
-_CLASS_OF = {
-    path: kind for paths, kind in zip(_PATHS, BLOCK_CLASSES, strict=True) for path in paths
-}
-# Attributes of modules that a block is made from.
-_ATTRIBUTES = {
-    "": ("training",),
-    "self_attn": ("training", "scaling", "head_dim", "layer_idx", "config"),
-    **dict.fromkeys(_NORMS, ("variance_epsilon",)),
-    **dict.fromkeys(_LINEARS, ("_prepared", "backend", "int8_activations")),
-}
 # Settings that make a model return what the blocks compute in between.
 _RECORDING = ("output_attentions", "output_hidden_states")
 # transformers 5.24 has renamed the argument and the field of the output.
@@ -67,31 +43,42 @@ CACHE_NAME = (
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let a LLaMA model decode single tokens in compiled code; other models stay as they are."""
-    if not library.compiled():
-        return
-    if type(model) is modeling_llama.LlamaForCausalLM:
+    """Let a model decode single tokens in compiled code, if it is of a class of `CODES`."""
+    if library.compiled() and type(model) in CODES:
         # -----------------------------------------------------------------------------------------
         # Why the class of the model is replaced: its forward has to change, but the model must stay
         # the object that its owner holds, and an instance of transformers' class, which generate,
-        # save_pretrained and PEFT expect. A wrapper would be neither. pickle finds the new class by
-        # its module and name.
+        # save_pretrained and PEFT expect. A wrapper would be neither.
         # -----------------------------------------------------------------------------------------
-        model.__class__ = LlamaForCausalLM
+        model.__class__ = _DECODING[type(model)]
 
 
-class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
-    """transformers' model, under its name too, which save_pretrained writes to config.json."""
+def _decoding(theirs: Any) -> Any:
+    """A class of transformers, under its name, which save_pretrained writes to config.json."""
 
     # generate reads from the signature which arguments it may pass.
-    @functools.wraps(modeling_llama.LlamaForCausalLM.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        output = _one_token(self, *args, **kwargs)
-        return super().forward(*args, **kwargs) if output is None else output
+    @functools.wraps(theirs.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = _one_token(self, CODES[theirs], *args, **kwargs)
+        return theirs.forward(self, *args, **kwargs) if output is None else output
+
+    return type(theirs.__name__, (theirs,), {"__module__": __name__, "forward": forward})
+
+
+# pickle finds them by module and name.
+LlamaForCausalLM = _decoding(modeling_llama.LlamaForCausalLM)
+MistralForCausalLM = _decoding(modeling_mistral.MistralForCausalLM)
+Qwen2ForCausalLM = _decoding(modeling_qwen2.Qwen2ForCausalLM)
+Qwen3ForCausalLM = _decoding(modeling_qwen3.Qwen3ForCausalLM)
+_DECODING = {
+    theirs: ours
+    for ours in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    for theirs in ours.__bases__
+}
 
 
 def _one_token(
-    model: LlamaForCausalLM, input_ids: Any = None, *others: Any, **arguments: Any
+    model: Any, code: Code, input_ids: Any = None, *others: Any, **arguments: Any
 ) -> CausalLMOutputWithPast | None:
     """What transformers' forward returns for one token; None if it has to compute that itself.
 
@@ -106,13 +93,16 @@ def _one_token(
         return None
     if torch.is_grad_enabled() or has_global_state() or not product.is_plain(given, None):
         return None
-    if not _is_usual_model(model) or not _is_plain_cache(cache, model.config.num_hidden_layers):
+    if not _is_usual_model(model, code):
         return None
-    length = cache.layers[0].keys.shape[2]
+    windows = code.windows(model.config)
+    length = _plain_length(cache, windows)
+    if not length:
+        return None
     positions = arguments.pop("position_ids", None)
     if not _are_usual(arguments, positions, length):
         return None
-    blocks = _blocks(model)
+    blocks = blocks_of(model.model.layers, model.config, code)
     if blocks is None:
         return None
     inner = model.model
@@ -122,16 +112,16 @@ def _one_token(
     cos, sin = inner.rotary_emb(x, position_ids=positions)
     if not (product.is_plain(x, None) and _fit(x, cos, sin, cache.layers[0].keys.shape[3])):
         return None
-    x = inner.norm(_run_blocks(blocks, x, cache.layers, cos, sin))
+    x = inner.norm(_run_blocks(blocks, x, (cos, sin), cache.layers, windows))
     return CausalLMOutputWithPast(logits=model.lm_head(x), **{CACHE_NAME: cache})
 
 
-def _is_usual_model(model: LlamaForCausalLM) -> bool:
+def _is_usual_model(model: Any, code: Code) -> bool:
     """Whether transformers' code would call the blocks of this model one after another."""
-    config, inner = cast(Any, model.config), model.model
+    config, inner = model.config, model.model
     return (
-        is_own()
-        and type(inner) is modeling_llama.LlamaModel
+        code.is_own()
+        and type(inner) is code.model
         and inner.config is config
         and config._attn_implementation == ATTENTION
         and not any(getattr(config, name, False) for name in _RECORDING)
@@ -159,24 +149,39 @@ def _are_usual(arguments: dict[str, Any], positions: Any, length: int) -> bool:
     )
 
 
-def _is_plain_cache(cache: Any, count: int) -> bool:
-    """Whether all of `count` layers hold equally many tokens of one sequence in float32."""
-    if type(cache) is not DynamicCache or len(cache.layers) != count or count == 0:
-        return False
+def _plain_length(cache: Any, windows: Sequence[int | None]) -> int:
+    """The tokens that a cache has seen, of one sequence in float32; 0 if it is of another kind.
+
+    windows: the sliding window of each block, which the cache may know or not.
+    """
+    if type(cache) is not DynamicCache or len(cache.layers) != len(windows) or not windows:
+        return 0
     layers: list[Any] = cache.layers
     if getattr(cache, "offloading", False) or "update" in vars(cache):
-        return False
+        return 0
     if any(
-        type(layer) is not DynamicLayer or not layer.is_initialized or "update" in vars(layer)
+        type(layer) not in CACHES or not layer.is_initialized or "update" in vars(layer)
         for layer in layers
     ):
-        return False
-    shape = (1, *layers[0].keys.shape[1:])
-    return 0 not in shape and all(
-        states.shape == shape and states.dtype == torch.float32 and states.device.type == "cpu"
-        for layer in layers
-        for states in (layer.keys, layer.values)
-    )
+        return 0
+    length = int(layers[0].get_seq_length())
+    _, heads, _, head_dim = layers[0].keys.shape
+    for layer, window in zip(layers, windows, strict=True):
+        kept = length
+        if type(layer) is DynamicSlidingWindowLayer:
+            # A window of one token keeps no other, which transformers' slices cannot say.
+            if layer.sliding_window != window or window < 2 or getattr(layer, "record_past", False):
+                return 0
+            kept = min(length, window - 1)
+        for states in (layer.keys, layer.values):
+            if (
+                states.shape != (1, heads, kept, head_dim)
+                or states.dtype != torch.float32
+                or states.device.type != "cpu"
+                or layer.get_seq_length() != length
+            ):
+                return 0
+    return length
 
 
 def _fit(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
@@ -188,196 +193,32 @@ def _fit(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
     )
 
 
-# A block's weights -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _CachedLayer:
-    """The block made from a decoder layer, valid until somebody changes the layer.
-
-    Making a block takes far longer than a token; checking that it is still valid does not.
-    """
-
-    checks: tuple[tuple[dict, ...], tuple[str, ...], tuple[object, ...]]
-    """Dictionaries of the layer's modules, a key in each, and the value that it must have."""
-    modules: tuple[nn.Module, ...]
-    classes: tuple[type, ...]
-    """Of the modules."""
-    tensors: tuple[Tensor, ...]
-    """Those that compiled code reads in place."""
-    addresses: tuple[int, ...]
-    """Of the tensors' memory, which `tensor.data = ...` replaces."""
-    hooks: tuple[dict, ...]
-    """The modules' own dictionaries of hooks, which compiled code would not call."""
-    had_hooks: bool
-    block: Block | None
-    """None for a layer that compiled code cannot replace, or that has hooks."""
-    index: int
-    """The layer's own layer_idx."""
-    config: object
-    """Of its attention."""
-
-    def is_valid(self) -> bool:
-        # -----------------------------------------------------------------------------------------
-        # Why identity of values: a block points to the memory of prepared weights, biases and
-        # norms. A new tensor or module at an old name is another object; this record holds the old
-        # one, so that its address cannot be used again. Scales of a norm that change in place are
-        # read through the pointer. map() over three tuples spares a Python loop for every layer
-        # and token.
-        # -----------------------------------------------------------------------------------------
-        dictionaries, names, values = self.checks
-        return (
-            all(map(operator.is_, map(dict.get, dictionaries, names), values))
-            and any(self.hooks) == self.had_hooks
-            and tuple(map(type, self.modules)) == self.classes
-            and tuple(map(Tensor.data_ptr, self.tensors)) == self.addresses
-        )
-
-
-# Not valid for the next token: it has no hooks, but says that it had.
-_UNKNOWN = _CachedLayer(
-    checks=((), (), ()),
-    modules=(),
-    classes=(),
-    tensors=(),
-    addresses=(),
-    hooks=(),
-    had_hooks=True,
-    block=None,
-    index=0,
-    config=None,
-)
-# Apart from the layers, since layers can be copied and pickled, and pointers cannot.
-_cache: WeakKeyDictionary[nn.Module, _CachedLayer] = WeakKeyDictionary()
-
-
-def _blocks(model: LlamaForCausalLM) -> list[Block] | None:
-    """The blocks of all layers in their order; None if compiled code cannot replace them all."""
-    blocks = []
-    for index, layer in enumerate(model.model.layers):
-        cached = _cache.get(layer)
-        if cached is None or not cached.is_valid():
-            cached = _cache[layer] = _inspect(layer)
-        # -----------------------------------------------------------------------------------------
-        # Why the order is checked: a module finds its keys and values in the cache by its own
-        # layer_idx, compiled code by the position in the list. The two differ if a user has
-        # reordered or repeated layers.
-        # -----------------------------------------------------------------------------------------
-        if cached.block is None or cached.index != index or cached.config is not model.config:
-            return None
-        blocks.append(cached.block)
-    return blocks
-
-
-def _inspect(layer: nn.Module) -> _CachedLayer:
-    """The block of a decoder layer if it is of the usual kind, and what tells that it changed."""
-    try:
-        modules = {path: layer.get_submodule(path) for path in _CLASS_OF}
-        attention: Any = modules["self_attn"]
-        index, config = attention.layer_idx, attention.config
-    except AttributeError:
-        # Of another kind altogether.
-        return _UNKNOWN
-    hooks = tuple(
-        hooks
-        for module in modules.values()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    )
-    classes = tuple(map(type, modules.values()))
-    block, tensors = None, cast(tuple[Tensor, ...], ())
-    if (
-        classes == tuple(_CLASS_OF.values())
-        and not any(map(is_observed, modules.values()))
-        and not layer.training
-        and not attention.training
-    ):
-        linears = [cast(QuantLinear, modules[path]) for path in _LINEARS]
-        norms = [modules[path] for path in _NORMS]
-        biases = [linear._buffers["bias"] for linear in linears]
-        norm_weights = [cast(Tensor, norm.weight) for norm in norms]
-        tensors = (*norm_weights, *(bias for bias in biases if bias is not None))
-        block = _make_block(linears, norms, attention)
-    return _CachedLayer(
-        # After the block is made, which prepares the weights that are compared.
-        checks=_checks(layer, modules),
-        modules=tuple(modules.values()),
-        classes=classes,
-        tensors=tensors,
-        addresses=tuple(map(Tensor.data_ptr, tensors)),
-        hooks=hooks,
-        had_hooks=any(hooks),
-        block=block,
-        index=index,
-        config=config,
-    )
-
-
-def _checks(layer: nn.Module, modules: dict[str, nn.Module]) -> Any:
-    """`_CachedLayer.checks` of a layer as it is now."""
-    checks: list[tuple[dict, str, object]] = []
-    for path, module in modules.items():
-        parent, _, name = path.rpartition(".")
-        if name:
-            checks.append((layer.get_submodule(parent)._modules, name, module))
-        if path in _LINEARS:
-            checks.append((module._buffers, "bias", module._buffers.get("bias")))
-        elif path in _NORMS:
-            checks.append((module._parameters, "weight", module._parameters.get("weight")))
-        attributes = vars(module)
-        names = ("forward", "_compiled_call_impl", *_ATTRIBUTES.get(path, ()))
-        checks += ((attributes, name, attributes.get(name)) for name in names)
-    return tuple(zip(*checks, strict=True))
-
-
-def _make_block(
-    linears: Sequence[QuantLinear], norms: Sequence[nn.Module], attention: Any
-) -> Block | None:
-    """The block of these modules; None if a weight is not in the CPU's layout, or if their types or
-    settings are not those that compiled code takes."""
-    weights = [linear.prepare() for linear in linears]
-    prepared = [
-        weight
-        for weight in weights
-        if isinstance(weight, PreparedWeight) and weight.layout == layout.LAYOUT
-    ]
-    norm_weights = [cast(Tensor, norm.weight).detach() for norm in norms]
-    biases = [linear._buffers["bias"] for linear in linears]
-    # Read in place: a copy would not follow what people change.
-    in_place = [*norm_weights, *(bias for bias in biases if bias is not None)]
-    if (
-        len(prepared) != len(weights)
-        or any(linear.backend is not None for linear in linears)
-        or len({linear.int8_activations for linear in linears}) > 1
-        or any(it.dtype != torch.float32 or not it.is_contiguous() for it in in_place)
-    ):
-        return None
-    return Block(
-        prepared,
-        biases,
-        [
-            (weight, cast(Any, norm).variance_epsilon)
-            for weight, norm in zip(norm_weights, norms, strict=True)
-        ],
-        attention.head_dim,
-        attention.scaling,
-        int8=linears[0].int8_activations,
-    )
-
-
 def _run_blocks(
-    blocks: list[Block], x: Tensor, layers: list[Any], cos: Tensor, sin: Tensor
+    blocks: list[Block],
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    layers: list[Any],
+    windows: Sequence[int | None],
 ) -> Tensor:
     """x (1, 1, hidden) through all blocks, which append its keys and values to the cache's layers.
 
-    cos, sin: float32 (1, 1, head_dim), the rotary terms of x's position.
+    rotary: cosines and sines of x's position, float32 (1, 1, head_dim) each.
     """
-    length = layers[0].keys.shape[2]
     buffers = [kv_buffer(layer) for layer in layers]
-    caches = [(buffer.keys, buffer.values) for buffer in buffers]
-    cos, sin = cos.contiguous(), sin.contiguous()
-    y = decoder_block.run(blocks, x.contiguous(), cos, sin, caches, length)
+    caches = []
+    for layer, buffer, window in zip(layers, buffers, windows, strict=True):
+        seen = layer.keys.shape[2]
+        # A token sees itself too.
+        seen = seen if window is None else min(seen, window - 1)
+        start = buffer.end - seen
+        caches.append((buffer.keys[:, :, start:], buffer.values[:, :, start:], seen))
+    cos, sin = (it.contiguous() for it in rotary)
+    y = decoder_block.run(blocks, x.contiguous(), cos, sin, caches)
     for layer, buffer in zip(layers, buffers, strict=True):
-        buffer.length = length + 1
-        layer.keys = buffer.keys[:, :, : length + 1]
-        layer.values = buffer.values[:, :, : length + 1]
+        buffer.end += 1
+        kept = layer.keys.shape[2] + 1
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.cumulative_length += 1
+            kept = min(kept, layer.sliding_window - 1)
+        layer.keys, layer.values = buffer.last(kept)
     return y

@@ -1,8 +1,8 @@
-"""Text, chat, and the latency of one token after another."""
+"""Text, and the latency of one token after another."""
 
 import statistics
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from gptq.blockwise.activations import check_tokens
-from gptq.data.chat import Message, chat_prompt
 from gptq.device import peak_memory, reset_peak_memory
 from gptq.errors import UserError
 from gptq.inference.cuda_graph import stepper
@@ -44,34 +43,6 @@ def text(
     if encoded["input_ids"].shape[1] == 0:
         raise UserError("the prompt is empty; give the model some text to go on from")
     return _continuation(model, tokenizer, encoded, max_new_tokens, streamer)
-
-
-def chat(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    lines: Iterable[str],
-    max_new_tokens: int,
-    streamer: TextStreamer | None = None,
-) -> Iterator[str]:
-    """Answer each line, given those before it and their answers; a line is read once the answer
-    before it is taken. Conversations become text as `data.chat.chat_prompt` has it."""
-    messages: list[Message] = []
-    for line in lines:
-        messages.append({"role": "user", "content": line})
-        encoded = tokenizer(
-            chat_prompt(tokenizer, messages),
-            return_tensors="pt",
-            return_token_type_ids=False,
-            # A chat template writes its own beginning of text.
-            add_special_tokens=tokenizer.chat_template is None,
-        )
-        if encoded["input_ids"].shape[1] == 0:
-            raise UserError(
-                "the tokenizer's chat template makes no text of a conversation; correct it"
-            )
-        answer = _continuation(model, tokenizer, encoded, max_new_tokens, streamer).strip()
-        messages.append({"role": "assistant", "content": answer})
-        yield answer
 
 
 @dataclass(frozen=True)

@@ -20,28 +20,30 @@ class KVBuffer:
     """float32 (1, heads, capacity, head_dim)."""
     values: Tensor
     """As the keys."""
-    length: int
-    """Tokens written."""
+    end: int
+    """Tokens written. A layer's views end here."""
+
+    def last(self, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` tokens that are written: views (1, heads, count, head_dim)."""
+        here = slice(self.end - count, self.end)
+        return self.keys[:, :, here], self.values[:, :, here]
 
 
 def kv_buffer(layer: Any) -> KVBuffer:
-    """A buffer with the tokens of a cache's layer and capacity for at least one more."""
+    """A buffer that ends with the tokens of a cache's layer and has room for at least one more."""
     keys, values = layer.keys, layer.values
     buffer = layer.__dict__.get("_kv_buffer")
     length = keys.shape[2]
     # ---------------------------------------------------------------------------------------------
     # Why a buffer is not always used again: a cache can be cropped or copied, and a shallow copy
     # shares the buffer. The next token must not overwrite one that another cache still reads, so
-    # that only the cache whose length is the buffer's own appends to it. Keys elsewhere in memory
-    # were replaced by transformers, which knows nothing of the buffer.
+    # that only a cache whose tokens are the buffer's last ones appends to it. Keys elsewhere in
+    # memory were replaced by transformers, which knows nothing of the buffer.
     # ---------------------------------------------------------------------------------------------
-    if (
-        buffer is not None
-        and buffer.length == length < buffer.keys.shape[2]
-        and buffer.keys.data_ptr() == keys.data_ptr()
-        and buffer.values.data_ptr() == values.data_ptr()
-    ):
-        return buffer
+    if buffer is not None and length <= buffer.end < buffer.keys.shape[2]:
+        last = buffer.last(length)
+        if all(a.data_ptr() == b.data_ptr() for a, b in zip(last, (keys, values), strict=True)):
+            return buffer
     shape = (1, keys.shape[1], max(MIN_CAPACITY, 2 * length), keys.shape[3])
     buffer = KVBuffer(keys.new_empty(shape), values.new_empty(shape), length)
     buffer.keys[:, :, :length], buffer.values[:, :, :length] = keys, values

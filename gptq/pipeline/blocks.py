@@ -42,7 +42,8 @@ def quantize_blocks(
     windows: int64 (nsamples, seqlen), the calibration tokens; method "rtn" can do without, and
         its losses are then those of the weights.
     cache: for activations between two uses, by default in memory.
-    team: the processes that share the run; each calls this, and only the first writes.
+    journal: read and written by the first process alone.
+    team: the processes that share the run; each calls this.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
     Raises UserError for a layer whose weights or inputs are not finite or cannot be packed, and
@@ -57,11 +58,12 @@ def quantize_blocks(
     run = _Run(config, team, activations, full)
     for index in range(model.block_count):
         block = model.load_block(index)
-        weights = digest(block.module)
+        weights = _agreed_digest(block, team)
         if run.is_new_kind(block):
             check_steps(block, activations)
-        if journal.has(index):
-            tensors, record = journal.read(index, weights)
+        finished = _finished_block(journal, index, weights, team)
+        if finished is not None:
+            tensors, record = finished
             yield from (LayerReport(**layer) for layer in record)
             _replay(block, run, tensors)
         else:
@@ -74,6 +76,33 @@ def quantize_blocks(
             if team.leads:
                 journal.write(index, packed, [asdict(report) for report in reports], weights)
         free(block.module)
+
+
+def _agreed_digest(block: Block, team: Team) -> str:
+    """A hash of a block's weights, which must be the same on all machines."""
+    digests = team.everyones(digest(block.module))
+    if len(set(digests)) > 1:
+        raise UserError(
+            f"{block.name}: its weights differ between the processes; give all the same MODEL"
+        )
+    return digests[0]
+
+
+def _finished_block(
+    journal: Journal, index: int, weights: str, team: Team
+) -> tuple[dict[str, Tensor], list[dict]] | None:
+    """`Journal.read` by the first process, for all of them; None if it has not the block."""
+    tensors: dict[str, Tensor] = {}
+
+    def read() -> list[dict] | None:
+        if not journal.has(index):
+            return None
+        stored, record = journal.read(index, weights)
+        tensors.update(stored)
+        return record
+
+    record = team.from_leader(read)
+    return None if record is None else (team.tensors_from_leader(tensors), record)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from gptq import __version__
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
+from gptq.errors import UserError
 from quant_cuda.cpu import library
 from quant_cuda.cuda import kernels
 
@@ -60,6 +62,24 @@ def identity(model: BlockwiseModel, config: QuantConfig, **others: object) -> di
         **others,
     }
     return json.loads(json.dumps(parts, default=str))
+
+
+def agreed(identities: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """The identity of a run that several processes share, from each one's own.
+
+    They may sweep with different code: each solves outputs of its own.
+    Raises UserError if they differ in anything else.
+    """
+    solvers = sorted({str(one["solver"]) for one in identities})
+    merged = {**identities[0], "solver": "+".join(solvers)}
+    for rank, one in enumerate(identities):
+        changed = [key for key in merged if key != "solver" and one.get(key) != merged[key]]
+        if changed:
+            raise UserError(
+                f"process {rank} differs from the first in {', '.join(changed)}; give all the "
+                "same MODEL, DATASET, flags and version"
+            )
+    return merged
 
 
 def _solver(device: torch.device) -> str:

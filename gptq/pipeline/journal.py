@@ -138,14 +138,37 @@ def shared_journal(
     resume: bool,
     ours: Ours = every_name,
 ) -> Iterator[Journal]:
-    """`open_journal` by the first of several processes, for all of them."""
+    """`open_journal` by the first of several processes.
+
+    The others may be on machines that have not its files: theirs is a folder of the same name,
+    of which they use `scratch` alone.
+    """
+    own = Journal(journal_folder(outputs[0]))
     with contextlib.ExitStack() as stack:
 
-        def begin() -> str:
-            journal = stack.enter_context(open_journal(outputs, identity, resume, ours))
-            return str(journal.folder.resolve())
+        def begin() -> None:
+            nonlocal own
+            own = stack.enter_context(open_journal(outputs, identity, resume, ours))
 
-        yield Journal(Path(team.from_leader(begin)))
+        team.from_leader(begin)
+        if not team.leads:
+            stack.enter_context(_own_scratch(own, team.rank))
+        yield own
+
+
+@contextlib.contextmanager
+def _own_scratch(journal: Journal, rank: int) -> Iterator[None]:
+    """Removes what a process that is not the first leaves in `scratch`, now and at the end."""
+    folder = journal.scratch / str(rank)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        # Not empty if the first process, or the other ones, are on this machine too.
+        with contextlib.suppress(OSError):
+            journal.scratch.rmdir()
+            journal.folder.rmdir()
 
 
 @contextlib.contextmanager

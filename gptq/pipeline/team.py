@@ -8,7 +8,7 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -79,6 +79,36 @@ class Team:
             raise UserError(told["error"])
         return told["value"]
 
+    def everyones(self, value: Any) -> list[Any]:
+        """What each process has, in the order of their ranks, known to all: what JSON can hold."""
+        if self.size == 1:
+            return [value]
+        return [self._spread({"value": value}, rank)["value"] for rank in range(self.size)]
+
+    def tensors_from_leader(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's tensors, on the CPU, known to all; the others' own are not looked at.
+
+        The others may be on machines that have not the first one's files.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        kinds = self.from_leader(
+            lambda: {
+                name: [str(it.dtype).removeprefix("torch."), list(it.shape)]
+                for name, it in tensors.items()
+            }
+        )
+        received = {}
+        for name, (dtype, shape) in kinds.items():
+            tensor = (
+                tensors[name] if self.leads else torch.empty(shape, dtype=getattr(torch, dtype))
+            )
+            data = tensor.contiguous().view(-1).view(torch.uint8).to(self.device)
+            with _exchange():
+                dist.broadcast(data, 0)
+            received[name] = data.cpu().view(tensor.dtype).view(shape)
+        return received
+
     def mean(self, hessian: Hessian | None, tokens: int) -> Hessian | None:
         """Statistics over the tokens of all processes; `hessian`: over the `tokens` of this one."""
         if self.size == 1:
@@ -129,15 +159,16 @@ class Team:
             parts.append(part)
         return torch.cat(parts, axis)
 
-    def _spread(self, told: dict[str, Any]) -> dict[str, Any]:
-        """The first process's dict, by way of JSON: nothing that arrives is unpickled."""
+    def _spread(self, told: dict[str, Any], source: int = 0) -> dict[str, Any]:
+        """The dict of the process of rank `source`, as JSON: nothing that arrives is unpickled."""
         data = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
         with _exchange():
             length = torch.tensor([len(data)], device=self.device)
-            dist.broadcast(length, 0)
-            data = data if self.leads else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(length, source)
+            if self.rank != source:
+                data = torch.empty(int(length), dtype=torch.uint8)
             data = data.to(self.device)
-            dist.broadcast(data, 0)
+            dist.broadcast(data, source)
         return json.loads(bytes(data.tolist()))
 
 

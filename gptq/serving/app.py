@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gptq.cli.command import input_error
-from gptq.serving.generate import Piece, Served
+from gptq.inference.answers import Piece, Served
 from gptq.serving.jobs import Limits, jobs, prompts
 from gptq.serving.queue import Answers, RequestQueue
 from gptq.serving.replies import Json, ReplyFormat, usage

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gptq.data.chat import chat_prompt
 from gptq.errors import UserError
-from gptq.serving.generate import Job, Served
+from gptq.inference.answers import Job, Served
 from gptq.serving.requests import MOST_ANSWERS, ChatRequest, CompletionRequest, Refusal
 
 

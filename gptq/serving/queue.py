@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from gptq.serving.generate import Job, Piece, Served
+from gptq.inference.answers import Job, Piece, Served
 from gptq.serving.requests import Refusal
 
 

@@ -6,7 +6,7 @@ from time import time
 from typing import Any
 from uuid import uuid4
 
-from gptq.serving.generate import Piece
+from gptq.inference.answers import Piece
 
 Json = dict[str, Any]
 

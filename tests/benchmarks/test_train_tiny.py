@@ -156,5 +156,5 @@ def test_split_keeps_every_line_of_the_articles(texts):
 
 
 def test_unknown_architecture():
-    with pytest.raises(UserError, match="gpt2 tiny: use one of llama tiny"):
+    with pytest.raises(UserError, match="no recipe for gpt2 tiny: use one of llama"):
         tiny_model("gpt2")

@@ -63,7 +63,8 @@ def test_help_names_every_flag(capsys):
         "MODEL DATASET --wbits --groupsize --sym --nearest --nsamples --seqlen --seed --percdamp "
         "--error-feedback --order --act-order --static-groups --true-sequential --scale-search "
         "--refine --quality --save --save_safetensors --save-dir --resume --load --eval --new-eval "
-        "--eval-data --eval-windows --text --chat --max-new-tokens --benchmark --check "
+        "--eval-data --eval-windows --text --chat --max-new-tokens "
+        "--temperature --top-p --top-k --repetition-penalty --benchmark --check "
         "--device --dtype"
     )
     for flag in flags.split():
@@ -106,7 +107,7 @@ def test_help_names_every_flag(capsys):
         ("MODEL c4 --save x.pt --load y.pt --eval", "--save is for quantizing.* no --load"),
         ("MODEL c4 --save-dir d --wbits 16 --eval", "--save-dir is for quantizing"),
         ("MODEL c4 --nsamples 8 --load x.pt --eval", "--nsamples is for quantizing"),
-        ("MODEL c4 --seed 0 --eval", "--seed is for quantizing"),
+        ("MODEL c4 --seed 0 --eval", "--seed needs --wbits or --chat"),
         ("MODEL c4 --load x.pt --resume --eval", "--resume is for quantizing"),
         ("MODEL c4 --wbits 16 --load x.pt --eval", "--wbits 16 is the full model"),
         ("MODEL --eval", "--eval needs DATASET"),
@@ -115,6 +116,12 @@ def test_help_names_every_flag(capsys):
         ("MODEL c4 --eval --check", "--check needs --benchmark"),
         ("MODEL c4 --text hi --eval-windows 2", "--eval-windows needs --eval or --eval-data"),
         ("MODEL c4 --eval --max-new-tokens 2", "--max-new-tokens needs --text or --chat"),
+        ("MODEL --text hi --temperature 1", "--temperature needs --chat"),
+        ("MODEL --chat --temperature nan", "--temperature nan is not possible: give 0 to 10"),
+        ("MODEL --chat --temperature -1", "--temperature -1.0 is not possible"),
+        ("MODEL --chat --top-p 0", "--top-p 0.0 is not possible: give 0.001 to 1"),
+        ("MODEL --chat --top-k -1", "--top-k -1 is not possible: give 0 or more"),
+        ("MODEL --chat --repetition-penalty 0", "--repetition-penalty 0.0 is not possible"),
         ("MODEL c4 --benchmark 0", "--benchmark 0 is not possible: give 1"),
         ("MODEL c4 --benchmark 1 --check", "--benchmark 1 is not possible: give 2"),
         ("MODEL c4 --text hi --max-new-tokens 0", "--max-new-tokens 0 is not possible"),

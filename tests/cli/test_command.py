@@ -35,11 +35,14 @@ def test_one_line_and_a_code(stop, code, line, capsys, monkeypatch):
     assert out == ""
     assert err.startswith(line.rstrip())
     assert err.lstrip("\n").count("\n") == 1
-    # Of several processes the first alone prints.
+    # Of several processes the first on each machine prints.
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     assert report_error(stop) == code
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert report_error(stop) == code
+    assert capsys.readouterr() == (out, err)
 
 
 def test_codes():

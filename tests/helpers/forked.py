@@ -60,8 +60,11 @@ class Child:
             time.sleep(0.005)
 
 
-def team(calls: list[Callable[[], int]], folder: Path) -> list[Child]:
-    """One process for each call, which know of each other as torchrun's do."""
+def team(calls: list[Callable[[], int]], folder: Path, one_a_machine: bool = False) -> list[Child]:
+    """One process for each call, which know of each other as torchrun's do.
+
+    one_a_machine: whether each is told that it is alone on its machine.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -70,7 +73,12 @@ def team(calls: list[Callable[[], int]], folder: Path) -> list[Child]:
         Child(
             call,
             folder / f"rank-{rank}.log",
-            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            {**common, "RANK": str(rank), **_place(rank, len(calls), one_a_machine)},
         )
         for rank, call in enumerate(calls)
     ]
+
+
+def _place(rank: int, size: int, one_a_machine: bool) -> dict[str, str]:
+    local, count = (0, 1) if one_a_machine else (rank, size)
+    return {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(count)}

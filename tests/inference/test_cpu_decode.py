@@ -1,4 +1,4 @@
-"""Single tokens through LLaMA blocks in one native call, against transformers' own forward."""
+"""Single tokens through all blocks in one native call, against transformers' own forward."""
 
 import copy
 import inspect
@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import llama_config, make_model
-from transformers import AttentionInterface, DynamicCache
+from conftest import SIZES, make_model
+from transformers import AttentionInterface, AutoConfig, DynamicCache
 from transformers.activations import ACT2FN
 from transformers.integrations import sdpa_attention
 from transformers.models.llama import modeling_llama
@@ -31,8 +31,22 @@ PROMPT = torch.tensor([[5, 80, 41, 200, 7]])
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-3}  # activations are rounded to 16 bits on either way
 
 
-def packed_folder(base, bits=4, **changes):
-    source = make_model(base / "model", llama_config(**changes))
+# Architectures besides LLaMA, with what is particular in each.
+WINDOW = {"sliding_window": 12}
+BY_LAYER = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+OTHERS = {
+    "mistral": {"sliding_window": None},
+    "mistral with windows": WINDOW,
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "qwen2 with windows": BY_LAYER,
+    "qwen3": {"head_dim": 32},
+    "qwen3 with windows": {**BY_LAYER, "attention_bias": True},
+}
+
+
+def packed_folder(base, bits=4, model_type="llama", **changes):
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    source = make_model(base / "model", config)
     config = QuantConfig(bits=bits, group_size=32, method="rtn")
     gptq.quantize(source, None, config, save_dir=base / "packed", device="cpu")
     return base / "packed"
@@ -114,6 +128,90 @@ def test_shapes(changes, tmp_path, steps):
     result, _ = logits(model, tokens)
     assert len(steps) == 14
     torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def other(request, tmp_path_factory):
+    base = tmp_path_factory.mktemp("other")
+    return packed_folder(base, model_type=request.param.split()[0], **OTHERS[request.param])
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["cache of windows", "cache of all"])
+@pytest.mark.parametrize("other", OTHERS, indirect=True)
+def test_other_architectures(other, is_told, steps):
+    """A window of 12 tokens, of which the first buffer has room for 64."""
+    model, tokens = loaded(other), some_tokens(150)
+    cache = DynamicCache(config=model.config) if is_told else DynamicCache()
+    result, cache = logits(model, tokens, cache)
+    assert len(steps) == 145 * 2
+    assert cache.get_seq_length() == 150
+    torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
+    # transformers goes on with what it finds in the cache.
+    result = model(input_ids=PROMPT, **{CACHE: cache}).logits
+    exact = whole(model, torch.cat([tokens, PROMPT], 1))[:, 150:]
+    torch.testing.assert_close(result, exact, **TOLERANCE)
+    steps.clear()
+    result, _ = logits(model, PROMPT, cache)
+    exact = whole(model, torch.cat([tokens, PROMPT, PROMPT], 1))[:, 155:]
+    torch.testing.assert_close(result, exact, **TOLERANCE)
+    assert len(steps) == 10
+
+
+@pytest.mark.parametrize("other", OTHERS, indirect=True)
+def test_other_architectures_generate_and_are_copied(other, steps):
+    model = loaded(other)
+    arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    native_ids = model.generate(PROMPT, **arguments)
+    assert len(steps) == 29 * 2
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(native_ids, twin.generate(PROMPT, **arguments))
+    assert len(steps) == 3 * 29 * 2
+    (theirs,) = type(model).__bases__
+    assert theirs.__name__ == type(model).__name__ == model.config.architectures[0]
+    model.__class__ = theirs
+    assert torch.equal(native_ids, model.generate(PROMPT, **arguments))
+    assert len(steps) == 3 * 29 * 2
+
+
+@pytest.mark.parametrize("other", ["mistral with windows"], indirect=True)
+def test_a_cache_of_windows_that_is_copied(other):
+    model, tokens = loaded(other), some_tokens(40)
+    _, cache = logits(model, tokens)
+    shallow = copy.copy(cache)
+    shallow.layers = [copy.copy(layer) for layer in cache.layers]
+    for number, branch in ((9, cache), (150, shallow), (77, copy.deepcopy(cache))):
+        end = torch.full((1, 15), number)
+        result, _ = logits(model, end, branch)
+        exact = whole(model, torch.cat([tokens, end], 1))[:, 40:]
+        torch.testing.assert_close(result, exact, **TOLERANCE)
+
+
+@pytest.mark.parametrize("other", ["mistral with windows"], indirect=True)
+@pytest.mark.parametrize("window", [1, 8])
+def test_windows_that_a_cache_keeps_otherwise(other, window, steps):
+    """Of one token, which transformers' slices cannot say, and another than the model's."""
+    model, config = loaded(other), copy.deepcopy(loaded(other).config)
+    config.sliding_window = window
+    logits(model, some_tokens(20), DynamicCache(config=config))
+    assert not steps
+
+
+@pytest.mark.parametrize("other", ["qwen3"], indirect=True)
+@pytest.mark.parametrize("change", ["weight", "epsilon", "class"])
+def test_what_people_change_in_norms_of_heads_counts(other, change, steps, monkeypatch):
+    model, tokens = loaded(other), some_tokens(9)
+    before = logits(model, tokens)[0]
+    for layer in model.model.layers:
+        norm = layer.self_attn.k_norm
+        if change == "weight":
+            norm.weight = torch.nn.Parameter(norm.weight.detach() * 3)
+        elif change == "epsilon":
+            norm.variance_epsilon = 0.5
+        else:
+            monkeypatch.setattr(type(norm), "forward", scaled(type(norm).forward))
+    after = logits(model, tokens)[0]
+    torch.testing.assert_close(after, whole(model, tokens), **TOLERANCE)
+    assert not torch.allclose(after, before, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", library.compiled())

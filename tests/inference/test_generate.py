@@ -1,26 +1,18 @@
-"""Text, chat and latency, against transformers' own generate and plain forwards."""
+"""Text and latency, against transformers' own generate and plain forwards."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, TextStreamer
+from helpers.spaced import spaced_tokenizer
 
 import gptq
 from gptq import QuantConfig, QuantLinear
-from gptq.data.chat import chat_prompt
 from gptq.errors import UserError
-from gptq.inference.generate import Latency, benchmark, chat, text
+from gptq.inference.generate import Latency, benchmark, text
 
 NEW = 12
-# Has a beginning of its own, as the templates of published models do.
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module", params=["llama", "bloom"])
@@ -113,17 +105,7 @@ class Fixed(torch.nn.Module):
 
 @pytest.fixture
 def spaced():
-    """Marks words' beginnings as LLaMA's SentencePiece does, and begins each text with <s>."""
-    words = ["<s>", "</s>", "<unk>", "▁Human:", "▁Assistant:", "▁hi", "▁a", "▁b", "▁c", "\n\n"]
-    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return spaced_tokenizer()
 
 
 def test_the_space_before_the_first_new_word_is_kept(spaced):
@@ -131,48 +113,6 @@ def test_the_space_before_the_first_new_word_is_kept(spaced):
     assert spaced.decode([7, 8]) == "b c"
     assert text(model, spaced, "hi a", 3) == " b c"
     assert model.prompts == [[0, 5, 6]]
-
-
-def test_a_chat_remembers(spaced):
-    model = Fixed(7, 8)
-    assert list(chat(model, spaced, ["hi", "a"], 2)) == ["b c", "b c"]
-    first = spaced("Human: hi\n\nAssistant:")["input_ids"]
-    second = spaced("Human: hi\n\nAssistant: b c\n\nHuman: a\n\nAssistant:")["input_ids"]
-    assert model.prompts == [first, second]
-    assert [prompt.count(0) for prompt in model.prompts] == [1, 1]
-
-
-def test_a_template_is_used_and_begins_the_text_once(spaced):
-    spaced.chat_template = TEMPLATE
-    messages = [{"role": "user", "content": "hi"}]
-    assert chat_prompt(spaced, messages) == "<s><user>hi</s><assistant>"
-    model = Fixed(7, 8)
-    assert list(chat(model, spaced, ["hi", "a"], 2)) == ["b c", "b c"]
-    assert [prompt.count(0) for prompt in model.prompts] == [1, 1]
-    assert [prompt[0] for prompt in model.prompts] == [0, 0]
-    # Each user's and each assistant's turn is closed once.
-    assert [prompt.count(1) for prompt in model.prompts] == [1, 3]
-
-
-def test_answers_are_streamed(loaded, capsys):
-    model, tokenizer = loaded
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answers = list(chat(model, tokenizer, ["the cat", "the dog"], NEW, streamer))
-    assert len(answers) == 2
-    assert "".join(capsys.readouterr().out.split()) == "".join("".join(answers).split())
-
-
-def test_lines_are_answered_one_at_a_time(spaced):
-    asked = []
-
-    def lines():
-        for line in ("hi", "a"):
-            asked.append(line)
-            yield line
-
-    answers = chat(Fixed(7), spaced, lines(), 1)
-    assert next(answers) == "b"
-    assert asked == ["hi"]
 
 
 # One token after another ---------------------------------------------------------------------

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import SIZES as TINY
 from conftest import make_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import gptq
+from gptq import hf
 from gptq.api import open_weights, perplexity
 from gptq.cli.run import main
+from gptq.inference.cpu_decode import CACHE_NAME
 from gptq.models import LLAMA, SPECS
 
 # Whether the head is tied is what each architecture has it.
@@ -72,6 +74,40 @@ def test_it_is_evaluated_quantized_and_loaded(folder, text_file, tmp_path):
     block_by_block = perplexity(open_weights(folder, path, device="cpu"), windows())
     assert own_perplexity(model) == pytest.approx(block_by_block, rel=1e-4)
     assert own_perplexity(model) == pytest.approx(found, rel=0.03)
+
+
+@torch.no_grad()
+def test_it_is_resumed_read_by_transformers_and_decoded(folder, text_file, tmp_path):
+    """The decoding is with a cache of fixed size, which a GPU's graph records."""
+    config = gptq.QuantConfig(bits=4, group_size=32)
+    settings = {"nsamples": 3, "seqlen": 32, "device": "cpu", "dtype": "float32"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    gptq.quantize(folder, text_file, config, save_dir=whole, **settings)
+
+    def stop(layer, _total):
+        if layer.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gptq.quantize(folder, text_file, config, save_dir=broken, progress=stop, **settings)
+    gptq.quantize(folder, text_file, config, save_dir=broken, resume=True, **settings)
+    name = "model.safetensors"
+    assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+    hf.register()
+    model, _ = gptq.load(whole, device="cpu", dtype="float32")
+    tokens = windows(1, 20)
+    expected = model(tokens).logits
+    theirs = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    assert any(isinstance(module, gptq.QuantLinear) for module in theirs.modules())
+    torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    mask = torch.ones(1, 24, dtype=torch.long) if folder.name == "bloom" else None
+    steps = [
+        model(input_ids=token, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache}).logits
+        for token in tokens.split(1, 1)
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=5e-3, atol=5e-3)
 
 
 def test_the_script_takes_all_of_its_kind(llama_dir, bloom_dir, text_file, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """One run in two processes against the same run in one."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.forked import team
+from helpers.shared_runs import stopped, words
 
 import gptq
 import gptq.api
@@ -76,28 +76,6 @@ def test_two_processes_do_what_one_does(
     assert values[1] == pytest.approx(values[0], rel=3e-3)
 
 
-def words(folder, text, path, *more):
-    return [
-        *(str(folder), str(text), "--wbits", "4", "--groupsize", "32", "--percdamp", "0.01"),
-        *("--nsamples", "3", "--seqlen", "32", "--refine", "0", "--device", "cpu"),
-        *("--save", str(path), *more),
-    ]
-
-
-def stopped(argv, number):
-    """Run a command line in a process that gets a signal in its second block."""
-    whole = gptq.api.quantize_blocks
-
-    def blocks(*args):
-        for layer in whole(*args):
-            if layer.block == 1:
-                os.kill(os.getpid(), number)
-            yield layer
-
-    gptq.api.quantize_blocks = blocks
-    return cli.main(LLAMA, argv)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_run_and_the_journal_can_be_resumed(
     number, tmp_path, llama_dir, text_file, monkeypatch
@@ -144,6 +122,8 @@ def test_alone_everything_is_its_own():
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
     assert ALONE.mean(None, 3) is None
     assert ALONE.from_leader(lambda: 5) == 5
+    assert ALONE.everyones(5) == [5]
+    assert ALONE.tensors_from_leader({"x": torch.ones(2)}).keys() == {"x"}
     assert ALONE.outputs(7) == slice(0, 7)
     solution = object()
     assert ALONE.join(solution, 7) is solution

@@ -55,13 +55,14 @@ for trial in range(20):
     shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
     weights = [quant_cuda.prepare(packed(4, *shape, 32)[0]) for shape in shapes]
     biases = [random.choice((None, torch.randn(outputs))) for _, outputs in shapes]
-    gains = [(torch.ones(hidden), 1e-6)] * 2
+    gains = [(torch.ones(hidden), 1e-6)] * 2 + [(torch.ones(size), 1e-6)] * random.choice((0, 2))
     block = Block(weights, biases, gains, size, size**-0.5, random.random() < 0.5)
     caches = torch.randn(2, 2, 1, key_heads, length + random.randint(1, 4), size)
+    caches = [(*cache, length) for cache in caches]
     turn = torch.randn(2, 1, 1, size)
     for name in library.instruction_sets():
         index = library.compiled().index(name)
-        y = run([block, block], torch.randn(1, 1, hidden), *turn, caches, length, index)
+        y = run([block, block], torch.randn(1, 1, hidden), *turn, caches, index)
         assert y.isfinite().all()
 built = library.instruction_sets()
 for trial in range(40):

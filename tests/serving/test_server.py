@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder):
     """No token ends its answers: they are as long as they may be."""
-    from gptq.serving.generate import Served
+    from gptq.inference.answers import Served
 
     return dataclasses.replace(Served.of(*gptq.load(folder)), ends=[])
 
@@ -211,7 +211,7 @@ def test_several_answers_differ(post):
 
 def test_tokens_have_their_probabilities(served, monkeypatch):
     """At a temperature, and of all tokens: transformers' own default is the likeliest 50."""
-    from gptq.serving.generate import Job
+    from gptq.inference.answers import Job
 
     prompt, chosen, draws = [5, 17, 200, 33], [], 300
     generate = served.model.generate
@@ -253,7 +253,7 @@ def test_defaults_of_generation_config(served):
 
 def test_nothing_else_of_generation_config_is_used(served, folder):
     """Beams would make one answer of several, at many times the cost."""
-    from gptq.serving.generate import Served
+    from gptq.inference.answers import Served
 
     model, tokenizer = gptq.load(folder)
     model.generation_config.update(num_beams=4, max_length=7, eos_token_id=[1, 9])
@@ -263,7 +263,7 @@ def test_nothing_else_of_generation_config_is_used(served, folder):
 
 
 def test_an_answer_ends_at_its_end_token(served, expected):
-    from gptq.serving.generate import Job
+    from gptq.inference.answers import Job
 
     pieces = []
     ends = dataclasses.replace(served, ends=[expected[4]])
@@ -437,7 +437,7 @@ def test_errors_while_generating(http, served, monkeypatch, error, status, messa
 
 
 def test_logits_that_are_no_numbers(served, monkeypatch):
-    from gptq.serving.generate import Job
+    from gptq.inference.answers import Job
 
     weight = served.model.get_output_embeddings().weight
     monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.nan))
@@ -505,7 +505,7 @@ def test_fifty_clients(server, served, post, expected_text):
 def test_too_many_requests_are_refused(served):
     import asyncio
 
-    from gptq.serving.generate import Job
+    from gptq.inference.answers import Job
     from gptq.serving.queue import RequestQueue
     from gptq.serving.requests import Refusal
 
@@ -539,7 +539,7 @@ def test_too_many_requests_are_refused(served):
 def test_a_server_that_stops_ends_its_answers(served):
     import asyncio
 
-    from gptq.serving.generate import Job
+    from gptq.inference.answers import Job
     from gptq.serving.queue import RequestQueue
     from gptq.serving.requests import Refusal
 

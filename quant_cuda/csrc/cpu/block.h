@@ -1,5 +1,6 @@
 // One token through a transformer block with packed weights: RMS norm, attention with rotary positions
-// over a cache of keys and values, a gated feed-forward part. One call does all, because in a small
+// over a cache of keys and values, perhaps with norms of each head's query and key, a gated
+// feed-forward part. One call does all, because in a small
 // model Python between the matmuls takes longer than they do.
 //
 // Included after product.h by each product_*.cpp, with BLOCK_NAME.
@@ -64,6 +65,7 @@ inline float dot(const float* a, const float* b, int count) {
   return sum_of(sum[0] + sum[1]) + rest;
 }
 
+// y may be x.
 inline void normalize(const float* x, const float* weight, float epsilon, int count, float* y) {
   const float factor = 1 / std::sqrt(dot(x, x, count) / count + epsilon);
   for (int i = 0; i < count; ++i) y[i] = x[i] * factor * weight[i];
@@ -125,7 +127,11 @@ void BLOCK_NAME(const BlockArgs& args) {
                        FLOAT32, args.digits, args.threads};
   };
 
-  normalize(args.x, args.attention_norm, args.attention_epsilon, args.hidden, room.normed.data());
+  const auto norm = [&args](BlockNorm which, const float* x, int count, float* y) {
+    if (args.norm[which]) normalize(x, args.norm[which], args.epsilon[which], count, y);
+  };
+
+  norm(ATTENTION_NORM, args.x, args.hidden, room.normed.data());
   const ProductArgs before[] = {product(QUERY, room.normed, room.query),
                                 product(KEY, room.normed, room.key),
                                 product(VALUE, room.normed, room.value)};
@@ -136,11 +142,13 @@ void BLOCK_NAME(const BlockArgs& args) {
     float *keys = args.keys + head * of_head, *values = args.values + head * of_head;
     float* key = room.key.data() + head * size;
     const float* value = room.value.data() + head * size;
+    norm(KEY_NORM, key, size, key);
     rotate(args.cos, args.sin, size, key);
     std::copy(key, key + size, keys + static_cast<size_t>(args.length) * size);
     std::copy(value, value + size, values + static_cast<size_t>(args.length) * size);
     for (int q = head * shared; q < (head + 1) * shared; ++q) {
       float* query = room.query.data() + q * size;
+      norm(QUERY_NORM, query, size, query);
       rotate(args.cos, args.sin, size, query);
       attend(query, keys, values, args.scale, size, count,
              room.scores.data() + static_cast<size_t>(q) * count, room.attended.data() + q * size);
@@ -149,7 +157,7 @@ void BLOCK_NAME(const BlockArgs& args) {
   PRODUCT_NAME(product(ATTENDED, room.attended, room.normed));
   for (int i = 0; i < args.hidden; ++i) args.y[i] = args.x[i] + room.normed[i];
 
-  normalize(args.y, args.mlp_norm, args.mlp_epsilon, args.hidden, room.normed.data());
+  norm(MLP_NORM, args.y, args.hidden, room.normed.data());
   const ProductArgs gated[] = {product(GATE, room.normed, room.gate),
                                product(UP, room.normed, room.up)};
   multiply_together(gated, 2);

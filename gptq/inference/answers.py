@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from gptq.serving.text import AnswerText
+from gptq.inference.answer_text import AnswerText
 
 # Lower temperatures are greedy: logits divided by them could become infinite.
 LEAST_TEMPERATURE = 0.01
@@ -36,6 +36,10 @@ class Job:
     """The same seed gives the same answer; None: another one each time."""
     stop: Sequence[str]
     """The answer ends before the first of them."""
+    top_k: int | None = None
+    """0: of all tokens; None: as the model's own generation_config.json has it."""
+    repetition_penalty: float | None = None
+    """None: as the model's own generation_config.json has it."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +106,16 @@ class Served:
         sampling = {
             "temperature": job.temperature,
             "top_p": job.top_p,
-            # 0: of all tokens. None would be transformers' 50.
-            "top_k": self.defaults.top_k or 0,
+            # None would be transformers' 50.
+            "top_k": (self.defaults.top_k or 0) if job.top_k is None else job.top_k,
         }
         samples = job.temperature >= LEAST_TEMPERATURE
+        penalty = job.repetition_penalty
         return GenerationConfig(
             max_new_tokens=job.max_new_tokens,
             do_sample=samples,
             **(sampling if samples else {}),
-            repetition_penalty=self.defaults.repetition_penalty,
+            repetition_penalty=self.defaults.repetition_penalty if penalty is None else penalty,
             eos_token_id=list(self.ends) or None,
             pad_token_id=self.ends[0] if self.ends else 0,
         )

@@ -5,7 +5,7 @@ import torch
 from helpers.texts import byte_tokenizer
 from transformers import LlamaTokenizer
 
-from gptq.serving.text import AnswerText
+from gptq.inference.answer_text import AnswerText
 
 
 def written(tokenizer, prompt, tokens, stop=()):
