@@ -22,7 +22,7 @@ from belle.compare.measures import compare
 from belle.compare.questions import Question, first_of_each, read_questions
 from belle.compare.results import Means, Scored, markdown, means
 from belle.endpoint import Endpoint
-from belle.generation.journal import Journal, open_journal
+from belle.journal import Journal, open_journal
 from gptq.cli.command import Parser, report_error
 from gptq.cli.printing import prepare_streams, printable
 from gptq.cli.progress import progress_bar

@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from belle.endpoint import APIS, OPENAI, Endpoint
-from belle.generation.journal import Record, open_journal
 from belle.generation.output import Output
 from belle.generation.prompts import one_line
 from belle.generation.run import Run, Settings
 from belle.generation.seeds import LANGUAGES, built_in, read_seeds
 from belle.generation.similarity import Pool
 from belle.generation.state import State
+from belle.journal import Record, open_journal
 from gptq.cli.command import Parser, report_error
 from gptq.cli.printing import prepare_streams, printable
 from gptq.cli.progress import progress_bar

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from belle.generation.journal import Journal, Line, Record
+from belle.journal import Journal, Line, Record
 from gptq.errors import UserError, first_line
 from gptq.files.atomic import check_writable, whole_file
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 
 from belle.endpoint import Connection, Endpoint, Reply, Unanswered, connect
 from belle.generation import prompts
-from belle.generation.journal import Journal, Line, Record
 from belle.generation.prompts import Prompt
 from belle.generation.replies import Refusal, read_answer, read_instructions, read_tasks
 from belle.generation.seeds import Seed, Task, digest
 from belle.generation.state import State
+from belle.journal import Journal, Line, Record
 from gptq.errors import UserError
 
 SIMILAR = "too similar"

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
-from belle.generation.journal import Line, Record
 from belle.generation.similarity import Pool
+from belle.journal import Line, Record
 
 
 class State:

@@ -21,8 +21,8 @@ TOKENS = 8192
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
+    from gptq.inference.answers import Served
     from gptq.serving.app import Server, make_app
-    from gptq.serving.generate import Served
     from gptq.serving.jobs import Limits
 
     where = tmp_path_factory.mktemp("serving")

@@ -52,7 +52,7 @@ def open_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"{path}: another run is writing it; wait for it or give another --output_dir"
+                f"{path}: another run is writing it; wait for it or give another output"
             ) from error
         file.seek(0)
         lines, length = _read(file.read(), path)
@@ -93,5 +93,5 @@ def _check(before: Line, now: Mapping[str, Any], path: Path) -> None:
     if changed:
         raise UserError(
             f"{path}: is of a run that differs in {', '.join(changed)}; give the same to continue "
-            "it, or another --output_dir"
+            "it, or another output"
         )
