@@ -51,7 +51,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise _as_user_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def remove_partial(path: Path, ours: Ours = every_name) -> None:
             if not pattern.fullmatch(entry.name):
                 continue
             if not entry.is_dir():
-                entry.unlink(missing_ok=True)
+                entry.unlink()
                 continue
             if real.is_dir():
                 _move_others(entry, real, ours)
@@ -263,7 +263,7 @@ def _remove_ours(folder: Path, ours: Ours) -> None:
         return
     for entry in folder.iterdir():
         if ours(entry.name) and not entry.is_dir():
-            entry.unlink(missing_ok=True)
+            entry.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
 

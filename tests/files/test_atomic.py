@@ -1,9 +1,11 @@
 """Files appear whole or not at all."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import resource
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,14 @@ import torch
 
 from gptq.checkpoints.writing import write_pt, write_safetensors
 from gptq.errors import UserError
-from gptq.files.atomic import check_writable, remove_partial, whole_file, whole_folder
+from gptq.files import atomic
+from gptq.files.atomic import (
+    check_writable,
+    remove_partial,
+    sync_folder,
+    whole_file,
+    whole_folder,
+)
 from gptq.files.lazy import as_lazy
 
 
@@ -192,3 +201,201 @@ def test_a_quantized_folder_of_any_format_can_be_replaced(tmp_path, config, quan
     with contextlib.nullcontext() if quantized else refused:
         check_writable(tmp_path, folder=True, ours=lambda name: name == "config.json")
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+# Places -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_folders_around_a_folder_are_made(tmp_path, there):
+    if there:
+        (tmp_path / "a" / "b").mkdir(parents=True)
+    with whole_folder(tmp_path / "a" / "b" / "out") as temporary:
+        (temporary / "x").touch()
+    assert [str(it.relative_to(tmp_path)) for it in tmp_path.rglob("*") if it.is_file()] == [
+        "a/b/out/x"
+    ]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\udcff", "is not UTF-8; give another name"),
+        ("a\0b", "no name can hold a zero byte; give another one"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path, folder, name, message):
+    with pytest.raises(UserError, match=message):
+        check_writable(tmp_path / name, folder=folder)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_root_is_no_output():
+    with pytest.raises(UserError, match=r"^/: is the root of the file system; give a folder in it"):
+        check_writable(Path("/"), folder=True, ours=lambda _name: False)
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_args: False)
+    with pytest.raises(UserError, match=r"there: cannot be written \(Permission denied\)"):
+        check_writable(tmp_path / "there", folder=True)
+    check_writable(tmp_path / "new", folder=True)
+    assert os.listdir(tmp_path) == ["there"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_place_in_which_nothing_can_be_renamed(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        check_writable(tmp_path / "out", folder=folder)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_tried_where_it_leads(tmp_path):
+    """The file is renamed there; beside the link there may be no room, or another file system."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "m.pt")
+    with pytest.raises(UserError, match=r"link: cannot be written \(No such file or directory\)"):
+        check_writable(tmp_path / "link")
+    (tmp_path / "nowhere").mkdir()
+    check_writable(tmp_path / "link")
+    with whole_file(tmp_path / "link") as temporary:
+        assert temporary.parent == tmp_path / "nowhere"
+        temporary.write_text("x")
+    assert (tmp_path / "nowhere" / "m.pt").read_text() == "x"
+    assert os.listdir(tmp_path / "nowhere") == ["m.pt"]
+
+
+# Folders that stay in place ----------------------------------------------------------------------
+
+OURS = ("config.json", "a.safetensors", "b.safetensors")
+
+
+def ours(name):
+    return name in OURS
+
+
+@pytest.mark.parametrize("inner", ["", "deeper"])
+def test_a_folder_that_the_process_is_in_is_filled(tmp_path, monkeypatch, inner):
+    """What is not ours stays, and config.json is there only if all else is."""
+    folder = tmp_path / "out"
+    for name in ("config.json", "a.safetensors", "notes.txt"):
+        (folder / "deeper").mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+    (folder / "b.safetensors").mkdir()
+    monkeypatch.chdir(folder / inner)
+    before, replace, steps = folder.stat().st_ino, os.replace, []
+
+    def renamed(source, target):
+        steps.append((Path(target).name, (folder / "config.json").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    check_writable(folder, folder=True, ours=lambda _name: False)
+    steps.clear()
+    with whole_folder(folder, ours) as temporary:
+        for name in ("config.json", "new.safetensors"):
+            (temporary / name).write_text("new")
+    assert steps == [("new.safetensors", False), ("config.json", False)]
+    assert {it.name: it.is_dir() or it.read_text() for it in folder.iterdir()} == {
+        "config.json": "new",
+        "new.safetensors": "new",
+        "notes.txt": "old",
+        "b.safetensors": True,
+        "deeper": True,
+    }
+    assert folder.stat().st_ino == before
+
+
+# Exchanging two folders ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_system_that_cannot_exchange(tmp_path, monkeypatch, number):
+    """Two renames do it, unless the reason is one that will end them too."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def renameat2(*_args):
+        ctypes.set_errno(number)
+        return -1
+
+    library = types.SimpleNamespace(renameat2=renameat2)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_args, **_kwargs: library)
+    failed = number == errno.EIO
+    refused = pytest.raises(UserError, match=os.strerror(number))
+    with (
+        refused if failed else contextlib.nullcontext(),
+        whole_folder(folder) as temporary,
+    ):
+        (temporary / "new").touch()
+    assert os.listdir(folder) == ["old" if failed else "new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_exchange_is_one_step(tmp_path, monkeypatch):
+    folder, calls = tmp_path / "out", []
+    folder.mkdir()
+
+    def renameat2(_at, one, _other_at, other, exchange):
+        calls.append(exchange)
+        os.rename(other, other + b"-")
+        os.rename(one, other)
+        os.rename(other + b"-", one)
+        return 0
+
+    library = types.SimpleNamespace(renameat2=renameat2)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_args, **_kwargs: library)
+    monkeypatch.setattr(os, "replace", full_disk)
+    with whole_folder(folder) as temporary:
+        (temporary / "new").touch()
+    assert os.listdir(folder) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+    assert calls == [2]
+
+
+def test_the_systems_own_reason_comes_out(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError):
+        atomic._exchange(tmp_path / "none", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_what_the_new_folder_has_is_not_replaced_by_an_older_one(tmp_path, name):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text("old")
+    with whole_folder(folder, ours) as temporary:
+        (temporary / name).write_text("new")
+    assert (folder / name).read_text() == "new"
+
+
+def test_a_folder_with_a_name_of_ours_is_kept(tmp_path):
+    folder = tmp_path / "out"
+    (folder / "a.safetensors").mkdir(parents=True)
+    with whole_folder(folder, ours) as temporary:
+        (temporary / "config.json").touch()
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "config.json"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# Messages ----------------------------------------------------------------------------------------
+
+
+def test_an_error_without_a_number_keeps_its_text(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"out: cannot be written \(the cable came off\)"),
+        whole_file(tmp_path / "out"),
+    ):
+        raise OSError("the cable came off")
+
+
+def test_a_folder_that_cannot_be_made_durable(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    sync_folder(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(UserError, match=r"none: cannot be written \(No such file or directory\)"):
+        sync_folder(tmp_path / "none")

@@ -50,8 +50,8 @@ LIBRARIES = (
     "transformers.models.bloom.modeling_bloom",
     "transformers.models.llama.modeling_llama",
 )
-# Seconds for one mutant: one that never ends is noticed. Time of the processor is limited, because a
-# busy machine must not make a mutant look endless; the clock's limit is for one that waits.
+# Seconds for one mutant: one that never ends is noticed. Processor time is limited, because a busy
+# machine must not make a mutant look endless; the limit by the clock is for one that waits.
 CPU_LIMIT, WALL_LIMIT = 60, 300
 COMPARED = {
     ast.Eq: ast.NotEq,

@@ -35,6 +35,15 @@ def test_a_damaged_block_is_refused(tmp_path):
         journal.read(0, "abc")
 
 
+def test_a_block_with_a_damaged_name_is_refused(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write(0, TENSORS, LAYERS, "abc")
+    data = journal.part(0).read_bytes()
+    journal.part(0).write_bytes(data.replace(b"a.qweight", b"c.qweight"))
+    with pytest.raises(UserError, match=r"block-0000.safetensors: is damaged; delete it"):
+        journal.read(0, "abc")
+
+
 def begin(output, **identity):
     with open_journal([output], identity, resume=False) as journal:
         journal.write(0, TENSORS, LAYERS, "abc")
@@ -175,3 +184,48 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
         journal.scratch.mkdir()
     assert os.listdir(tmp_path) == ["m.pt.journal"] == [journal_folder(output).name]
     assert not journal.scratch.exists()
+
+
+def test_what_a_killed_run_left_beside_another_output_is_removed(tmp_path):
+    one, two = tmp_path / "a.pt", tmp_path / "b.pt"
+    scratch = Journal(journal_folder(two)).scratch
+    scratch.mkdir(parents=True)
+    (scratch / "0").touch()
+    with open_journal([one, two], {}, resume=False) as journal:
+        assert journal.folder == journal_folder(one)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    with open_journal([tmp_path / "new" / "m.pt"], {}, resume=False) as journal:
+        assert journal.folder.parent == tmp_path / "new"
+
+
+def test_a_journal_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"m.pt.journal: cannot be written \(Not a directory\)"),
+        open_journal([tmp_path / "file" / "m.pt"], {}, resume=False),
+    ):
+        pass
+
+
+def test_of_two_journals_the_one_of_this_run_is_taken_up(tmp_path):
+    one, two = tmp_path / "a.pt", tmp_path / "b.pt"
+    begin(one, bits=8)
+    begin(two, bits=4)
+    for bits, output in ((8, one), (4, two)):
+        with open_journal([one, two], {"bits": bits}, resume=True) as journal:
+            assert journal.folder == journal_folder(output)
+
+
+def test_the_name_of_a_journal_is_durable(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with open_journal([tmp_path / "m.pt"], {}, resume=False):
+        assert synced[-1] == str(tmp_path)
