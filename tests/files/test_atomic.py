@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from gptq.checkpoints.writing import write_pt, write_safetensors
 from gptq.errors import UserError
@@ -272,13 +275,25 @@ def test_a_link_is_tried_where_it_leads(tmp_path):
 OURS = ("config.json", "a.safetensors", "b.safetensors")
 
 
+def when_synced(monkeypatch, folder, call):
+    """Call whenever the names in a folder are made durable."""
+    sync = os.fsync
+
+    def fsync(handle):
+        if os.path.samestat(os.fstat(handle), folder.stat()):
+            call()
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
 def ours(name):
     return name in OURS
 
 
 @pytest.mark.parametrize("inner", ["", "deeper"])
 def test_a_folder_that_the_process_is_in_is_filled(tmp_path, monkeypatch, inner):
-    """What is not ours stays, and config.json is there only if all else is."""
+    """What is not ours stays. config.json goes first, durably, and comes last."""
     folder = tmp_path / "out"
     for name in ("config.json", "a.safetensors", "notes.txt"):
         (folder / "deeper").mkdir(parents=True, exist_ok=True)
@@ -287,17 +302,22 @@ def test_a_folder_that_the_process_is_in_is_filled(tmp_path, monkeypatch, inner)
     monkeypatch.chdir(folder / inner)
     before, replace, steps = folder.stat().st_ino, os.replace, []
 
+    def step(name):
+        steps.append((name, (folder / "config.json").exists()))
+
     def renamed(source, target):
-        steps.append((Path(target).name, (folder / "config.json").exists()))
+        step(Path(target).name)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", renamed)
+    when_synced(monkeypatch, folder, lambda: step("durable"))
     check_writable(folder, folder=True, ours=lambda _name: False)
     steps.clear()
     with whole_folder(folder, ours) as temporary:
         for name in ("config.json", "new.safetensors"):
             (temporary / name).write_text("new")
-    assert steps == [("new.safetensors", False), ("config.json", False)]
+    moved = [("new.safetensors", False), ("config.json", False)]
+    assert steps == [("durable", False), *moved, ("durable", True)]
     assert {it.name: it.is_dir() or it.read_text() for it in folder.iterdir()} == {
         "config.json": "new",
         "new.safetensors": "new",
@@ -363,22 +383,27 @@ def test_the_systems_own_reason_comes_out(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
-def test_what_the_new_folder_has_is_not_replaced_by_an_older_one(tmp_path, name):
+@pytest.mark.parametrize(("name", "older"), [("notes.txt", ["old"]), ("config.json", [])])
+def test_what_the_new_folder_has_is_not_replaced_by_an_older_one(tmp_path, name, older):
+    """The older one, if it is not ours, stays where it is, under the unfinished folder's name."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / name).write_text("old")
     with whole_folder(folder, ours) as temporary:
         (temporary / name).write_text("new")
     assert (folder / name).read_text() == "new"
+    assert [it.read_text() for it in tmp_path.glob(f".out.*.partial/{name}")] == older
 
 
-def test_a_folder_with_a_name_of_ours_is_kept(tmp_path):
-    folder = tmp_path / "out"
+def test_what_is_kept_of_an_older_folder_is_durable(tmp_path, monkeypatch):
+    """A folder with a name of ours is kept, too."""
+    folder, durable = tmp_path / "out", []
     (folder / "a.safetensors").mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    when_synced(monkeypatch, folder, lambda: durable.append(sorted(os.listdir(folder))))
     with whole_folder(folder, ours) as temporary:
         (temporary / "config.json").touch()
-    assert sorted(os.listdir(folder)) == ["a.safetensors", "config.json"]
+    assert durable == [["a.safetensors", "config.json", "notes.txt"]]
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -399,3 +424,64 @@ def test_a_folder_that_cannot_be_made_durable(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(UserError, match=r"none: cannot be written \(No such file or directory\)"):
         sync_folder(tmp_path / "none")
+
+
+def wrapped(error):
+    """As if it were raised while the system's error was handled."""
+    error.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        wrapped(RuntimeError("the writer stopped")),
+        Exception("No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: no room (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_what_libraries_make_of_the_systems_errors(tmp_path, error, whole):
+    with (
+        pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\)"),
+        whole(tmp_path / "out"),
+    ):
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        wrapped(ValueError("mistake")),
+        UserError("in.pt: cannot be read (os error 5)"),
+        KeyError("x"),
+    ],
+)
+def test_what_is_not_about_writing_stays_as_it_is(tmp_path, error):
+    with pytest.raises(type(error)) as caught, whole_file(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+    assert error.__cause__ is None
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    words = {f"word{number}": number for number in range(9999)}
+    tokenizer = Tokenizer(WordLevel(words, "word0"))
+    with (
+        largest_file(1000),
+        pytest.raises(UserError, match=r"out: cannot be written \(File too large\)"),
+        whole_folder(tmp_path / "out") as temporary,
+    ):
+        tokenizer.save(str(temporary / "tokenizer.json"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_in_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="out: cannot be written"),
+        whole_folder(tmp_path / "file" / "out"),
+    ):
+        pass
