@@ -55,10 +55,10 @@ def test_each_is_the_module_with_one_change():
 
 SCRIPT = """
 import sys
-from helpers.mutants import mutants, passes
-source, test = open("small.py").read(), ["test_small.py"]
-print(passes("small", None, test))
-print([mutant.name for mutant in mutants(source) if passes("small", mutant.tree, test)])
+from helpers.mutants import Judges, mutants
+source, judges = open("small.py").read(), Judges(["test_small.py"])
+print(judges.pass_with("small", None))
+print([mutant.name for mutant in mutants(source) if judges.pass_with("small", mutant.tree)])
 """
 
 
