@@ -32,7 +32,11 @@ ROOT = Path(__file__).parents[2]
 LISTED = Path(__file__).with_name("mutants.txt")
 # What judges each module; all of it runs in the process that imports it.
 TESTS = {
-    "gptq.files.atomic": ["files/test_atomic.py", "pipeline/test_outputs.py"],
+    "gptq.files.atomic": [
+        "files/test_atomic.py",
+        "files/test_replaced_folders.py",
+        "pipeline/test_outputs.py",
+    ],
     "gptq.pipeline.journal": ["pipeline/test_journal.py", "pipeline/test_outputs.py"],
     "gptq.pipeline.identity": ["pipeline/test_identity.py"],
     "gptq.checkpoints.verify": ["checkpoints/test_verify.py"],
