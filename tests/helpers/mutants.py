@@ -63,6 +63,8 @@ LIBRARIES = (
 # Seconds for one mutant: one that never ends is noticed. Processor time is limited, because a busy
 # machine must not make a mutant look endless; the limit by the clock is for one that waits.
 CPU_LIMIT, WALL_LIMIT = 60, 300
+# Exit code of a process that has not come to the tests; pytest's own are less.
+NOT_RUN = 70
 COMPARED = {
     ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq,
@@ -164,7 +166,7 @@ class Judges:
             try:
                 self._run(module, tree, write)
             finally:
-                os._exit(1)
+                os._exit(NOT_RUN)
         os.close(write)
         with os.fdopen(read) as lines:
             for line in lines:
@@ -172,7 +174,10 @@ class Judges:
                 if phase == "call":
                     self.seconds.setdefault(name, float(seconds))
                 self.noticed[name] += outcome == "failed"
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == NOT_RUN:
+            raise RuntimeError(f"{module}: a mutant could not be run")
+        return code == 0
 
     def _run(self, module: str, tree: ast.Module | None, report_to: int) -> None:
         os.setsid()
