@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from gptq.errors import UserError
-from gptq.pipeline.journal import LOCK, Journal, finished_blocks, journal_folder, open_journal
+from gptq.pipeline.journal import (
+    LOCK,
+    Journal,
+    finished_blocks,
+    journal_folder,
+    open_journal,
+    shared_journal,
+)
 
 TENSORS = {"a.qweight": torch.arange(6, dtype=torch.int32).view(2, 3)}
 LAYERS = [{"name": "a", "loss": 0.1}]
@@ -229,3 +236,27 @@ def test_the_name_of_a_journal_is_durable(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with open_journal([tmp_path / "m.pt"], {}, resume=False):
         assert synced[-1] == str(tmp_path)
+
+
+class Follower:
+    """The second of two processes, whose first one is on another machine."""
+
+    leads, rank = False, 1
+
+    def from_leader(self, begin):
+        return None
+
+
+@pytest.mark.parametrize("others", [[], ["0"]])
+def test_a_process_that_follows_leaves_only_what_is_of_others(tmp_path, others):
+    folder = journal_folder(tmp_path / "m.pt")
+    scratch = Journal(folder).scratch
+    for name in ("1", *others):
+        (scratch / name).mkdir(parents=True)
+    with shared_journal(Follower(), [tmp_path / "m.pt"], {}, resume=False) as journal:
+        assert journal == Journal(folder)
+        assert os.listdir(scratch) == others
+        (scratch / "1" / "inner").mkdir(parents=True)
+    assert [it.name for it in tmp_path.rglob("*")] == (
+        ["m.pt.journal", "scratch", *others] if others else []
+    )
