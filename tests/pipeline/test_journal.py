@@ -260,3 +260,9 @@ def test_a_process_that_follows_leaves_only_what_is_of_others(tmp_path, others):
     assert [it.name for it in tmp_path.rglob("*")] == (
         ["m.pt.journal", "scratch", *others] if others else []
     )
+
+
+def test_a_process_that_follows_needs_no_scratch(tmp_path):
+    with shared_journal(Follower(), [tmp_path / "m.pt"], {}, resume=False):
+        pass
+    assert os.listdir(tmp_path) == []
