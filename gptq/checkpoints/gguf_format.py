@@ -15,8 +15,9 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 from torch import Tensor
 
-from gptq.blockwise.gguf_model import gguf_keys, gguf_name, gguf_rows, open_gguf
-from gptq.blockwise.gguf_rope import FACTORS, rope_factors
+from gptq.blockwise.gguf_config import gguf_keys
+from gptq.blockwise.gguf_model import gguf_name, gguf_rows, is_norm, open_gguf
+from gptq.blockwise.gguf_rope import rope_tensors
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.canonical import Canonical, LayerFacts, dequantize, zero_points
 from gptq.checkpoints.gguf_tokenizer import Value, tokenizer_keys
@@ -155,15 +156,18 @@ def tensors(canonical: Canonical) -> LazyTensors:
             types[name], entry = _packed(canonical, layer)
         else:
             types[name], entry = _unpacked(canonical, full)
-        entries[name] = _in_file_order(canonical, names, name, entry)
-    factors = rope_factors(canonical.source.config) if names.rotary else None
-    if factors is not None:
-        types[FACTORS] = GgmlType.F32
-        entries[FACTORS] = Entry(factors.clone, tuple(factors.shape), factors.dtype)
+        entries[name] = _as_in_file(canonical, names, name, entry)
+    factors = rope_tensors(canonical.source.config) if names.rotary else {}
+    for name, tensor in factors.items():
+        types[name] = GgmlType.F32
+        entries[name] = Entry(tensor.clone, tuple(tensor.shape), tensor.dtype)
     return LazyTensors(entries, types)
 
 
-def _in_file_order(canonical: Canonical, names: GgufNames, name: str, entry: Entry) -> Entry:
+def _as_in_file(canonical: Canonical, names: GgufNames, name: str, entry: Entry) -> Entry:
+    """A tensor with its rows in the file's order; a norm's weight as the file counts it."""
+    if names.norm_offset and is_norm(name):
+        return entry._replace(read=lambda: entry.read() + names.norm_offset)
     rows = gguf_rows(canonical.source.config, names, name, entry.shape[0])
     return entry if rows is None else entry._replace(read=lambda: entry.read()[rows])
 
@@ -242,9 +246,9 @@ def settings(canonical: Canonical) -> dict[str, object]:
     return quantize_config(canonical.settings, "gptq_v2", canonical.embedding_bits)
 
 
-def read(target: Path, _source: ModelSource) -> LazyTensors:
+def read(target: Path, source: ModelSource) -> LazyTensors:
     """The full model that a file holds, as the gguf package dequantizes it."""
-    return open_gguf(target)
+    return open_gguf(target, source.spec)
 
 
 def tolerance(canonical: Canonical, layer: PackedLayer) -> Tensor:

@@ -2,14 +2,22 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import sentencepiece
 import torch
-from conftest import WORDS, llama_config, make_model
+from conftest import SIZES, WORDS, llama_config, make_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq.blockwise.gguf_model import gguf_config, open_gguf
+from gptq.blockwise.gguf_config import gguf_config
+from gptq.blockwise.gguf_model import open_gguf
+from gptq.blockwise.source import open_model
+from gptq.checkpoints import gguf_format, gguf_tokenizer
+from gptq.checkpoints.canonical import Canonical
+from gptq.checkpoints.settings import Settings
+from gptq.checkpoints.writing import Contents
 from helpers.old_tools import PROBE
 
 # Kinds of scaled positions with the settings that files have keys for.
@@ -58,3 +66,78 @@ def sentencepiece_model(folder: Path) -> Path:
         file.unlink()
     shutil.copy(folder / "tokenizer.model", model)
     return model
+
+
+# Whether the head is tied is what each architecture has it.
+_SIZES = {k: it for k, it in SIZES.items() if k != "tie_word_embeddings"} | {"pad_token_id": 1}
+_WINDOW = {"sliding_window": 8}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 3, **_WINDOW}
+# 48 channels, of which LongRoPE and others rotate a part.
+_PARTIAL = {"partial_rotary_factor": 0.5, "rope_theta": 500.0, "rope_type": "default"}
+# What makes a tiny model show the quirks of its architecture, as far as llama.cpp knows them.
+QUIRKS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None, "head_dim": 32},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"num_hidden_layers": 5},
+    "seed_oss": {"head_dim": 32},
+    "ernie4_5": {"head_dim": 32},
+    "hunyuan_v1_dense": {
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0},
+    },
+    "helium": {"head_dim": 32},
+    "olmo": {"clip_qkv": 0.5},
+    "stablelm": {"use_qkv_bias": True, "rope_parameters": _PARTIAL},
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.0,
+    },
+    "arcee": {"head_dim": 32},
+    "nemotron": {"mlp_bias": True, "rope_parameters": _PARTIAL},
+    "starcoder2": {"sliding_window": None},
+    "phi3": {
+        "sliding_window": None,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 64,
+            "long_factor": [1.0, 2.0, 3.0, 5.0],
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+        },
+    },
+    "glm": {"head_dim": 16, "rope_parameters": _PARTIAL},
+    "glm4": {"head_dim": 32, "rope_parameters": _PARTIAL},
+    "olmo2": {},
+    "olmo3": {**_WINDOW, "num_hidden_layers": 5},
+    # The windows are those of models of 64 layers.
+    "exaone4": {**_WINDOW, "num_hidden_layers": 64},
+    "gemma": {"head_dim": 32},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**_GEMMA, "num_hidden_layers": 7, "final_logit_softcapping": 3.0},
+}
+
+
+def make_quirky(folder: Path, name: str) -> Path:
+    """A tiny random model of an architecture, with a tokenizer."""
+    return make_model(folder, AutoConfig.for_model(name, **{**_SIZES, **QUIRKS[name]}))
+
+
+def write_dense(folder: Path, path: Path) -> None:
+    """Write a full model's weights as they are; the package itself writes packed layers only."""
+    source = open_model(folder)
+    canonical = Canonical(source, folder, source.tensors, (), Settings(4, 32, True, False))
+    with pytest.MonkeyPatch.context() as patch:
+        # Else the embedding is rounded.
+        patch.setattr(gguf_format, "_rounded", gguf_format._as_it_is)
+        # An architecture's own splitting is known by its vocabulary, which the test's is not.
+        patch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
+        tensors = gguf_format.tensors(canonical)
+        gguf_format.write(path, Contents(source, tensors, None, {}))
