@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from gptq.blockwise.gguf_rope import ROPE_TENSORS
 from gptq.errors import UserError
 from gptq.files.gguf_file import GgufHeader, check_types, lazy_tensor, read_header
-from gptq.files.lazy import Entries, LazyTensors, Read
+from gptq.files.lazy import Entries, Entry, LazyTensors, Read
 from gptq.models import SPECS, GgufNames, ModelSpec, RowOrder
 
 
@@ -39,6 +39,7 @@ def open_gguf(path: Path, spec: ModelSpec | None = None) -> LazyTensors:
             read = partial(_without, entry.read, opened.names.norm_offset)
             entry = entry._replace(read=read, dtype=torch.float32)
         entries[full] = entry
+    entries |= _from_arrays(opened.header, opened.spec, opened.names)
     return LazyTensors(entries, opened.header.metadata)
 
 
@@ -75,6 +76,12 @@ def open_names(path: Path, spec: ModelSpec | None = None) -> GgufModel:
         # What the model computes for itself: in files of 2023, and with scaled positions.
         if not name.endswith(".attn_rot_embd.weight") and name not in ROPE_TENSORS:
             tensors[_hf_name(header, spec, names, name)] = name
+    for name in (f"blk.0.{part}.weight" for part in names.block):
+        if name not in header.tensors:
+            raise UserError(
+                f"{path} has no '{name}', which every {header.architecture} model has that is "
+                "supported: pass the Hugging Face folder of this one"
+            )
     return GgufModel(header, spec, names, tensors)
 
 
@@ -171,6 +178,22 @@ def _in_order(read: Read, rows: Tensor) -> Tensor:
 
 def _without(read: Read, offset: float) -> Tensor:
     return read().float() - offset
+
+
+def _from_arrays(header: GgufHeader, spec: ModelSpec, names: GgufNames) -> Entries:
+    """The tensors of one number that the header has an array of."""
+    blocks, entries = header.count("block_count"), {}
+    for inner, (key, dims) in names.arrays.items():
+        values = header.metadata.get(key)
+        # One number is that of all blocks.
+        values = (values,) * blocks if isinstance(values, float) else values
+        if not isinstance(values, tuple) or len(values) < blocks:
+            raise UserError(f"{header.path} has no '{key}' of each block: convert it again")
+        for index in range(blocks):
+            value = torch.full((1,) * dims, float(values[index]))
+            full = f"{spec.block(index)}.{inner}"
+            entries[full] = Entry(value.clone, tuple(value.shape), value.dtype)
+    return entries
 
 
 def is_norm(name: str) -> bool:

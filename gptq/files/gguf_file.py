@@ -63,8 +63,12 @@ class GgufHeader:
         Raises UserError if it is no finite number of at least 0, or absent without a default.
         """
         value = self.get(key, default)
-        usable = isinstance(value, int | float) and not isinstance(value, bool)
-        if not usable or not math.isfinite(value) or value < 0:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or value < 0
+        ):
             raise UserError(
                 f"{self.path} gives no usable number for '{self.architecture}.{key}': convert it "
                 "again"

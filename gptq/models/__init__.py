@@ -21,4 +21,5 @@ __all__ = [
     "Head",
     "ModelSpec",
     "RowOrder",
+    "Window",
 ]

@@ -77,10 +77,11 @@ class GgufNames:
     those that are 0 for each n-th block and 1 for all others."""
     constants: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Keys that llama.cpp needs and Hugging Face's class has no setting for -> their value."""
-    arrays: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Tensors of one number, by their names inside a block -> the key of all blocks' numbers."""
+    arrays: Mapping[str, tuple[str, int]] = field(default_factory=dict, hash=False)
+    """Tensors of one number, by their names inside a block -> the whole key of all blocks' numbers,
+    and how many dimensions such a tensor has."""
     norm_offset: float = 0.0
-    """What the weights of norms are stored plus: 1 if Hugging Face's module adds it when it runs."""
+    """What files have added to the weights of norms: 1 if Hugging Face's module adds it itself."""
     head: Head = Head.EITHER
     rotary: bool = True
     """Whether positions are rotary: the number of key heads, their size and the rotation's base
@@ -94,7 +95,7 @@ class GgufNames:
     window: Window | None = None
     """None: llama.cpp attends to all tokens. A file's context then ends where the window does."""
     wide_scale_blocks: int | None = None
-    """Settings have `query_pre_attn_scalar`: llama.cpp takes hidden_size / heads for it in models of
-    that many blocks and the heads' size in all others; None: there is no such setting."""
+    """Settings have `query_pre_attn_scalar`: llama.cpp takes hidden_size / heads for it in models
+    of that many blocks, the heads' size in all others. None: there is no such setting."""
     marker: str | None = None
     """A key that tells files of this record from others of the same `architecture`."""

@@ -7,7 +7,7 @@ is not here.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gptq.models.gguf_names import GgufNames, Head, Window
+from gptq.models.gguf_names import Head, Window
 from gptq.models.llama import LLAMA_GGUF
 
 
@@ -179,6 +179,28 @@ LIKE_LLAMA_GGUF = {
         fixed={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
         wide_heads=False,
     ),
+    "apertus": replace(
+        _PLAIN,
+        architecture="apertus",
+        block=_block(
+            {
+                **_NO_GATE,
+                **_QK_NORMS,
+                "attn_norm": "attention_layernorm",
+                "ffn_norm": "feedforward_layernorm",
+            }
+        ),
+        flags=_QKV_BIAS,
+        fixed={"hidden_act": "xielu"},
+        arrays={
+            "mlp.act_fn.alpha_n": ("xielu.alpha_n", 1),
+            "mlp.act_fn.alpha_p": ("xielu.alpha_p", 1),
+            "mlp.act_fn.beta": ("xielu.beta", 0),
+            "mlp.act_fn.eps": ("xielu.eps", 0),
+        },
+        head=Head.OWN,
+        ropes=LLAMA_GGUF.ropes,
+    ),
     "phi3": replace(
         _PLAIN,
         architecture="phi3",
@@ -191,6 +213,10 @@ LIKE_LLAMA_GGUF = {
                 "attn_qkv": "self_attn.qkv_proj",
             }
         ),
+        counts={
+            **LLAMA_GGUF.counts,
+            "original_max_position_embeddings": "rope.scaling.original_context_length",
+        },
         limits={"sliding_window": "attention.sliding_window"},
         ropes=frozenset({"longrope"}),
         wide_heads=False,

@@ -18,16 +18,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gptq.blockwise.gguf_config import gguf_config, gguf_keys
 from gptq.blockwise.gguf_model import (
-    gguf_config,
-    gguf_keys,
     gguf_name,
     gguf_rows,
     interleave_qkv,
     open_gguf,
     unpermute_rotary,
 )
-from gptq.blockwise.gguf_rope import rope_factors, rope_keys
+from gptq.blockwise.gguf_rope import FACTORS, rope_keys, rope_tensors
 from gptq.errors import UserError
 from gptq.models import LLAMA, SPECS
 
@@ -320,7 +319,7 @@ def refused(path, *words):
 
 ONE = np.ones(8, np.float32)
 VARIANTS = {
-    "arch": ({"arch": "gemma"}, "'gemma' model; llama, bloom, qwen2, qwen3 are supported"),
+    "arch": ({"arch": "falcon"}, "'falcon' model; llama, bloom, qwen2, qwen3, "),
     "split": ({"values": [("split.count", 3)]}, "llama-gguf-split --merge"),
     "alignment": ({"values": [("general.alignment", 0)]}, "alignment"),
 }
@@ -354,14 +353,13 @@ def test_scaled_positions_both_ways(tmp_path, kind):
     config = gguf_config(path)
     assert config.rope_parameters == rope
     assert torch.equal(logits(reloaded(path)), logits(model))
-    keys = rope_keys(model.config)
+    keys = rope_keys(model.config, LLAMA.gguf)
     expected = {"llama.rope.freq_base": 500.0, **dict(values)}
     assert {f"llama.{key}": value for key, value in keys.items()} == expected
-    factors = rope_factors(model.config)
+    factors = rope_tensors(model.config)
+    assert factors.keys() == extra.keys()
     if kind == "llama3":
-        np.testing.assert_allclose(factors, extra["rope_freqs.weight"], rtol=1e-5)
-    else:
-        assert factors is None
+        np.testing.assert_allclose(factors[FACTORS], extra[FACTORS], rtol=1e-5)
 
 
 def llama3_factors(rope, head_dim=16) -> np.ndarray:
@@ -402,12 +400,22 @@ def test_scaled_positions_that_cannot_be_taken(tmp_path, case):
     [
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 2.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
     ],
 )
 def test_scaled_positions_that_cannot_be_written(rope):
     config = LlamaConfig(rope_parameters={"rope_theta": 500.0, **rope})
     with pytest.raises(UserError, match="format gguf cannot describe"):
-        rope_keys(config)
+        rope_keys(config, LLAMA.gguf)
+
+
+def test_settings_that_change_nothing_are_written():
+    factor = 0.1 * np.log(2.0) + 1
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": factor, "truncate": True}
+    rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, **yarn}
+    keys = rope_keys(LlamaConfig(rope_parameters=rope), LLAMA.gguf)
+    assert keys["rope.scaling.factor"] == 2.0
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bloom])

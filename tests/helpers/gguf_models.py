@@ -72,7 +72,6 @@ def sentencepiece_model(folder: Path) -> Path:
 _SIZES = {k: it for k, it in SIZES.items() if k != "tie_word_embeddings"} | {"pad_token_id": 1}
 _WINDOW = {"sliding_window": 8}
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 3, **_WINDOW}
-# 48 channels, of which LongRoPE and others rotate a part.
 _PARTIAL = {"partial_rotary_factor": 0.5, "rope_theta": 500.0, "rope_type": "default"}
 # What makes a tiny model show the quirks of its architecture, as far as llama.cpp knows them.
 QUIRKS: dict[str, dict[str, Any]] = {
@@ -85,9 +84,14 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 32},
     "hunyuan_v1_dense": {
         "head_dim": 32,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0},
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": 100.0,
+            "alpha": 50.0,
+            "factor": 1.0,
+        },
     },
-    "helium": {"head_dim": 32},
+    "helium": {"head_dim": 16},
     "olmo": {"clip_qkv": 0.5},
     "stablelm": {"use_qkv_bias": True, "rope_parameters": _PARTIAL},
     "granite": {
@@ -101,6 +105,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "arcee": {"head_dim": 32},
     "nemotron": {"mlp_bias": True, "rope_parameters": _PARTIAL},
     "starcoder2": {"sliding_window": None},
+    "apertus": {"attention_bias": True, "head_dim": 32},
     "phi3": {
         "sliding_window": None,
         "original_max_position_embeddings": 64,
@@ -125,9 +130,10 @@ QUIRKS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_quirky(folder: Path, name: str) -> Path:
-    """A tiny random model of an architecture, with a tokenizer."""
-    return make_model(folder, AutoConfig.for_model(name, **{**_SIZES, **QUIRKS[name]}))
+def make_tiny(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> Path:
+    """A tiny random model with a tokenizer. changes: to the usual sizes; QUIRKS if None."""
+    quirks = QUIRKS[arch] if changes is None else changes
+    return make_model(folder, AutoConfig.for_model(arch, **{**_SIZES, **quirks}))
 
 
 def write_dense(folder: Path, path: Path) -> None:
