@@ -1,8 +1,11 @@
 """The tokenizer of a model's folder or .gguf file, with the quirks of each."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -13,10 +16,16 @@ from transformers import (
 
 from gptq.blockwise.weight_files import read_json
 from gptq.errors import UserError, first_line
+from gptq.files.gguf_file import read_header
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaMA's special tokens; its earliest conversions left them empty.
 _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# How byte-level tokenizers split text before merging, by llama.cpp's names. All of these give the
+# same tokens as GPT-2's: vocabularies that have digits one by one have no merges of them.
+_LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "exaone4", "smollm", "starcoder", "refact")
+# Those that transformers knows by another name only.
+_KNOWN_AS = {"stablelm2": "qwen2", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
 
 
 def open_tokenizer(
@@ -52,7 +61,37 @@ def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTra
         number = getattr(config, f"{kind}_token_id", None)
         if number is not None:
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+    _restore_splitting(tokenizer, folder / name)
     return tokenizer
+
+
+def _restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Split text as the file says, if transformers has not done so."""
+    values = read_header(path).metadata
+    name = values.get("tokenizer.ggml.pre", "default")
+    splits = _known_splits()
+    if values.get("tokenizer.ggml.model") != "gpt2" or name in ("default", *_LIKE_GPT2, *splits):
+        return
+    pattern = splits.get(_KNOWN_AS.get(str(name), ""))
+    if pattern is None:
+        warnings.warn(
+            f"{path}: how its tokenizer splits text before merging ('{name}') is not known here: "
+            "some texts become other tokens than in llama.cpp",
+            stacklevel=2,
+        )
+        return
+    parts = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
+
+
+def _known_splits() -> dict[str, str]:
+    """Patterns that transformers splits text with, by llama.cpp's names."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    # Older versions have no such table.
+    except ImportError:
+        return {}
+    return GGUF_PRE_TOKENIZER_SPLITS
 
 
 def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -11,7 +11,14 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, bloom_config, llama_config, make_model
-from helpers.gguf_models import QUIRKS, ROPES, make_tiny, sentencepiece_model, write_dense
+from helpers.gguf_models import (
+    GEMMA_PIECES,
+    QUIRKS,
+    ROPES,
+    make_tiny,
+    sentencepiece_model,
+    write_dense,
+)
 from transformers import AutoModelForCausalLM
 
 import gptq
@@ -103,8 +110,9 @@ def test_scaled_positions(kind, tmp_path):
 
 
 @pytest.mark.parametrize("with_model_file", [True, False])
-def test_sentencepiece(with_model_file, tmp_path):
-    folder = sentencepiece_model(tmp_path)
+@pytest.mark.parametrize(("arch", "training"), [("llama", {}), ("gemma2", GEMMA_PIECES)])
+def test_sentencepiece(arch, training, with_model_file, tmp_path):
+    folder = sentencepiece_model(tmp_path, arch, **training)
     tokenizer = open_model(folder).tokenizer()
     if not with_model_file:
         tokenizer.save_pretrained(folder)

@@ -48,20 +48,28 @@ def dense(path: Path) -> nn.Module:
     return model.eval()
 
 
-def sentencepiece_model(folder: Path) -> Path:
-    """A model whose tokenizer is a tokenizer.model alone: pieces 0..2 special, 3..258 bytes."""
+def sentencepiece_model(folder: Path, arch: str = "llama", **training: Any) -> Path:
+    """A model whose tokenizer is a tokenizer.model alone: pieces 0..2 special, 3..258 bytes.
+
+    training: other options of sentencepiece's trainer.
+    """
     (folder / "text.txt").write_text(f"{WORDS}\n" * 20)
+    options = {
+        "vocab_size": 310,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+        **training,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=310,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), **options
     )
-    model = make_model(folder / "model", llama_config(bos_token_id=1, eos_token_id=2))
+    config = llama_config(bos_token_id=1, eos_token_id=2)
+    if arch != "llama":
+        config = AutoConfig.for_model(arch, **{**_SIZES, **QUIRKS[arch]})
+    model = make_model(folder / "model", config)
     for file in model.glob("tokenizer*"):
         file.unlink()
     shutil.copy(folder / "tokenizer.model", model)
@@ -129,6 +137,9 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_GEMMA, "num_hidden_layers": 7, "final_logit_softcapping": 3.0},
 }
 
+# How Gemma's tokenizer differs from LLaMA's.
+GEMMA_PIECES = {"add_dummy_prefix": False, "user_defined_symbols": ["<start>", "▁▁", "▁▁▁"]}
+
 
 def make_tiny(folder: Path, arch: str, changes: dict[str, Any] | None = None) -> Path:
     """A tiny random model with a tokenizer. changes: to the usual sizes; QUIRKS if None."""
@@ -136,14 +147,17 @@ def make_tiny(folder: Path, arch: str, changes: dict[str, Any] | None = None) ->
     return make_model(folder, AutoConfig.for_model(arch, **{**_SIZES, **quirks}))
 
 
-def write_dense(folder: Path, path: Path) -> None:
-    """Write a full model's weights as they are; the package itself writes packed layers only."""
+def write_dense(folder: Path, path: Path, splitting: str = "gpt-2") -> None:
+    """Write a full model's weights as they are; the package itself writes packed layers only.
+
+    splitting: of text, by llama.cpp's name for it. An architecture's own is known by its
+        vocabulary, which that of tests is not.
+    """
     source = open_model(folder)
     canonical = Canonical(source, folder, source.tensors, (), Settings(4, 32, True, False))
     with pytest.MonkeyPatch.context() as patch:
         # Else the embedding is rounded.
         patch.setattr(gguf_format, "_rounded", gguf_format._as_it_is)
-        # An architecture's own splitting is known by its vocabulary, which the test's is not.
-        patch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
+        patch.setattr(gguf_tokenizer, "_splitting", lambda *_: splitting)
         tensors = gguf_format.tensors(canonical)
         gguf_format.write(path, Contents(source, tensors, None, {}))
