@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from gptq.blockwise.gguf_model import kv_heads, open_header, query_heads
 from gptq.blockwise.gguf_rope import rope_keys, rope_parameters, rotated
 from gptq.blockwise.limits import check_sizes
-from gptq.errors import UserError
+from gptq.errors import UserError, first_line
 from gptq.files.gguf_file import GgufHeader
 from gptq.models import GgufNames, Head, ModelSpec, Window
 
@@ -42,10 +42,21 @@ def gguf_config(path: Path) -> PretrainedConfig:
     check_sizes(path, values.get)
     values |= _of_blocks(header, names, values)
     if names.rotary:
-        sizes = AutoConfig.for_model(spec.model_type, **values)
+        sizes = _checked(header, spec, values)
         share = _rotated_share(header, names, values["head_dim"])
         values["rope_parameters"] = rope_parameters(header, sizes, names, share)
-    return AutoConfig.for_model(spec.model_type, **values)
+    return _checked(header, spec, values)
+
+
+def _checked(header: GgufHeader, spec: ModelSpec, values: dict[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.for_model(spec.model_type, **values)
+    # transformers checks values with several exceptions that share no base.
+    except Exception as error:
+        raise UserError(
+            f"{header.path} describes no usable {spec.model_type} model ({first_line(error)}): "
+            "convert it again"
+        ) from error
 
 
 def _values(header: GgufHeader, spec: ModelSpec, names: GgufNames) -> dict[str, Any]:

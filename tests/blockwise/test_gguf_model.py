@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
-from helpers.gguf_models import ROPES
+from helpers.gguf_models import ROPES, make_tiny, write_dense
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from gptq.blockwise.gguf_model import (
     unpermute_rotary,
 )
 from gptq.blockwise.gguf_rope import FACTORS, rope_keys, rope_tensors
+from gptq.blockwise.source import open_model
 from gptq.errors import UserError
 from gptq.models import LLAMA, SPECS
 
@@ -485,6 +486,37 @@ def changed_number(path, key: str, number: int) -> bytes:
     return bytes(data)
 
 
+def change_key(path, key: str) -> None:
+    """Give a key another name of the same length."""
+    path.write_bytes(path.read_bytes().replace(key.encode(), key[:-1].encode() + b"X"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "words"),
+    [
+        ("apertus", "xielu.alpha_p", "no 'xielu.alpha_p' of each block"),
+        ("phi3", "rope_factors_long.weight", "'longrope'"),
+        ("gemma2", "gemma2.attn_logit_softcapping", "no usable number for 'gemma2.attn_logit"),
+        ("gemma2", "blk.0.post_ffw_norm.weight", "a tensor 'blk.0.post_ffw_norm"),
+    ],
+)
+def test_a_value_or_tensor_of_its_own_is_missing(arch, key, words, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_dense(make_tiny(tmp_path / "model", arch), path)
+    change_key(path, key)
+    with pytest.raises(UserError, match=words):
+        open_model(path)
+
+
+def test_a_part_is_missing(tmp_path):
+    """Parallel attention and MLP share a norm, which a file says by having one only."""
+    model = tiny_llama()
+    del model.model.layers[0].post_attention_layernorm
+    path = write_gguf(tmp_path / "m.gguf", model)
+    with pytest.raises(UserError, match=r"has no 'blk\.0\.ffn_norm\.weight'"):
+        open_gguf(path)
+
+
 def test_missing_values_and_embedding(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama())
     whole = path.read_bytes()
@@ -526,10 +558,16 @@ def test_an_endless_array_ends_at_once(tmp_path, kind):
     refused(tmp_path / "m.gguf", "damaged")
 
 
-def test_flipped_header_bytes_never_escape_as_other_errors(tmp_path):
-    model = tiny_llama(num_hidden_layers=1)
-    whole = write_gguf(tmp_path / "whole.gguf", model).read_bytes()
-    header = whole.index(b"output.weight") + 60
+@pytest.mark.parametrize("arch", ["llama", "apertus", "phi3", "gemma3_text"])
+def test_flipped_header_bytes_never_escape_as_other_errors(arch, tmp_path):
+    path = tmp_path / "whole.gguf"
+    if arch == "llama":
+        write_gguf(path, tiny_llama(num_hidden_layers=1))
+    else:
+        write_dense(make_tiny(tmp_path / "model", arch), path)
+    whole = path.read_bytes()
+    # Up to the names of tensors, without most of the tokenizer.
+    header = whole.index(b"output.weight" if arch == "llama" else b"tokenizer.ggml.tokens") + 60
     bad = tmp_path / "bad.gguf"
     generator = torch.Generator().manual_seed(2)
     refusals = 0

@@ -133,8 +133,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     # The windows are those of models of 64 layers.
     "exaone4": {**_WINDOW, "num_hidden_layers": 64},
     "gemma": {"head_dim": 32},
-    "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": {**_GEMMA, "num_hidden_layers": 7, "final_logit_softcapping": 3.0},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.3},
+    "gemma3_text": {**_GEMMA, "num_hidden_layers": 7, "final_logit_softcapping": 0.3},
 }
 
 # How Gemma's tokenizer differs from LLaMA's.
