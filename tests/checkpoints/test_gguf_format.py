@@ -306,6 +306,17 @@ def test_to_a_folder_and_back(arch, written, tmp_path):
             assert after.fields[key].contents() == field.contents(), key
 
 
+@pytest.mark.parametrize("arch", ["helium", "granite", "phi3", "apertus", "gemma3_text"])
+def test_other_architectures_to_a_folder_and_back(arch, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
+    config = QuantConfig(sym=True, method="rtn", group_size=32)
+    gptq.quantize(make_tiny(tmp_path / "model", arch), None, config, save=tmp_path / "m.gguf")
+    convert.convert(tmp_path / "m.gguf", tmp_path / "folder")
+    convert.convert(tmp_path / "folder", tmp_path / "again.gguf")
+    before, after = (gptq.load(tmp_path / name)[0] for name in ("m.gguf", "again.gguf"))
+    close(logits(after), logits(before), 1e-5)
+
+
 def test_a_packed_embedding_that_fits_stays_as_it_is(dirs, tmp_path):
     config = QuantConfig(sym=True, method="rtn", group_size=32, embedding_bits=8)
     gptq.quantize(dirs["llama"], None, config, save_safetensors=tmp_path / "m.safetensors")
