@@ -15,8 +15,10 @@ from helpers.gguf_models import (
     GEMMA_PIECES,
     QUIRKS,
     ROPES,
+    SCALED,
     make_tiny,
     sentencepiece_model,
+    with_scaled_positions,
     write_dense,
 )
 from transformers import AutoModelForCausalLM
@@ -107,6 +109,14 @@ def test_scaled_positions(kind, tmp_path):
     settings = QuantConfig(bits=8, sym=True, method="rtn", group_size=32)
     gptq.quantize(folder, None, settings, save=tmp_path / "m.gguf")
     same_logits(tmp_path / "m.gguf", in_llama_cpp(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(("arch", "kind"), SCALED)
+def test_scaled_positions_of_other_architectures(arch, kind, tmp_path):
+    folder = make_tiny(tmp_path / "model", arch, with_scaled_positions(arch, kind))
+    write_dense(folder, tmp_path / "m.gguf")
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert distance(full, in_llama_cpp(tmp_path / "m.gguf")) < 0.005
 
 
 @pytest.mark.parametrize("with_model_file", [True, False])

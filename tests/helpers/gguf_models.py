@@ -38,6 +38,11 @@ def logits(model: nn.Module) -> Tensor:
         return model(PROBE, use_cache=False).logits
 
 
+def close(got: Tensor, expected: Tensor, share: float = 1e-3) -> None:
+    """Assert that the largest difference is less than a share of the standard deviation."""
+    assert (got - expected).abs().max() < share * expected.std()
+
+
 def dense(path: Path) -> nn.Module:
     """Hugging Face's model with the weights as the gguf package dequantizes them."""
     model = AutoModelForCausalLM.from_config(gguf_config(path), dtype=torch.float32)
@@ -145,6 +150,35 @@ def make_tiny(folder: Path, arch: str, changes: dict[str, Any] | None = None) ->
     """A tiny random model with a tokenizer. changes: to the usual sizes; QUIRKS if None."""
     quirks = QUIRKS[arch] if changes is None else changes
     return make_model(folder, AutoConfig.for_model(arch, **{**_SIZES, **quirks}))
+
+
+# The base of the rotation in layers with a window.
+_NESTED = {"gemma3_text": 100.0, "olmo3": 500.0}
+# Architectures with an order of rows, a partial rotation, windows or unrotated layers.
+SCALED = [
+    (arch, kind)
+    for arch, kinds in {
+        "granite": ROPES,
+        "exaone4": ROPES,
+        "stablelm": ("linear", "yarn"),
+        "olmo3": ("linear", "yarn"),
+        "gemma2": ("linear",),
+        "gemma3_text": ("linear",),
+    }.items()
+    for kind in kinds
+]
+
+
+def with_scaled_positions(arch: str, kind: str) -> dict[str, Any]:
+    """Changes for `make_tiny`. Where layers with a window have settings of their own, these do not
+    scale."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 500.0, **ROPES[kind]}
+    if arch == "stablelm":
+        rope["partial_rotary_factor"] = 0.5
+    if arch in _NESTED:
+        inner = {"rope_type": "default", "rope_theta": _NESTED[arch]}
+        rope = {"full_attention": rope, "sliding_attention": inner}
+    return {**QUIRKS[arch], "rope_parameters": rope}
 
 
 def write_dense(folder: Path, path: Path, splitting: str = "gpt-2") -> None:
