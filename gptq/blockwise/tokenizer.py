@@ -4,8 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -16,7 +14,6 @@ from transformers import (
 
 from gptq.blockwise.weight_files import read_json
 from gptq.errors import UserError, first_line
-from gptq.files.gguf_file import read_header
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaMA's special tokens; its earliest conversions left them empty.
@@ -67,31 +64,27 @@ def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTra
 
 def _restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     """Split text as the file says, if transformers has not done so."""
-    values = read_header(path).metadata
-    name = values.get("tokenizer.ggml.pre", "default")
-    splits = _known_splits()
-    if values.get("tokenizer.ggml.model") != "gpt2" or name in ("default", *_LIKE_GPT2, *splits):
-        return
-    pattern = splits.get(_KNOWN_AS.get(str(name), ""))
-    if pattern is None:
-        warnings.warn(
-            f"{path}: how its tokenizer splits text before merging ('{name}') is not known here: "
-            "some texts become other tokens than in llama.cpp",
-            stacklevel=2,
-        )
-        return
-    parts = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
+    # Only here: that format's package is read for nothing else.
+    from gptq.files.gguf_file import read_header
 
-
-def _known_splits() -> dict[str, str]:
-    """Patterns that transformers splits text with, by llama.cpp's names."""
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    # Older versions have no such table.
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as known
+    # Older versions have no table of splittings.
     except ImportError:
-        return {}
-    return GGUF_PRE_TOKENIZER_SPLITS
+        return
+    values = read_header(path).metadata
+    name = str(values.get("tokenizer.ggml.pre", "default"))
+    done = ("default", *_LIKE_GPT2, *known.GGUF_PRE_TOKENIZER_SPLITS)
+    if values.get("tokenizer.ggml.model") != "gpt2" or name in done:
+        return
+    if name in _KNOWN_AS:
+        known.set_split_regex(tokenizer, {"pre_tokenizer_type": _KNOWN_AS[name]})
+        return
+    warnings.warn(
+        f"{path}: how its tokenizer splits text before merging ('{name}') is not known here: some "
+        "texts become other tokens than in llama.cpp",
+        stacklevel=2,
+    )
 
 
 def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
