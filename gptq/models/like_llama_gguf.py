@@ -1,7 +1,7 @@
 """How .gguf files hold the architectures of `like_llama`: one record for each.
 
-An architecture that llama.cpp does not compute, or that another of its names covers in part only,
-is not here.
+Source: the model classes of llama.cpp (src/models), which say what each setting is read from and
+what is taken for granted. An architecture without a record here is refused.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _QKV_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _SILU = {"hidden_act": "silu"}
 
-# Rotary pairs are turned as Hugging Face turns them, biases are there or not.
+# With Hugging Face's order of rows, and no setting that says whether there are biases.
 _PLAIN = replace(
     LLAMA_GGUF, row_order={}, flags={}, fixed=_SILU, ropes=frozenset({"linear", "yarn"})
 )
