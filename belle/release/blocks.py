@@ -1,0 +1,268 @@
+"""Blocks of a datatrove pipeline for conversations: reader, filter, files in between, duplicates.
+
+A document's text is the conversation by which duplicates are told; `metadata` has the conversation
+itself and its place in the input. Task i of n has the i-th part of all records in their order, so
+that the result does not depend on n.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.io import get_datafolder
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.readers.base import BaseReader
+from datatrove.pipeline.writers.disk_base import DiskWriter
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
+
+from belle.records import parse, values
+from belle.release.filters import Filter, control_characters, normalized
+
+# Priorities of exact duplicates are 16-bit numbers.
+MOST_TASKS = 65_000
+GRAM = 5
+# xxhash 4 takes no strings any more, and datatrove 0.10 gives it some.
+_HASH = HashConfig(hash_fc="sha1")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Source(NamedTuple):
+    """A file of records; `parts` are its lines, list entries or row groups."""
+
+    path: str
+    parts: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Source":
+        """Raises UserError for a file that cannot be read."""
+        counts: list[int] = []
+
+        def count(parts: int) -> Sequence[int]:
+            counts.append(parts)
+            return ()
+
+        for _ in values(path, count):
+            pass
+        return cls(str(path), counts[0])
+
+
+class ReadRecords(BaseReader):
+    """Records of several files. One that is no conversation has a `problem`, and its JSON as text.
+
+    Raises UserError for a file that is not JSON.
+    """
+
+    name = "records"
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        super().__init__()
+        self.sources = sources
+
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
+        total = sum(source.parts for source in self.sources)
+        start, stop = rank * total // world_size, (rank + 1) * total // world_size
+        before = 0
+        for path, parts in self.sources:
+            part = range(max(start - before, 0), min(stop - before, parts))
+            before += parts
+            if part:
+                yield from _documents(path, part, rank)
+
+
+def _documents(path: str, part: range, shard: int) -> Iterator[Document]:
+    for place, record in values(path, lambda _: part):
+        yield _document(record, f"{path}, {place}", shard)
+
+
+def _document(record: Any, place: str, shard: int) -> Document:
+    metadata = {"shard": shard, "messages": [], "problem": None}
+    try:
+        metadata["messages"] = conversation = parse(record)
+        metadata["problem"] = control_characters(conversation)
+        text = normalized("".join(turn["content"] for turn in conversation))
+    except ValueError as error:
+        metadata["problem"] = str(error)
+    if metadata["problem"]:
+        text, metadata["messages"] = json.dumps(record), []
+    return Document(text=text, id=place, metadata=metadata)
+
+
+def json_line(value: Any) -> bytes:
+    """A line of JSON. Half a surrogate pair, which has no UTF-8, is written as its escape."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+class ConversationFilters(BaseFilter):
+    """Removes a conversation for which one of several functions gives a reason, the first counts.
+
+    What ReadRecords found no conversation in is removed first, by the name "schema". One block for
+    all of them: datatrove's own counting of what passes a block takes longer than most do.
+    """
+
+    name = "conversations"
+
+    def __init__(self, filters: dict[str, Filter], folder: str) -> None:
+        """folder: for what is removed, with a folder in it for each filter."""
+        super().__init__(WriteShards(folder, "${filter}/${rank}.jsonl"))
+        self.filters = filters
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if problem := doc.metadata["problem"]:
+            doc.metadata["filter"] = "schema"
+            return False, problem
+        for name, reason_of in self.filters.items():
+            if reason := reason_of(doc.metadata["messages"]):
+                doc.metadata["filter"] = name
+                return False, reason
+        return True
+
+
+class WriteShards(DiskWriter):
+    """JSON lines in a file of each task; a task without documents has no file."""
+
+    name = "shards"
+
+    def __init__(self, folder: str, file: str = "${rank}.jsonl") -> None:
+        super().__init__(folder, file, compression=None, adapter=_fields, mode="wb")
+
+    def _write(self, document: dict, file_handler: Any, filename: str) -> None:
+        file_handler.write(json_line(document))
+
+
+def _fields(_: DiskWriter, document: Document) -> dict[str, Any]:
+    return {"text": document.text, "id": document.id, "metadata": document.metadata}
+
+
+class ReadShards(BaseReader):
+    """What the task of the same number wrote with WriteShards.
+
+    datatrove's own readers deal out the files that there are, and one task's documents would be
+    another's after a task without any.
+    """
+
+    name = "shards"
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
+        yield from documents(Path(self.folder) / f"{rank:05d}.jsonl")
+
+
+def documents(path: Path) -> Iterator[Document]:
+    """Documents in a file of WriteShards, none if there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                yield Document(**json.loads(line))
+
+
+# Duplicates ----------------------------------------------------------------------------------
+
+
+def _text_of(document: Document) -> str:
+    return document.text
+
+
+def _earlier_first(document: Document) -> int:
+    return MOST_TASKS + 1 - document.metadata["shard"]
+
+
+# Of equal texts the first in the input stays.
+EXACT = ExactDedupConfig(
+    content_getter=_text_of, document_priority=_earlier_first, hash_config=_HASH
+)
+# The chance that two texts share a bucket is 1 - (1 - J^6)^10 at a Jaccard similarity J:
+# 0.15 at 0.5, 0.71 at 0.7, 0.95 at 0.8 and 0.9995 at 0.9. Similar pairs are compared exactly
+# afterwards, so that the buckets may be wide.
+NEAR = MinhashConfig(n_grams=GRAM, num_buckets=10, hashes_per_bucket=6, hash_config=_HASH)
+
+
+def grams(text: str) -> np.ndarray:
+    """Hashes of all runs of GRAM characters, uint64, (max(1, characters - GRAM + 1),)."""
+    text = text.ljust(GRAM, "\0")
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    count = len(codes) - GRAM + 1
+    hashes = np.zeros(count, dtype=np.uint64)
+    for i in range(GRAM):
+        hashes = hashes * _MULTIPLIER + codes[i : i + count]
+    hashes ^= hashes >> np.uint64(32)
+    return hashes * _MULTIPLIER
+
+
+def jaccard(a: str, b: str) -> float:
+    """Share of the runs of GRAM characters of either text that both have."""
+    first, second = np.unique(grams(a)), np.unique(grams(b))
+    common = len(np.intersect1d(first, second, assume_unique=True))
+    return common / (len(first) + len(second) - common)
+
+
+class _NoWords(WordTokenizer):
+    """The one for a language would need its package, and 5-grams are of characters."""
+
+    word_tokenize = sent_tokenize = span_tokenize = None  # type: ignore[assignment]
+
+
+class Signatures(MinhashDedupSignature):
+    """MinHash signatures of 5-grams of characters: fit for Chinese, and 15 times as fast."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, NEAR, language=_NoWords())
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        return np.unique(grams(text)).reshape(-1, 1)
+
+
+class ComparePairs(PipelineStep):
+    """Keeps of the pairs that share a bucket those of a similarity from `threshold` on."""
+
+    name = "compare"
+    type = "🫂 - DEDUP"
+
+    def __init__(self, pairs: str, shards: str, folder: str, threshold: float) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.shards = shards
+        self.folder = folder
+        self.threshold = threshold
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        record = struct.Struct("<4I")
+        files = {path.name: path.read_bytes() for path in sorted(Path(self.pairs).glob("*.dups"))}
+        pairs = {pair for content in files.values() for pair in record.iter_unpack(content)}
+        texts = self._texts({end for pair in pairs for end in (pair[:2], pair[2:])})
+        similar = [
+            pair
+            for pair in sorted(pairs)
+            if jaccard(texts[pair[:2]], texts[pair[2:]]) >= self.threshold
+        ]
+        self.stat_update("pairs", value=len(pairs))
+        self.stat_update("similar", value=len(similar))
+        # The next step wants as many files as there are buckets.
+        folder = get_datafolder(self.folder)
+        for name in files:
+            with folder.open(name, "wb") as file:
+                for pair in similar:
+                    file.write(record.pack(*pair))
+                similar = []
+
+    def _texts(self, ends: set[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+        return {
+            (shard, number): document.text
+            for shard in {shard for shard, _ in ends}
+            for number, document in enumerate(documents(Path(self.shards) / f"{shard:05d}.jsonl"))
+            if (shard, number) in ends
+        }
