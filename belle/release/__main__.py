@@ -24,7 +24,8 @@ from gptq.errors import UserError
 from gptq.files.atomic import check_writable
 
 EXTRA = "releasing data needs {}, which is not here: pip install 'belle-gptq[belle]'"
-SAMPLE = 120
+# Characters of a text.
+SAMPLE = 40
 
 
 def parser() -> argparse.ArgumentParser:
@@ -197,10 +198,20 @@ def _show(out: Path, seconds: float) -> int:
 
 
 def _sample(entry: dict[str, Any] | None) -> str:
+    """The reason and the beginnings of the last question and its answer, in a line."""
     if entry is None:
         return ""
-    text = json.dumps(entry["record"], ensure_ascii=False)
-    return f"{entry['reason']}: {text[:SAMPLE]}{'…' if len(text) > SAMPLE else ''}"
+    try:
+        *_, question, answer = (turn["content"] for turn in parse(entry["record"]))
+        text = f"{_start(question)} → {_start(answer)}"
+    except ValueError:
+        text = _start(json.dumps(entry["record"], ensure_ascii=False))
+    return f"{entry['reason']}: {text}"
+
+
+def _start(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SAMPLE else f"{line[:SAMPLE]}…"
 
 
 def _scales(text: str) -> list[int]:

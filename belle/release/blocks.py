@@ -223,7 +223,7 @@ class Signatures(MinhashDedupSignature):
         super().__init__(folder, NEAR, language=_NoWords())
 
     def get_shingles(self, text: str) -> np.ndarray:
-        return np.unique(grams(text)).reshape(-1, 1)
+        return grams(text).reshape(-1, 1)
 
 
 class ComparePairs(PipelineStep):

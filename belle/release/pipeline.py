@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -228,6 +229,8 @@ def run(plan: Plan, cluster: Cluster, work: Path, show: Callable[..., None]) -> 
         # Submits those before it, too.
         chain[-1].run()
         return
+    # Or each process of each stage imports everything anew.
+    multiprocess.set_forkserver_preload([__name__])
     total = sum(executor.world_size for executor in chain)
     before = 0
     for executor in chain:
