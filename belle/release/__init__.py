@@ -5,3 +5,5 @@ The work is a datatrove pipeline. This package must not know how a model is trai
 
 # Files of a release.
 ALL, REMOVED, REPORT = "all.jsonl", "removed.jsonl", "report.json"
+# Filters that compare records with each other; those that look at one are in `filters`.
+EXACT_DUPLICATES, NEAR_DUPLICATES = "exact duplicates", "near duplicates"

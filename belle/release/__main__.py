@@ -18,7 +18,7 @@ from belle.records import FORMS, parse, values
 from belle.release import ALL, REMOVED, REPORT
 from belle.release.filters import LANGUAGES, of_role
 from gptq.cli.command import EXIT_BAD_INPUT, Parser, report_error
-from gptq.cli.printing import prepare_streams, printable
+from gptq.cli.printing import prepare_streams, printable, without_surrogates
 from gptq.cli.progress import progress_bar
 from gptq.errors import UserError
 from gptq.files.atomic import check_writable
@@ -116,7 +116,10 @@ def _release(arguments: argparse.Namespace) -> int:
         options={
             "data": [{"file": source.path, "records": source.parts} for source in sources],
             "evaluation": len(asked),
-            **{name: getattr(arguments, name) for name in ("form", "scales", "seed", "language")},
+            **{
+                name: getattr(arguments, name)
+                for name in ("form", "scales", "seed", "language", "threshold")
+            },
         },
         threshold=arguments.threshold,
     )
@@ -181,7 +184,7 @@ def _show(out: Path, seconds: float) -> int:
     table.add_column("removed", justify="right")
     table.add_column("one of them", overflow="fold")
     for name, entry in report["filters"].items():
-        table.add_row(name, str(entry["removed"]), escape(printable(_sample(entry["first"]))))
+        table.add_row(name, str(entry["removed"]), escape(_sample(entry["first"])))
     table.add_section()
     table.add_row("kept", str(report["kept"]), f"{seconds:.1f} s")
     console.print(table)
@@ -206,11 +209,11 @@ def _sample(entry: dict[str, Any] | None) -> str:
         text = f"{_start(question)} → {_start(answer)}"
     except ValueError:
         text = _start(json.dumps(entry["record"], ensure_ascii=False))
-    return f"{entry['reason']}: {text}"
+    return text if entry["reason"] == entry["filter"] else f"{entry['reason']}: {text}"
 
 
 def _start(text: str) -> str:
-    line = " ".join(text.split())
+    line = without_surrogates(printable(" ".join(text.split())))
     return line if len(line) <= SAMPLE else f"{line[:SAMPLE]}…"
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
@@ -227,42 +226,49 @@ class Signatures(MinhashDedupSignature):
 
 
 class ComparePairs(PipelineStep):
-    """Keeps of the pairs that share a bucket those of a similarity from `threshold` on."""
+    """Keeps of the pairs that share a bucket those of a similarity from `threshold` on.
+
+    For each record in such a pair it notes the place of the most similar one, in PARTNERS.
+    """
 
     name = "compare"
     type = "🫂 - DEDUP"
+    PARTNERS = "partners.json"
 
     def __init__(self, pairs: str, shards: str, folder: str, threshold: float) -> None:
         super().__init__()
-        self.pairs = pairs
-        self.shards = shards
-        self.folder = folder
+        self.pairs = Path(pairs)
+        self.shards = Path(shards)
+        self.folder = Path(folder)
         self.threshold = threshold
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        # Task and number of one document, and of another.
         record = struct.Struct("<4I")
-        files = {path.name: path.read_bytes() for path in sorted(Path(self.pairs).glob("*.dups"))}
+        files = {path.name: path.read_bytes() for path in sorted(self.pairs.glob("*.dups"))}
         pairs = {pair for content in files.values() for pair in record.iter_unpack(content)}
-        texts = self._texts({end for pair in pairs for end in (pair[:2], pair[2:])})
-        similar = [
-            pair
-            for pair in sorted(pairs)
-            if jaccard(texts[pair[:2]], texts[pair[2:]]) >= self.threshold
-        ]
-        self.stat_update("pairs", value=len(pairs))
-        self.stat_update("similar", value=len(similar))
+        compared = self._documents({end for pair in pairs for end in (pair[:2], pair[2:])})
+        similar, partners = bytearray(), dict[str, tuple[float, str]]()
+        for pair in sorted(pairs):
+            first, second = compared[pair[:2]], compared[pair[2:]]
+            similarity = jaccard(first.text, second.text)
+            if similarity < self.threshold:
+                continue
+            similar += record.pack(*pair)
+            for here, there in ((first.id, second.id), (second.id, first.id)):
+                found = (round(similarity, 3), there)
+                partners[here] = max(partners.get(here, found), found)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / self.PARTNERS).write_bytes(json_line(partners))
         # The next step wants as many files as there are buckets.
-        folder = get_datafolder(self.folder)
         for name in files:
-            with folder.open(name, "wb") as file:
-                for pair in similar:
-                    file.write(record.pack(*pair))
-                similar = []
+            (self.folder / name).write_bytes(similar)
+            similar = bytearray()
 
-    def _texts(self, ends: set[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+    def _documents(self, ends: set[tuple[int, ...]]) -> dict[tuple[int, ...], Document]:
         return {
-            (shard, number): document.text
+            (shard, number): Document(document.text, document.id)
             for shard in {shard for shard, _ in ends}
-            for number, document in enumerate(documents(Path(self.shards) / f"{shard:05d}.jsonl"))
+            for number, document in enumerate(documents(self.shards / f"{shard:05d}.jsonl"))
             if (shard, number) in ends
         }

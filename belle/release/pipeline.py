@@ -26,6 +26,7 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from loguru import logger
 
+from belle.release import EXACT_DUPLICATES, NEAR_DUPLICATES
 from belle.release.blocks import (
     EXACT,
     MOST_TASKS,
@@ -97,9 +98,10 @@ def stages(plan: Plan, work: Path, tasks: int) -> list[Stage]:
     def folder(*names: str) -> str:
         return str(work.joinpath(*names))
 
-    names = ["schema", *plan.filters, "exact duplicates", "near duplicates"]
+    names = ["schema", *plan.filters, EXACT_DUPLICATES, NEAR_DUPLICATES]
     removed = {name: folder("removed", name) for name in names}
     equal, similar = (WriteShards(removed[name]) for name in names[-2:])
+    partners = folder("similar", "pairs", ComparePairs.PARTNERS)
     passed, different = folder("passed"), folder("different")
     return [
         Stage(
@@ -173,7 +175,7 @@ def stages(plan: Plan, work: Path, tasks: int) -> list[Stage]:
             ],
             tasks,
         ),
-        Stage("publish", [Publish(plan.out, folder("kept"), removed, plan.options)], 1),
+        Stage("publish", [Publish(plan.out, folder("kept"), removed, partners, plan.options)], 1),
     ]
 
 

@@ -14,7 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from belle.records import FORMS
-from belle.release import ALL, REMOVED, REPORT
+from belle.release import ALL, NEAR_DUPLICATES, REMOVED, REPORT
 from belle.release.blocks import documents, json_line
 from gptq import __version__
 from gptq.files.atomic import whole_folder
@@ -50,9 +50,14 @@ class Publish(PipelineStep):
     type = "💽 - WRITER"
 
     def __init__(
-        self, out: Path, kept: str, removed: dict[str, str], options: dict[str, Any]
+        self,
+        out: Path,
+        kept: str,
+        removed: dict[str, str],
+        partners: str,
+        options: dict[str, Any],
     ) -> None:
-        """removed: the folder of each filter, in their order.
+        """removed: the folder of each filter, in their order. partners: a file of ComparePairs.
 
         options: form, seed and scales, and what else the report should have.
         """
@@ -60,16 +65,14 @@ class Publish(PipelineStep):
         self.out = out
         self.kept = Path(kept)
         self.removed = removed
+        self.partners = Path(partners)
         self.options = options
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        form, scales = FORMS[self.options["form"]], self.options["scales"]
+        scales = self.options["scales"]
         with whole_folder(self.out) as folder:
             with (folder / REMOVED).open("wb") as file:
-                counted = {
-                    name: _write_removed(Path(shards), name, form, file)
-                    for name, shards in self.removed.items()
-                }
+                counted = {name: _write_removed(self._removed(name), file) for name in self.removed}
             kept = self._write_kept(folder)
             report = {
                 "version": __version__,
@@ -85,6 +88,22 @@ class Publish(PipelineStep):
                 errors="backslashreplace"
             )
             (folder / REPORT).write_bytes(text + b"\n")
+
+    def _removed(self, name: str) -> Iterator[dict[str, Any]]:
+        form = FORMS[self.options["form"]]
+        partners = json.loads(self.partners.read_bytes()) if name == NEAR_DUPLICATES else {}
+        for path in sorted(Path(self.removed[name]).glob("*.jsonl")):
+            for document in documents(path):
+                messages = document.metadata["messages"]
+                entry = {
+                    "place": document.id,
+                    "filter": name,
+                    "reason": document.metadata.get("filter_reason", name),
+                }
+                if document.id in partners:
+                    similarity, place = partners[document.id]
+                    entry |= {"reason": "similar to another", "to": place, "similarity": similarity}
+                yield {**entry, "record": form(messages) if messages else json.loads(document.text)}
 
     def _write_kept(self, folder: Path) -> int:
         with contextlib.ExitStack() as stack:
@@ -115,24 +134,12 @@ def _keys(shard: int, file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         position += len(line)
 
 
-def _write_removed(shards: Path, name: str, form: Any, file: BinaryIO) -> dict[str, Any]:
+def _write_removed(entries: Iterator[dict[str, Any]], file: BinaryIO) -> dict[str, Any]:
     """Write what a filter removed; returns its count, its reasons and the first record."""
     reasons: Counter[str] = Counter()
     first = None
-    for entry in _removed(shards, name, form):
+    for entry in entries:
         reasons[entry["reason"]] += 1
         first = first or entry
         file.write(json_line(entry))
     return {"removed": reasons.total(), "reasons": dict(sorted(reasons.items())), "first": first}
-
-
-def _removed(shards: Path, name: str, form: Any) -> Iterator[dict[str, Any]]:
-    for path in sorted(shards.glob("*.jsonl")):
-        for document in documents(path):
-            messages = document.metadata["messages"]
-            yield {
-                "place": document.id,
-                "filter": name,
-                "reason": document.metadata.get("filter_reason", name),
-                "record": form(messages) if messages else json.loads(document.text),
-            }

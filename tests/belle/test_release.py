@@ -136,6 +136,19 @@ def test_no_record_is_lost(data, released):
             assert parse(entry["record"]) == parse(original)
 
 
+def test_a_near_duplicate_names_what_it_is_similar_to(data, released):
+    given = data[0].read_text(encoding="utf-8").splitlines()
+
+    def text(place):
+        conversation = parse(json.loads(given[int(place.rsplit(" ", 1)[1]) - 1]))
+        return normalized("".join(turn["content"] for turn in conversation))
+
+    near = [it for it in lines(released / "removed.jsonl") if it["filter"] == "near duplicates"]
+    for entry in near:
+        similarity = jaccard(text(entry["place"]), text(entry["to"]))
+        assert entry["similarity"] == round(similarity, 3) >= 0.8
+
+
 def test_a_subset_is_the_beginning_of_a_shuffled_whole(data, released):
     whole = (released / "all.jsonl").read_bytes().splitlines()
     for scale in (100, 400):
