@@ -10,11 +10,12 @@ similarities of 5-grams of 0.5 to 0.99.
 import argparse
 import json
 import os
+import resource
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def measure(count: int, workers: int, folder: Path) -> dict[str, Any]:
             record = {"instruction": text[:cut], "input": "", "output": text[cut:]}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     ends: dict[str, float] = {}
-    started = perf_counter()
+    started, cpu_started = perf_counter(), process_time()
 
     def show(done: int, total: int, name: str) -> None:
         ends[name] = perf_counter() - started
@@ -84,7 +85,7 @@ def measure(count: int, workers: int, folder: Path) -> dict[str, Any]:
     )
     work = folder / "work"
     run(plan, Cluster(workers=workers), work, show)
-    seconds = perf_counter() - started
+    seconds, cpu_seconds = perf_counter() - started, process_time() - cpu_started
     with (out / REMOVED).open(encoding="utf-8") as file:
         removed = [json.loads(line) for line in file]
     gone = {int(entry["place"].rsplit(" ", 1)[1]) - 1: entry["filter"] for entry in removed}
@@ -93,6 +94,9 @@ def measure(count: int, workers: int, folder: Path) -> dict[str, Any]:
         "records": count,
         "bytes": data.stat().st_size,
         "seconds": round(seconds, 1),
+        # With several workers, those of this process alone.
+        "CPU seconds": round(cpu_seconds, 1),
+        "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "stages": {
             name: round(end - start, 1)
             for (name, end), start in zip(ends.items(), starts, strict=False)

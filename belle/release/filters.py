@@ -9,7 +9,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 from belle.records import Conversation
@@ -219,30 +219,36 @@ class Contamination:
     SHARE = 0.8
 
     def __init__(self, questions: Iterable[str]) -> None:
-        self.lengths: list[int] = []
-        self.places: dict[str, list[tuple[int, int]]] = {}
-        self.short: set[str] = set()
-        for number, question in enumerate(questions):
-            words = tokens(question)
-            self.lengths.append(len(words))
-            if len(words) < self.GRAM:
-                self.short.add(" ".join(words))
-            for place, gram in enumerate(self._grams(words)):
-                self.places.setdefault(gram, []).append((number, place))
+        self.questions = list(questions)
+
+    @cached_property
+    def _index(self) -> tuple[dict[str, list[tuple[int, int]]], list[int], set[str]]:
+        """Question and place of each run; tokens of each question; questions without a run.
+
+        Made in the process that needs it: it is many times as large as the questions.
+        """
+        places: dict[str, list[tuple[int, int]]] = {}
+        words = list(map(tokens, self.questions))
+        for number, question in enumerate(words):
+            for place, gram in enumerate(self._grams(question)):
+                places.setdefault(gram, []).append((number, place))
+        short = {" ".join(question) for question in words if len(question) < self.GRAM}
+        return places, list(map(len, words)), short
 
     def _grams(self, words: list[str]) -> list[str]:
         return [" ".join(words[i : i + self.GRAM]) for i in range(len(words) - self.GRAM + 1)]
 
     def __call__(self, conversation: Conversation) -> str | None:
+        places, lengths, short = self._index
         for question in of_role(conversation, "user"):
             words = tokens(question)
-            if len(words) < self.GRAM and " ".join(words) in self.short:
+            if len(words) < self.GRAM and " ".join(words) in short:
                 return "a question of the evaluation"
             covered: dict[int, set[int]] = {}
-            for gram in set(self._grams(words)) & self.places.keys():
-                for number, place in self.places[gram]:
+            for gram in set(self._grams(words)) & places.keys():
+                for number, place in places[gram]:
                     covered.setdefault(number, set()).update(range(place, place + self.GRAM))
-            if any(len(it) >= self.SHARE * self.lengths[number] for number, it in covered.items()):
+            if any(len(it) >= self.SHARE * lengths[number] for number, it in covered.items()):
                 return "a question of the evaluation"
         return None
 

@@ -188,7 +188,10 @@ class _QuietExecutor(LocalPipelineExecutor):
 
 
 def executors(chain: Sequence[Stage], work: Path, cluster: Cluster) -> list[PipelineExecutor]:
-    """One executor a stage, each after the one before. Nothing runs yet."""
+    """One executor a stage, each after the one before. Nothing runs yet.
+
+    Local ones do not know of each other: each process would be sent all of them with each task.
+    """
     made: list[Any] = []
     for stage in chain:
         options = {
@@ -196,8 +199,9 @@ def executors(chain: Sequence[Stage], work: Path, cluster: Cluster) -> list[Pipe
             "tasks": stage.tasks,
             "workers": min(cluster.workers, stage.tasks),
             "logging_dir": str(work / "logs" / stage.name),
-            "depends": made[-1] if made else None,
         }
+        if cluster.executor != "local":
+            options["depends"] = made[-1] if made else None
         if cluster.executor == "slurm":
             # An installation of its own is entered again on the nodes.
             inside = sys.prefix != sys.base_prefix
