@@ -228,18 +228,18 @@ class Signatures(MinhashDedupSignature):
 class ComparePairs(PipelineStep):
     """Keeps of the pairs that share a bucket those of a similarity from `threshold` on.
 
-    For each record in such a pair it notes the place of the most similar one, in PARTNERS.
+    For each record in such a pair it notes the most similar one, in the file `partners`.
     """
 
     name = "compare"
     type = "🫂 - DEDUP"
-    PARTNERS = "partners.json"
 
     def __init__(self, pairs: str, shards: str, folder: str, threshold: float) -> None:
         super().__init__()
         self.pairs = Path(pairs)
         self.shards = Path(shards)
         self.folder = Path(folder)
+        self.partners = self.folder / "partners.json"
         self.threshold = threshold
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
@@ -259,7 +259,7 @@ class ComparePairs(PipelineStep):
                 found = (round(similarity, 3), there)
                 partners[here] = max(partners.get(here, found), found)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / self.PARTNERS).write_bytes(json_line(partners))
+        self.partners.write_bytes(json_line(partners))
         # The next step wants as many files as there are buckets.
         for name in files:
             (self.folder / name).write_bytes(similar)

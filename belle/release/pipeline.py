@@ -48,6 +48,11 @@ EXECUTORS = ("local", "slurm", "ray")
 MOST_RECORDS, LEAST_RECORDS = 1 << 16, 1 << 11
 # Signatures that are read at a time. datatrove's default of 5 takes most of the time.
 _BUFFER = 4096
+# Of the files in between.
+_FOLDERS = (
+    *("passed", "equal signatures", "equal", "different"),
+    *("near signatures", "near candidates", "near pairs", "near", "kept"),
+)
 
 
 class Stage(NamedTuple):
@@ -94,88 +99,32 @@ def stages(plan: Plan, work: Path, tasks: int) -> list[Stage]:
 
     tasks: in stages that can have any number of them; the result does not depend on it.
     """
-
-    def folder(*names: str) -> str:
-        return str(work.joinpath(*names))
-
+    passed, signed, equal, different, hashed, candidates, pairs, similar, kept = (
+        str(work / name) for name in _FOLDERS
+    )
     names = ["schema", *plan.filters, EXACT_DUPLICATES, NEAR_DUPLICATES]
-    removed = {name: folder("removed", name) for name in names}
-    equal, similar = (WriteShards(removed[name]) for name in names[-2:])
-    partners = folder("similar", "pairs", ComparePairs.PARTNERS)
-    passed, different = folder("passed"), folder("different")
+    removed = {name: str(work / "removed" / name) for name in names}
+    equal_removed, similar_removed = (WriteShards(removed[name]) for name in names[-2:])
+    filtered = ConversationFilters(plan.filters, str(work / "removed"))
+    find = ExactFindDedups(signed, equal, EXACT, lines_to_buffer=_BUFFER)
+    unlike = ExactDedupFilter(equal, EXACT, equal_removed)
+    bucket = MinhashDedupBuckets(hashed, candidates, config=NEAR, lines_to_buffer=_BUFFER)
+    compare = ComparePairs(candidates, different, pairs, plan.threshold)
+    cluster = MinhashDedupCluster(pairs, similar, NEAR, lines_to_buffer=_BUFFER)
+    keep = WriteKept(kept, plan.options["form"], plan.options["seed"])
+    publish = Publish(plan.out, kept, removed, compare.partners, plan.options)
+
+    sign = [WriteShards(passed), ExactDedupSignature(signed, EXACT)]
+    sketch = [WriteShards(different), Signatures(hashed)]
+    dedup = MinhashDedupFilter(similar, similar_removed)
     return [
-        Stage(
-            "filters",
-            [
-                ReadRecords(plan.sources),
-                ConversationFilters(plan.filters, folder("removed")),
-                WriteShards(passed),
-                ExactDedupSignature(folder("equal", "signatures"), EXACT),
-            ],
-            tasks,
-        ),
-        Stage(
-            "equal",
-            [
-                ExactFindDedups(
-                    folder("equal", "signatures"),
-                    folder("equal", "duplicates"),
-                    EXACT,
-                    lines_to_buffer=_BUFFER,
-                )
-            ],
-            1,
-        ),
-        Stage(
-            "signatures",
-            [
-                ReadShards(passed),
-                ExactDedupFilter(folder("equal", "duplicates"), EXACT, equal),
-                WriteShards(different),
-                Signatures(folder("similar", "signatures")),
-            ],
-            tasks,
-        ),
-        Stage(
-            "buckets",
-            [
-                MinhashDedupBuckets(
-                    folder("similar", "signatures"),
-                    folder("similar", "candidates"),
-                    config=NEAR,
-                    lines_to_buffer=_BUFFER,
-                )
-            ],
-            NEAR.num_buckets,
-        ),
-        Stage(
-            "compare",
-            [
-                ComparePairs(
-                    folder("similar", "candidates"),
-                    different,
-                    folder("similar", "pairs"),
-                    plan.threshold,
-                ),
-                MinhashDedupCluster(
-                    folder("similar", "pairs"),
-                    folder("similar", "removed"),
-                    NEAR,
-                    lines_to_buffer=_BUFFER,
-                ),
-            ],
-            1,
-        ),
-        Stage(
-            "keep",
-            [
-                ReadShards(different),
-                MinhashDedupFilter(folder("similar", "removed"), similar),
-                WriteKept(folder("kept"), plan.options["form"], plan.options["seed"]),
-            ],
-            tasks,
-        ),
-        Stage("publish", [Publish(plan.out, folder("kept"), removed, partners, plan.options)], 1),
+        Stage("filters", [ReadRecords(plan.sources), filtered, *sign], tasks),
+        Stage("equal", [find], 1),
+        Stage("signatures", [ReadShards(passed), unlike, *sketch], tasks),
+        Stage("buckets", [bucket], NEAR.num_buckets),
+        Stage("compare", [compare, cluster], 1),
+        Stage("keep", [ReadShards(different), dedup, keep], tasks),
+        Stage("publish", [publish], 1),
     ]
 
 

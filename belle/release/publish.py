@@ -54,7 +54,7 @@ class Publish(PipelineStep):
         out: Path,
         kept: str,
         removed: dict[str, str],
-        partners: str,
+        partners: Path,
         options: dict[str, Any],
     ) -> None:
         """removed: the folder of each filter, in their order. partners: a file of ComparePairs.
@@ -65,7 +65,7 @@ class Publish(PipelineStep):
         self.out = out
         self.kept = Path(kept)
         self.removed = removed
-        self.partners = Path(partners)
+        self.partners = partners
         self.options = options
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
