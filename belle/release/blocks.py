@@ -216,13 +216,24 @@ class _NoWords(WordTokenizer):
 
 
 class Signatures(MinhashDedupSignature):
-    """MinHash signatures of 5-grams of characters: fit for Chinese, and 15 times as fast."""
+    """MinHash signatures of 5-grams of characters, which suit Chinese too.
+
+    In numpy: datatrove hashes one 5-gram after another, which takes 15 times as long, and permutes
+    the hashes by a remainder, which takes three times as long as an odd factor.
+    """
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, NEAR, language=_NoWords())
+        factors, offsets = self.parameters
+        self.factors, self.offsets = factors.T | np.uint64(1), offsets.T
 
     def get_shingles(self, text: str) -> np.ndarray:
-        return grams(text).reshape(-1, 1)
+        return grams(text)
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        hashes = np.min(self.factors * shingles + self.offsets, axis=1)
+        # The next stage takes hashes below 2**61.
+        return (hashes >> np.uint64(3)).reshape(NEAR.num_buckets, -1).tolist()
 
 
 class ComparePairs(PipelineStep):

@@ -98,6 +98,8 @@ _LACKS_INPUT = re.compile(
     r"(?:以下|下面|下列|如下|下文|\bfollowing\b|\bbelow\b)[^\n]{0,40}[:：]\s*$", re.IGNORECASE
 )
 
+_HAN = re.compile("[\u3400-\u9fff]")
+_WORD = re.compile(r"[^\W\d_\u3400-\u9fff]+")
 _TRANSLATION = re.compile(
     r"翻译|译成|译为|译文|[英法德日俄韩外]语|[英日韩法德]文|中文|汉语|汉字|拼音|文言|双语|单词|语法|"
     r"\btranslat|\bin (?:English|Chinese|French|German|Japanese|Korean|Spanish|Russian)\b|"
@@ -181,10 +183,9 @@ def unanswered(conversation: Conversation) -> str | None:
 
 def han_share(text: str) -> float | None:
     """Han characters among the words of a text, each a word; None for fewer than LEAST_WORDS."""
-    words = [word for word in tokens(text) if not word.isdigit()]
-    if len(words) < LEAST_WORDS:
-        return None
-    return sum("\u3400" <= word[0] <= "\u9fff" for word in words) / len(words)
+    han = len(_HAN.findall(text))
+    words = han + len(_WORD.findall(text))
+    return None if words < LEAST_WORDS else han / words
 
 
 def language(conversation: Conversation, wanted: str = "any") -> str | None:
