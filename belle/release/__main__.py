@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,11 +17,14 @@ from rich.table import Table
 from belle.records import FORMS, parse, values
 from belle.release import ALL, REMOVED, REPORT
 from belle.release.filters import LANGUAGES, of_role
-from gptq.cli.command import EXIT_BAD_INPUT, Parser, report_error
+from gptq.cli.command import Parser, report_error
 from gptq.cli.printing import prepare_streams, printable, without_surrogates
 from gptq.cli.progress import progress_bar
 from gptq.errors import UserError
 from gptq.files.atomic import check_writable
+
+if TYPE_CHECKING:
+    from belle.release.pipeline import Plan
 
 EXTRA = "releasing data needs {}, which is not here: pip install 'belle-gptq[belle]'"
 # Characters of a text.
@@ -92,37 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _release(arguments: argparse.Namespace) -> int:
     try:
         # Takes a second, and needs more packages than the command line does.
-        from belle.release import filters, pipeline
-        from belle.release.blocks import Source
+        from belle.release import pipeline
     except ModuleNotFoundError as error:
         raise UserError(EXTRA.format(error.name)) from error
     started, out = perf_counter(), arguments.out.resolve()
-    _check_arguments(arguments)
+    _check_executor(arguments)
     if out.is_dir() and (names := sorted(path.name for path in out.iterdir())):
         raise UserError(f"{arguments.out}: has {names[0]} in it; give a new folder")
     check_writable(out, folder=True)
-    asked = [] if arguments.evaluation is None else questions(arguments.evaluation)
-    chosen = filters.filters(arguments.language, asked)
-    if unknown := [name for name in arguments.without if name not in chosen]:
-        raise UserError(f"--without {unknown[0]}: choose of {', '.join(chosen)}")
-    sources = [Source.of(path.resolve()) for path in arguments.data]
-    count = sum(source.parts for source in sources)
-    if too_large := [scale for scale in arguments.scales if scale > count]:
-        raise UserError(f"--scales {too_large[0]}: the data has {count} records; ask for fewer")
-    plan = pipeline.Plan(
-        sources=sources,
-        out=out,
-        filters={name: it for name, it in chosen.items() if name not in arguments.without},
-        options={
-            "data": [{"file": source.path, "records": source.parts} for source in sources],
-            "evaluation": len(asked),
-            **{
-                name: getattr(arguments, name)
-                for name in ("form", "scales", "seed", "language", "threshold")
-            },
-        },
-        threshold=arguments.threshold,
-    )
+    plan = _plan(arguments)
     cluster = pipeline.Cluster(
         arguments.executor, arguments.workers, arguments.partition, arguments.time
     )
@@ -132,27 +113,52 @@ def _release(arguments: argparse.Namespace) -> int:
     ):
         pipeline.run(plan, cluster, work, show)
     if arguments.executor == "slurm":
-        print(
-            printable(
-                f"submitted; {arguments.out} appears when the last job, release-publish, ends"
-            )
-        )
+        print(printable(f"submitted; the last job, release-publish, writes {arguments.out}"))
         return 0
-    return _show(arguments.out, perf_counter() - started)
+    _show(arguments.out, perf_counter() - started)
+    return 0
 
 
-def _check_arguments(arguments: argparse.Namespace) -> None:
+def _check_executor(arguments: argparse.Namespace) -> None:
+    chosen = f"--executor {arguments.executor}"
     if arguments.executor == "local":
         return
     if arguments.work is None:
-        raise UserError(f"--executor {arguments.executor}: add --work, on a disk of all nodes")
+        raise UserError(f"{chosen}: add --work, on a disk of all nodes")
     if arguments.executor == "slurm" and arguments.partition is None:
-        raise UserError("--executor slurm: add --partition")
+        raise UserError(f"{chosen}: add --partition")
     tool = {"slurm": "sbatch", "ray": "ray"}[arguments.executor]
     if which(tool) is None:
-        raise UserError(
-            f"--executor {arguments.executor}: there is no {tool}; run it on a node that has it"
-        )
+        raise UserError(f"{chosen}: there is no {tool}; run it on a machine that has it")
+
+
+def _plan(arguments: argparse.Namespace) -> "Plan":
+    """What the arguments ask for. Raises UserError for what cannot be."""
+    from belle.release.blocks import Source
+    from belle.release.filters import filters
+    from belle.release.pipeline import Plan
+
+    asked = [] if arguments.evaluation is None else questions(arguments.evaluation)
+    chosen = filters(arguments.language, asked)
+    for name in arguments.without:
+        if name not in chosen:
+            raise UserError(f"--without {name}: choose of {', '.join(chosen)}")
+        del chosen[name]
+    sources = [Source.of(path) for path in arguments.data]
+    count = sum(source.parts for source in sources)
+    for scale in arguments.scales:
+        # The parts of a Parquet file are many records.
+        if scale > count and not any(path.suffix == ".parquet" for path in arguments.data):
+            raise UserError(f"--scales {scale}: the data has {count} records; ask for fewer")
+    options = {
+        "data": [source.name for source in sources],
+        "evaluation questions": len(asked),
+        **{
+            name: getattr(arguments, name)
+            for name in ("form", "scales", "seed", "language", "threshold")
+        },
+    }
+    return Plan(sources, arguments.out.resolve(), chosen, options, arguments.threshold)
 
 
 def questions(path: Path) -> list[str]:
@@ -175,8 +181,8 @@ def questions(path: Path) -> list[str]:
     return asked
 
 
-def _show(out: Path, seconds: float) -> int:
-    """Print what became of the records; returns the exit code."""
+def _show(out: Path, seconds: float) -> None:
+    """Print what became of the records. Raises UserError if there is less than was asked for."""
     report = json.loads((out / REPORT).read_text(encoding="utf-8"))
     console = Console()
     table = Table(title=f"{report['read']} records", title_justify="left")
@@ -195,9 +201,8 @@ def _show(out: Path, seconds: float) -> int:
     elif not report["kept"]:
         problem = f"no record is left; {REMOVED} has the reasons"
     else:
-        return 0
-    print(printable(f"error: {out}: {problem}"), file=sys.stderr)
-    return EXIT_BAD_INPUT
+        return
+    raise UserError(f"{out}: {problem}")
 
 
 def _sample(entry: dict[str, Any] | None) -> str:

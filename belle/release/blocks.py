@@ -8,6 +8,7 @@ that the result does not depend on n.
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from belle.records import parse, values
 from belle.release.filters import Filter, control_characters, normalized
+from gptq.data.local_files import local_path
+from gptq.errors import UserError
 
 # Priorities of exact duplicates are 16-bit numbers.
 MOST_TASKS = 65_000
@@ -34,14 +37,18 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Source(NamedTuple):
-    """A file of records; `parts` are its lines, list entries or row groups."""
+    """A file of records.
+
+    name: its path as it was given, for places in it. parts: its lines, list entries or row groups.
+    """
 
     path: str
+    name: str
     parts: int
 
     @classmethod
     def of(cls, path: Path) -> "Source":
-        """Raises UserError for a file that cannot be read."""
+        """Raises UserError for a file that cannot be read or has no records."""
         counts: list[int] = []
 
         def count(parts: int) -> Sequence[int]:
@@ -50,7 +57,9 @@ class Source(NamedTuple):
 
         for _ in values(path, count):
             pass
-        return cls(str(path), counts[0])
+        if not counts[0]:
+            raise UserError(f"{path}: has no records; pass a file with some")
+        return cls(str(local_path(path).resolve()), str(path), counts[0])
 
 
 class ReadRecords(BaseReader):
@@ -71,16 +80,16 @@ class ReadRecords(BaseReader):
         total = sum(source.parts for source in self.sources)
         start, stop = rank * total // world_size, (rank + 1) * total // world_size
         before = 0
-        for path, parts in self.sources:
-            part = range(max(start - before, 0), min(stop - before, parts))
-            before += parts
-            if part:
-                yield from _documents(path, part, rank)
+        for source in self.sources:
+            part = range(max(start - before, 0), min(stop - before, source.parts))
+            before += source.parts
+            for place, record in values(source.path, partial(_only, part)) if part else ():
+                yield _document(record, f"{source.name}, {place}", rank)
 
 
-def _documents(path: str, part: range, shard: int) -> Iterator[Document]:
-    for place, record in values(path, lambda _: part):
-        yield _document(record, f"{path}, {place}", shard)
+def _only(part: range, _: int) -> range:
+    """`part` as an order in which a file's parts are read."""
+    return part
 
 
 def _document(record: Any, place: str, shard: int) -> Document:

@@ -72,12 +72,20 @@ def test_a_record_that_is_no_conversation_says_why(record, reason):
         parse(record)
 
 
-def test_lines_and_lists_are_read_alike(tmp_path):
+def test_lines_lists_and_tables_are_read_alike(tmp_path):
     records = [FORMS["merged"](SINGLE), FORMS["messages"](DIALOGUE)]
     lines, whole = tmp_path / "lines.json", tmp_path / "list.json"
     lines.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     whole.write_text(json.dumps(records), encoding="utf-8")
     assert read(lines) == read(whole) == [SINGLE, DIALOGUE]
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = tmp_path / "table.parquet"
+    columns = {field: None for record in records for field in record}
+    rows = [{**columns, **record} for record in records]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    assert read(table) == [SINGLE, DIALOGUE]
 
 
 @pytest.mark.parametrize(

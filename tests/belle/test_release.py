@@ -220,6 +220,8 @@ GOOD = '{"instruction": "你叫什么", "output": "小明"}'
         (None, [], "data.json: cannot be read (No such file or directory)"),
         (GOOD + "\n{", [], "data.json, line 2: is not JSON"),
         (GOOD + "\n\xff", [], "data.json: is not UTF-8"),
+        ("", [], "data.json: has no records"),
+        ("[]", [], "data.json: has no records"),
         (GOOD, ["--scales", "2"], "--scales 2: the data has 1 records"),
         (GOOD, ["--scales", "1,x"], "--scales: x is no whole number"),
         (GOOD, ["--threshold", "2"], "--threshold: 2 is no number"),
