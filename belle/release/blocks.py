@@ -24,7 +24,7 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from belle.records import parse, values
-from belle.release.filters import Filter, control_characters, normalized
+from belle.release.filters import Filter, compared, control_characters
 from gptq.data.local_files import local_path
 from gptq.errors import UserError
 
@@ -97,7 +97,7 @@ def _document(record: Any, place: str, shard: int) -> Document:
     try:
         metadata["messages"] = conversation = parse(record)
         metadata["problem"] = control_characters(conversation)
-        text = normalized("".join(turn["content"] for turn in conversation))
+        text = compared(conversation)
     except ValueError as error:
         metadata["problem"] = str(error)
     if metadata["problem"]:

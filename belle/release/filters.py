@@ -119,6 +119,11 @@ def normalized(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def compared(conversation: Conversation) -> str:
+    """The text by which duplicates are told. Many records may share a system message."""
+    return normalized("".join(it["content"] for it in conversation if it["role"] != "system"))
+
+
 def of_role(conversation: Conversation, role: str) -> list[str]:
     return [turn["content"] for turn in conversation if turn["role"] == role]
 
@@ -130,7 +135,7 @@ def control_characters(conversation: Conversation) -> str | None:
 
 
 def length(conversation: Conversation) -> str | None:
-    if len(conversation[-2]["content"]) < LEAST_QUESTION:
+    if len("".join(of_role(conversation, "user"))) < LEAST_QUESTION:
         return "a question of one character"
     if sum(len(turn["content"]) for turn in conversation) > MOST_CHARACTERS:
         return f"more than {MOST_CHARACTERS} characters"
@@ -171,12 +176,13 @@ def self_mention(conversation: Conversation) -> str | None:
 
 
 def unanswered(conversation: Conversation) -> str | None:
-    for answer in of_role(conversation, "assistant"):
-        if _REFUSES.search(answer):
-            return "a refusal"
-        if _ASKS_FOR_INPUT.search(answer):
-            return "an answer that asks for the input"
-    if any(map(_LACKS_INPUT.search, of_role(conversation, "user"))):
+    """A refusal in any turn, and at the end an input that nobody gave."""
+    answers = of_role(conversation, "assistant")
+    if any(map(_REFUSES.search, answers)):
+        return "a refusal"
+    if _ASKS_FOR_INPUT.search(answers[-1]):
+        return "an answer that asks for the input"
+    if _LACKS_INPUT.search(conversation[-2]["content"]):
         return "a question without its input"
     return None
 

@@ -120,6 +120,18 @@ def test_a_question_without_its_input_is_removed():
         assert reason("unanswered", question, "好。") == "a question without its input"
 
 
+def test_a_dialogue_may_ask_before_it_answers():
+    asks, answer = "请提供需要翻译的文本。", "好的。"
+    dialogue = ("请翻译下面的文本：", asks, "春天来了", answer)
+    assert reason("unanswered", *dialogue) is None
+    assert reason("unanswered", *dialogue[:2]) == "an answer that asks for the input"
+
+
+def test_a_system_message_tells_no_duplicates():
+    system = {"role": "system", "content": "Answer in Chinese."}
+    assert filters.compared([system, *turns("Ａ 你好", "B")]) == "a你好b"
+
+
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
@@ -166,7 +178,7 @@ def test_length_has_bounds():
     assert reason("length", "？", "好") == "a question of one character"
     assert reason("length", "你好", "好") is None
     assert reason("length", "你好", "好" * filters.MOST_CHARACTERS).startswith("more than")
-    assert reason("length", "你好", "好", "？", "好") == "a question of one character"
+    assert reason("length", "你好", "好", "？", "好") is None
 
 
 # Ordinary text, a table and code, none of which repeats itself.
