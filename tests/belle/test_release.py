@@ -184,6 +184,25 @@ def test_several_files_and_forms_are_one_release(tmp_path, form):
     assert places == [f"{second}, line 1", f"{second}, line 2"]
 
 
+def test_a_task_that_nothing_is_left_of_shifts_no_other(tmp_path, monkeypatch):
+    """Duplicates are told by task and number."""
+    monkeypatch.setattr(pipeline, "task_count", lambda records, workers: 3)
+    good = [halves(text) for text, copied in texts(60, seed=6) if copied is None][:20]
+    generator = np.random.default_rng(0)
+    near = [{**it, "output": changed(it["output"], 0.97, generator)} for it in good[:10]]
+    path, out = tmp_path / "data.jsonl", tmp_path / "out"
+    bad = [{"instruction": "x"}] * 20
+    records = [*good, *bad, *near, *good[10:]]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    assert main([str(path), str(out), "--workers", "1", "--without", "language"]) == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    removed = {name: it["removed"] for name, it in report["filters"].items() if it["removed"]}
+    assert removed == {"schema": 20, "exact duplicates": 10, "near duplicates": 10}
+    kept = {str(parse(it)) for it in lines(out / "all.jsonl")}
+    assert kept >= {str(parse(it)) for it in good[10:]}
+    assert len(kept) == 20
+
+
 def test_a_seed_is_another_order_of_the_same(tmp_path, capsys):
     path = tmp_path / "data.json"
     kept = [halves(text) for text, copied in texts(30, seed=2) if copied is None]
