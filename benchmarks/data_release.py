@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from belle.release import REMOVED
-from belle.release.blocks import Source, jaccard
+from belle.release.blocks import Source
+from belle.release.duplicates import jaccard
 from belle.release.filters import filters, normalized
 from belle.release.pipeline import Cluster, Plan, run
 

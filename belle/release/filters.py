@@ -36,10 +36,11 @@ _CONTROLS = re.compile(
 )
 _LABEL = r"(?:指令|任务|Instruction|Task)"
 _MERGED = re.compile(
-    rf"^\s*(?:###\s*$|#*\s*\d+\s*[.、．)]\s*{_LABEL}\s*\d*\s*[:：]|(?:Human|Assistant)\s*[:：])",
+    rf"^[ \t]*(?:###[ \t]*$|#*[ \t]*\d+[ \t]*[.、．)][ \t]*{_LABEL}[ \t]*\d*[ \t]*[:：]"
+    r"|(?:Human|Assistant)[ \t]*[:：])",
     re.MULTILINE,
 )
-_MERGED_ANSWER = re.compile(rf"^\s*#*\s*{_LABEL}\s*\d*\s*[:：]", re.MULTILINE)
+_MERGED_ANSWER = re.compile(rf"^[ \t]*#*[ \t]*{_LABEL}[ \t]*\d*[ \t]*[:：]", re.MULTILINE)
 
 # Names are Latin letters in Chinese text, in which \b does not end a word.
 _MODEL = (

@@ -28,17 +28,13 @@ from loguru import logger
 
 from belle.release import EXACT_DUPLICATES, NEAR_DUPLICATES
 from belle.release.blocks import (
-    EXACT,
-    MOST_TASKS,
-    NEAR,
-    ComparePairs,
     ConversationFilters,
     ReadRecords,
     ReadShards,
-    Signatures,
     Source,
     WriteShards,
 )
+from belle.release.duplicates import EXACT, MOST_TASKS, NEAR, ComparePairs, Signatures
 from belle.release.filters import Filter
 from belle.release.publish import Publish, WriteKept
 from gptq.errors import UserError

@@ -10,7 +10,8 @@ import pytest
 from belle.records import FORMS, parse
 from belle.release import pipeline
 from belle.release.__main__ import main
-from belle.release.blocks import Source, grams, jaccard
+from belle.release.blocks import Source
+from belle.release.duplicates import grams, jaccard
 from belle.release.filters import filters, normalized
 from benchmarks.data_release import changed, texts
 
