@@ -257,7 +257,9 @@ def _load(job: Job, source: ModelSource) -> PreTrainedModel:
     loaded = load_weights(opened)
     loaded.config.use_cache = False
     if job.recompute:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its name before transformers renamed it is the other one.
+        enable = getattr(loaded, "activation_checkpointing_enable", None)
+        (enable or loaded.gradient_checkpointing_enable)({"use_reentrant": False})
     # PEFT writes it into an adapter's configuration.
     loaded.name_or_path = str(job.load or job.model)
     return loaded

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import llama_config, make_model
+from helpers.answering import with_large_head
 from helpers.forked import Child, team
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ PAIRS = [
     ("And rain?", "rain fell"),
     ("Who?", "one man\n\nand 猫"),
 ]
-LEARN = ("--batch", "4", "--rate", "4e-3", "--epochs", "60")
+LEARN = ("--batch", "4", "--rate", "4e-3", "--epochs", "80", "--schedule", "cosine")
 QUICK = ("--batch", "4", "--rate", "1e-3", "--epochs", "4", "--schedule", "cosine")
 
 
@@ -49,6 +50,12 @@ def data(tmp_path_factory) -> Path:
 def more_data(tmp_path_factory) -> Path:
     """24 records."""
     return write_records(tmp_path_factory.mktemp("data") / "records.jsonl", 24)
+
+
+@pytest.fixture(scope="module", params=["llama", "bloom"])
+def base(request, tmp_path_factory) -> Path:
+    model = request.getfixturevalue(f"{request.param}_dir")
+    return with_large_head(model, tmp_path_factory.mktemp("base") / request.param)
 
 
 def tune(*argv: object) -> None:
@@ -105,24 +112,31 @@ def test_all_weights_learn_and_the_folder_is_a_model(model_dir, data, tmp_path, 
     assert tensors(out).keys() == tensors(model_dir).keys()
     assert not (tmp_path / "out.training").exists()
     printed = capsys.readouterr().out
-    for part in ("all weights", "4 used", "4 x 60 epochs, 60 steps", "out"):
+    for part in ("all weights", "4 used", "4 x 80 epochs, 80 steps", "out"):
         assert part in printed
 
 
-def test_lora_learns_and_its_folder_is_an_adapter(model_dir, data, tmp_path):
-    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    settings = (*LEARN, "--rate", "2e-2", "--lora", "--all-linear", "--dropout", "0")
-    tune(model_dir, data, adapter, *settings)
-    tune(model_dir, data, merged, *settings, "--merge")
-    weights = load_file(adapter / "adapter_model.safetensors")
+def test_lora_learns_and_its_folder_is_an_adapter(base, data, tmp_path):
+    out = tmp_path / "out"
+    tune(base, data, out, *LEARN, "--rate", "1e-2", "--lora", "--all-linear", "--dropout", "0")
+    weights = load_file(out / "adapter_model.safetensors")
     assert weights
     assert all(bool(tensor.any()) for tensor in weights.values())
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter)
-    tokenizer = gptq.load(model_dir)[1]
-    assert answers_all(model, tokenizer)
-    assert tensors(merged).keys() == tensors(model_dir).keys()
-    assert answers_all(gptq.load(merged)[0], tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert answers_all(PeftModel.from_pretrained(model, out), gptq.load(base)[1])
+
+
+def test_a_merged_adapter_is_a_full_model(base, data, tmp_path):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    tune(base, data, adapter, *QUICK, "--rate", "2e-2", "--lora")
+    tune(base, data, merged, *QUICK, "--rate", "2e-2", "--lora", "--merge")
+    assert tensors(merged).keys() == tensors(base).keys()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, adapter)
+    probe = torch.arange(20, 60).reshape(1, -1)
+    with torch.no_grad():
+        difference = expected(probe).logits - gptq.load(merged)[0](probe).logits
+        assert difference.abs().max() < 0.02 * expected(probe).logits.abs().max()
 
 
 def test_the_recipe_says_which_layers_have_an_adapter(model_dir, data, tmp_path):
@@ -135,10 +149,10 @@ def test_the_recipe_says_which_layers_have_an_adapter(model_dir, data, tmp_path)
     assert config["base_model_name_or_path"] == str(model_dir)
 
 
-def test_top_blocks_change_nothing_else(model_dir, data, tmp_path):
+def test_top_blocks_change_nothing_else(base, data, tmp_path):
     out = tmp_path / "out"
-    tune(model_dir, data, out, *LEARN, "--top-blocks", "1")
-    before, after = tensors(model_dir), tensors(out)
+    tune(base, data, out, *LEARN, "--top-blocks", "1")
+    before, after = tensors(base), tensors(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".1." in name}
     assert losses(out)[-1] < losses(out)[0] / 4
@@ -228,7 +242,9 @@ def test_nan_ends_a_run_in_one_line(llama_dir, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*map(str, (llama_dir, data, out)), "--batch", "4", "--rate", "1e30"]) == 2
     (line,) = [it for it in capsys.readouterr().err.splitlines() if it.startswith("error")]
-    assert line.startswith("error: step 2: the loss is nan at learning rate 1e+30; lower --rate")
+    assert line.startswith(
+        "error: step 2: the gradient is nan at learning rate 1e+30; lower --rate"
+    )
     assert not out.exists()
 
 
