@@ -5,7 +5,6 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-
 HEADS = ("lm_head.weight", "transformer.word_embeddings.weight")
 
 
