@@ -35,7 +35,8 @@ class Watch(TrainerCallback):
                     f"step {state.global_step}: the {name} is {value} at learning rate "
                     f"{logs['learning_rate']:.3g}; lower --rate, or check the model's weights"
                 )
-        self.show(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+        if state.is_world_process_zero:
+            self.show(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
 
 
 class Snapshots(TrainerCallback):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -156,6 +157,18 @@ def test_top_blocks_change_nothing_else(base, data, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".1." in name}
     assert losses(out)[-1] < losses(out)[0] / 4
+
+
+def test_the_folder_declares_the_prompt_that_it_was_trained_with(llama_dir, data, tmp_path):
+    """Also if the tokenizer had another chat template."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(llama_dir, base)
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "other"}))
+    tune(base, data, out, *QUICK)
+    turns = [{"role": "user", "content": "Who?"}]
+    written = gptq.load(out)[1].apply_chat_template(turns, tokenize=False)
+    assert written == belle_prompt(turns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
