@@ -183,9 +183,10 @@ def gathered_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _check_paths(job: Job) -> None:
-    if job.out.exists() and not (job.resume and job.scales):
+    goes_on = job.resume and job.scales and _last_state(job.work) is not None
+    if job.out.exists() and not goes_on:
         raise UserError(f"{job.out}: exists; give a new name, or remove it")
-    if torchrun.rank() == 0:
+    if torchrun.rank() == 0 and not job.out.exists():
         check_writable(job.out, folder=container_of(job.out) == FOLDER)
     inputs = [job.data, Path(job.model), *([] if job.load is None else [Path(job.load)])]
     check_apart([job.out], inputs, job.out)

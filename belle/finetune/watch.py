@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
 
 
 class Snapshots(TrainerCallback):
-    """Calls a function after some steps, with the step."""
+    """Calls a function after some steps, with the step, and saves a state to resume from."""
 
     def __init__(self, steps: set[int], call: Callable[[int], None]) -> None:
         self.steps, self.call = steps, call
@@ -50,6 +50,7 @@ class Snapshots(TrainerCallback):
     ) -> None:
         if state.global_step in self.steps:
             self.call(state.global_step)
+            control.should_save = True
 
 
 class Interrupts(TrainerCallback):

@@ -279,6 +279,21 @@ def test_scales_of_one_run_are_those_of_runs_on_so_many_records(
         assert same(tmp_path / "scales" / str(count), alone)
 
 
+def test_a_killed_run_goes_on_with_its_scales(llama_dir, more_data, tmp_path, monkeypatch):
+    settings = ("--batch", "4", "--epochs", "1", "--rate", "1e-3", "--scales", "8,24")
+    tune(llama_dir, more_data, tmp_path / "unbroken", *settings)
+    out = tmp_path / "out"
+    command = [*map(str, (llama_dir, more_data, out)), *settings]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, signal.SIGKILL)
+        child = Child(lambda: main(command), tmp_path / "log", {})
+        assert child.wait() == -signal.SIGKILL
+    assert [path.name for path in out.iterdir()] == ["8"]
+    tune(*command, "--resume")
+    for count in ("8", "24"):
+        assert same(out / count, tmp_path / "unbroken" / count)
+
+
 INEXACT = {
     ("--scales", "4", "--recipe", "2304.08109"): "exact only at a constant rate",
     ("--scales", "4", "--epochs", "1", "--warmup", "0.1"): "exact only at a constant rate",
