@@ -318,6 +318,8 @@ def test_two_processes_take_the_steps_of_one(llama_dir, more_data, unbroken, tmp
 
     def process() -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
+        # Else accelerate gives each process several threads, which a fork cannot start.
+        os.environ["OMP_NUM_THREADS"] = "1"
         return main(command)
 
     children = team([process, process], tmp_path)
