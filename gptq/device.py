@@ -3,6 +3,7 @@
 import math
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -40,7 +41,7 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     entry = re.search(r"MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"))
-    free = int(entry[1]) * 1024 if entry else 2**62
+    free = int(entry[1]) * 1024 if entry else sys.maxsize
     # meminfo is of the whole machine; a container's limits are in its control groups.
     limited = [_group_memory(group) for group in _memory_groups(root)]
     free = min([free, *(left for left in limited if left is not None)])

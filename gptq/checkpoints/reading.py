@@ -86,11 +86,12 @@ def _modules_format(path: Path, metadata: Mapping[str, object]) -> dict[str, obj
     ]
     if not offsets:
         return {}
-    if offsets[0] not in (0, 1) or any(offset != offsets[0] for offset in offsets):
+    first, *others = offsets
+    if first not in (0, 1) or any(offset != first for offset in others):
         raise UserError(
             f"{path}: its layers are not all of one format; save one model's state dict"
         )
-    return {"checkpoint_format": format_of(offsets[0])}
+    return {"checkpoint_format": format_of(first)}
 
 
 def attach(

@@ -14,8 +14,6 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from gptq.errors import UserError
 
 # Ending of unfinished files and folders; a process that is killed leaves them behind.
@@ -43,15 +41,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     path = path.resolve() if path.is_symlink() else path
     temporary = _temporary(path)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise _as_user_error(path, error) from error
+        with _user_errors(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -68,20 +65,19 @@ def whole_folder(path: Path, ours: Ours = every_name) -> Iterator[Path]:
     except OSError as error:
         raise unwritable(path, error) from error
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        sync_folder(temporary)
-        if temporary.parent == real:
-            _fill(real, temporary, ours)
-        elif not real.exists():
-            os.replace(temporary, real)
-        else:
-            _exchange(temporary, real)
-            _move_others(temporary, real, ours)
-        sync_folder(real.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise _as_user_error(path, error) from error
+        with _user_errors(path):
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            sync_folder(temporary)
+            if temporary.parent == real:
+                _fill(real, temporary, ours)
+            elif not real.exists():
+                os.replace(temporary, real)
+            else:
+                _exchange(temporary, real)
+                _move_others(temporary, real, ours)
+            sync_folder(real.parent)
     finally:
         _remove_ours(temporary, ours)
 
@@ -199,12 +195,12 @@ def remove_partial(path: Path, ours: Ours = every_name) -> None:
         for entry in list(place.iterdir()) if place.is_dir() else ():
             if not pattern.fullmatch(entry.name):
                 continue
-            if not entry.is_dir():
-                entry.unlink(missing_ok=True)
-                continue
-            if real.is_dir():
-                _move_others(entry, real, ours)
-            _remove_ours(entry, ours)
+            if entry.is_dir():
+                if real.is_dir():
+                    _move_others(entry, real, ours)
+                _remove_ours(entry, ours)
+            else:
+                entry.unlink()
 
 
 def _temporary(path: Path) -> Path:
@@ -228,6 +224,7 @@ def _fill(folder: Path, temporary: Path, ours: Ours) -> None:
     sync_folder(folder)
     for name in sorted(new, key=lambda name: name == LAST):
         os.replace(temporary / name, folder / name)
+    sync_folder(folder)
 
 
 def _exchange(temporary: Path, folder: Path) -> None:
@@ -255,6 +252,7 @@ def _move_others(older: Path, folder: Path, ours: Ours) -> None:
         mine = ours(entry.name) and not entry.is_dir()
         if not mine and not (folder / entry.name).exists():
             os.replace(entry, folder / entry.name)
+    sync_folder(folder)
 
 
 def _remove_ours(folder: Path, ours: Ours) -> None:
@@ -263,7 +261,7 @@ def _remove_ours(folder: Path, ours: Ours) -> None:
         return
     for entry in folder.iterdir():
         if ours(entry.name) and not entry.is_dir():
-            entry.unlink(missing_ok=True)
+            entry.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -273,13 +271,31 @@ def _sync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _as_user_error(path: Path, error: Exception) -> Exception:
-    """A UserError if the system could not write; torch and safetensors wrap its exceptions."""
-    cause = error if isinstance(error, OSError) else error.__context__
+@contextlib.contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    """Raise a UserError in place of an exception that says that the system could not write."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise unwritable(path, cause) from error
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error that an exception is or wraps, None if it does not.
+
+    torch raises a RuntimeError while it handles the system's. Libraries in Rust, such as
+    tokenizers, put the number into the text of an exception of any type.
+    """
     number = re.search(r"\(os error (\d+)\)", str(error))
-    if isinstance(error, SafetensorError) and number:
-        cause = OSError(int(number[1]), os.strerror(int(number[1])))
-    return unwritable(path, cause) if isinstance(cause, OSError) else error
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    return cause if isinstance(cause, OSError) else None
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -123,7 +123,7 @@ def open_journal(
         folder = (*same, *kept, *folders)[0]
         journal = Journal(folder)
         shutil.rmtree(journal.scratch, ignore_errors=True)
-        _take_up(folder, json.dumps(identity, indent=1, sort_keys=True), resume)
+        _take_up(folder, json.dumps(identity), resume)
         try:
             yield journal
         finally:
@@ -237,7 +237,7 @@ def _identity(folder: Path) -> dict[str, object] | None:
 def _take_up(folder: Path, identity: str, resume: bool) -> None:
     """Continue what is in the folder, or begin. Raises UserError as `open_journal`."""
     for left in folder.glob(f".*{PARTIAL}"):
-        left.unlink(missing_ok=True)
+        left.unlink()
     file = folder / "run.json"
     done = len(list(folder.glob(_PARTS)))
     if not done:

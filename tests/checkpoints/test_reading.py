@@ -1,16 +1,20 @@
 """Reading checkpoints: this package's own, older tools', and what is not one."""
 
+import json
 import re
 from collections import OrderedDict
 
 import pytest
 import torch
 from conftest import llama_config, make_model
+from helpers.old_tools import write
 from safetensors.torch import load_file, save_file
 
 import gptq
 from gptq import QuantConfig, QuantLinear
+from gptq.api import open_weights
 from gptq.errors import UserError
+from gptq.nn import QuantEmbedding
 
 PROBE = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(5))
 
@@ -122,11 +126,13 @@ def test_a_tensor_is_missing(kind, llama_dir, state, tmp_path):
     refused(llama_dir, saved(state, tmp_path / "m.pt"), re.escape("model.layers.1.mlp.up_proj"))
 
 
-def test_g_idx_out_of_range(llama_dir, state, tmp_path):
+@pytest.mark.parametrize(("group", "held"), [(2, r"0\.\.2"), (99, r"0\.\.99"), (-1, r"-1\.\.1")])
+def test_g_idx_out_of_range(llama_dir, state, tmp_path, group, held):
     name = "model.layers.1.mlp.up_proj.g_idx"
     state[name] = state[name].clone()
-    state[name][3] = 99
-    refused(llama_dir, saved(state, tmp_path / "m.pt"), f"{name}: .*0..1")
+    state[name][3] = group
+    message = rf"{name}: holds groups {held} where there are 0\.\.1; the file is damaged"
+    refused(llama_dir, saved(state, tmp_path / "m.pt"), message)
 
 
 def test_a_dense_model_is_not_a_checkpoint(llama_dir):
@@ -168,6 +174,84 @@ def test_tensors_without_a_place_are_counted(llama_dir, state, tmp_path, count, 
     extra = {f"model.layers.0.extra.{number}": torch.ones(2) for number in range(count)}
     save_file({**state, **extra}, tmp_path / "m.safetensors")
     refused(llama_dir, tmp_path / "m.safetensors", message)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight", 0), ("bias", 1), ("bias", 0)])
+def test_only_biases_of_zeros_need_no_place(llama_dir, made, state, tmp_path, name, value):
+    state[f"model.norm.{name}2" if name == "weight" else f"model.norm.{name}"] = torch.full(
+        (64,), float(value)
+    )
+    path = saved(state, tmp_path / "m.pt")
+    if (name, value) == ("bias", 0):
+        assert torch.equal(logits(llama_dir, path), logits(llama_dir, made / "m.pt"))
+    else:
+        refused(llama_dir, path, rf"model.norm.{name}2? has no place in the model; the checkpoint")
+
+
+def test_one_packed_layer_is_a_checkpoint(llama_dir, state, tmp_path):
+    name = "model.layers.1.mlp.up_proj"
+    full = load_file(llama_dir / "model.safetensors")
+    one = {key: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    rest = {key: tensor for key, tensor in full.items() if key != f"{name}.weight"}
+    opened = open_weights(llama_dir, saved({**one, **rest}, tmp_path / "m.pt"))
+    checkpoint = opened.checkpoint
+    assert (checkpoint.bits, checkpoint.group_size) == (4, 32)
+    assert [layer.name for layer in checkpoint.layers] == [name]
+
+
+def test_exceptions_with_bits_and_groups_of_their_own(llama_dir, tmp_path):
+    """Of GPTQModel's `dynamic`; what the file declares is of the other layers."""
+    made = write(llama_dir, "v1", 4, 32)
+    exceptions = write(llama_dir, "v1", 8, 16, probe=False)
+    name = "model.layers.0.self_attn.q_proj"
+    own = {key: tensor for key, tensor in exceptions.state.items() if key.startswith(name)}
+    said = {"bits": 4, "group_size": 32, "dynamic": {r"+:.*0\..*q_proj": {"bits": 8}}}
+    settings = {"quantize_config": json.dumps(said)}
+    save_file({**made.state, **own}, tmp_path / "m.safetensors", metadata=settings)
+    checkpoint = open_weights(llama_dir, tmp_path / "m.safetensors").checkpoint
+    assert (checkpoint.bits, checkpoint.group_size) == (4, 32)
+    sizes = {layer.name: (layer.bits, layer.group_size) for layer in checkpoint.layers}
+    assert sizes.pop(name) == (8, 16)
+    assert set(sizes.values()) == {(4, 32)}
+
+
+def test_a_packed_embedding_beside_a_head_of_its_own(llama_dir, state, tmp_path):
+    """A head in 16 bits that is not tied to the embedding stays what it is."""
+    config = QuantConfig(bits=4, group_size=32, embedding_bits=8, method="rtn")
+    gptq.quantize(llama_dir, None, config, save=tmp_path / "packed.pt")
+    packed = dict(torch.load(tmp_path / "packed.pt", weights_only=True))
+    for key in [key for key in packed if key.startswith("lm_head.")]:
+        del packed[key]
+    packed["lm_head.weight"] = state["lm_head.weight"]
+    model, _ = gptq.load(llama_dir, saved(packed, tmp_path / "m.pt"))
+    assert type(model.get_input_embeddings()) is QuantEmbedding
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    assert torch.equal(model.lm_head.weight.half(), state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_modules_own_state_says_its_format(llama_dir, made, tmp_path, offset):
+    """`torch.save(model.state_dict())`, as torch's users do it."""
+    source = tmp_path / "m.safetensors"
+    said = {"bits": 4, "group_size": 32, "checkpoint_format": ("gptq_v2", "gptq")[offset]}
+    settings = {"quantize_config": json.dumps(said)}
+    save_file(load_file(made / "m.safetensors"), source, metadata=settings)
+    model, _ = gptq.load(llama_dir, source)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    checkpoint = open_weights(llama_dir, tmp_path / "m.pt").checkpoint
+    assert checkpoint.zero_offset == offset
+    assert checkpoint.settings == {"checkpoint_format": ("gptq_v2", "gptq")[offset]}
+    assert torch.equal(logits(llama_dir, tmp_path / "m.pt"), logits(llama_dir, source))
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (2,), (-1,), (2, 2), (1, 1, 0)])
+def test_modules_of_two_formats_are_refused(llama_dir, state, tmp_path, offsets):
+    state._metadata = {
+        f"model.layers.{block}.mlp.up_proj": {"version": 1, "zero_offset": offset}
+        for block, offset in enumerate(offsets)
+    }
+    torch.save(state, tmp_path / "m.pt")
+    refused(llama_dir, tmp_path / "m.pt", "its layers are not all of one format; save one model's")
 
 
 def test_a_flipped_bit_in_a_torch_file(llama_dir, made, state, tmp_path):

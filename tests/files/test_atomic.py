@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from gptq.checkpoints.writing import write_pt, write_safetensors
 from gptq.errors import UserError
-from gptq.files.atomic import check_writable, remove_partial, whole_file, whole_folder
+from gptq.files.atomic import (
+    check_writable,
+    remove_partial,
+    sync_folder,
+    whole_file,
+    whole_folder,
+)
 from gptq.files.lazy import as_lazy
 
 
@@ -192,3 +201,147 @@ def test_a_quantized_folder_of_any_format_can_be_replaced(tmp_path, config, quan
     with contextlib.nullcontext() if quantized else refused:
         check_writable(tmp_path, folder=True, ours=lambda name: name == "config.json")
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+# Places -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_folders_around_a_folder_are_made(tmp_path, there):
+    if there:
+        (tmp_path / "a" / "b").mkdir(parents=True)
+    with whole_folder(tmp_path / "a" / "b" / "out") as temporary:
+        (temporary / "x").touch()
+    assert [str(it.relative_to(tmp_path)) for it in tmp_path.rglob("*") if it.is_file()] == [
+        "a/b/out/x"
+    ]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\udcff", "is not UTF-8; give another name"),
+        ("a\0b", "no name can hold a zero byte; give another one"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path, folder, name, message):
+    with pytest.raises(UserError, match=message):
+        check_writable(tmp_path / name, folder=folder)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_root_is_no_output():
+    with pytest.raises(UserError, match=r"^/: is the root of the file system; give a folder in it"):
+        check_writable(Path("/"), folder=True, ours=lambda _name: False)
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_args: False)
+    with pytest.raises(UserError, match=r"there: cannot be written \(Permission denied\)"):
+        check_writable(tmp_path / "there", folder=True)
+    check_writable(tmp_path / "new", folder=True)
+    assert os.listdir(tmp_path) == ["there"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_place_in_which_nothing_can_be_renamed(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        check_writable(tmp_path / "out", folder=folder)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_tried_where_it_leads(tmp_path):
+    """The file is renamed there; beside the link there may be no room, or another file system."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "m.pt")
+    with pytest.raises(UserError, match=r"link: cannot be written \(No such file or directory\)"):
+        check_writable(tmp_path / "link")
+    (tmp_path / "nowhere").mkdir()
+    check_writable(tmp_path / "link")
+    with whole_file(tmp_path / "link") as temporary:
+        assert temporary.parent == tmp_path / "nowhere"
+        temporary.write_text("x")
+    assert (tmp_path / "nowhere" / "m.pt").read_text() == "x"
+    assert os.listdir(tmp_path / "nowhere") == ["m.pt"]
+
+
+# Messages ----------------------------------------------------------------------------------------
+
+
+def test_an_error_without_a_number_keeps_its_text(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"out: cannot be written \(the cable came off\)"),
+        whole_file(tmp_path / "out"),
+    ):
+        raise OSError("the cable came off")
+
+
+def test_a_folder_that_cannot_be_made_durable(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    sync_folder(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(UserError, match=r"none: cannot be written \(No such file or directory\)"):
+        sync_folder(tmp_path / "none")
+
+
+def wrapped(error):
+    """As if it were raised while the system's error was handled."""
+    error.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        wrapped(RuntimeError("the writer stopped")),
+        Exception("No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: no room (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_what_libraries_make_of_the_systems_errors(tmp_path, error, whole):
+    with (
+        pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\)"),
+        whole(tmp_path / "out"),
+    ):
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        wrapped(ValueError("mistake")),
+        UserError("in.pt: cannot be read (os error 5)"),
+        KeyError("x"),
+    ],
+)
+def test_what_is_not_about_writing_stays_as_it_is(tmp_path, error):
+    with pytest.raises(type(error)) as caught, whole_file(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+    assert error.__cause__ is None
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    words = {f"word{number}": number for number in range(9999)}
+    tokenizer = Tokenizer(WordLevel(words, "word0"))
+    with (
+        largest_file(1000),
+        pytest.raises(UserError, match=r"out: cannot be written \(File too large\)"),
+        whole_folder(tmp_path / "out") as temporary,
+    ):
+        tokenizer.save(str(temporary / "tokenizer.json"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_in_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="out: cannot be written"),
+        whole_folder(tmp_path / "file" / "out"),
+    ):
+        pass

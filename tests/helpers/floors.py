@@ -30,6 +30,9 @@ def floors(project: dict, *extras: str) -> list[str]:
     lines += [line for extra in parts for line in optional[extra]]
     found = set()
     for requirement in map(Requirement, lines):
+        if requirement.name == project["name"]:
+            found.update(floors(project, *requirement.extras))
+            continue
         (oldest,) = [part.version for part in requirement.specifier if part.operator == ">="]
         found.add(f"{requirement.name}=={oldest}")
     return sorted(found)

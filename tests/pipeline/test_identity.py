@@ -13,8 +13,9 @@ from torch import nn
 from gptq import QuantConfig
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
+from gptq.errors import UserError
 from gptq.pipeline import identity as module
-from gptq.pipeline.identity import digest, fingerprint, identity
+from gptq.pipeline.identity import agreed, digest, fingerprint, identity
 
 CPU = torch.device("cpu")
 # Of each setting a value that is not the default.
@@ -152,3 +153,10 @@ def test_zeros_of_two_types_are_two_digests():
     for layer in layers:
         nn.init.zeros_(layer.weight)
     assert len({digest(layer) for layer in layers}) == 3
+
+
+def test_processes_agree_on_all_but_the_solver():
+    one = {"bits": 4, "solver": "avx512"}
+    assert agreed([one, {**one, "solver": "avx2"}, one]) == {"bits": 4, "solver": "avx2+avx512"}
+    with pytest.raises(UserError, match="process 1 differs from the first in bits; give all"):
+        agreed([one, {**one, "bits": 3, "solver": "avx2"}])

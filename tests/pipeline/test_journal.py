@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from gptq.errors import UserError
-from gptq.pipeline.journal import LOCK, Journal, finished_blocks, journal_folder, open_journal
+from gptq.pipeline.journal import (
+    LOCK,
+    Journal,
+    finished_blocks,
+    journal_folder,
+    open_journal,
+    shared_journal,
+)
 
 TENSORS = {"a.qweight": torch.arange(6, dtype=torch.int32).view(2, 3)}
 LAYERS = [{"name": "a", "loss": 0.1}]
@@ -32,6 +39,15 @@ def test_a_damaged_block_is_refused(tmp_path):
     whole = journal.part(0).read_bytes()
     journal.part(0).write_bytes(whole[:-4])
     with pytest.raises(UserError, match="cut short"):
+        journal.read(0, "abc")
+
+
+def test_a_block_with_a_damaged_name_is_refused(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write(0, TENSORS, LAYERS, "abc")
+    data = journal.part(0).read_bytes()
+    journal.part(0).write_bytes(data.replace(b"a.qweight", b"c.qweight"))
+    with pytest.raises(UserError, match=r"block-0000.safetensors: is damaged; delete it"):
         journal.read(0, "abc")
 
 
@@ -175,3 +191,78 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
         journal.scratch.mkdir()
     assert os.listdir(tmp_path) == ["m.pt.journal"] == [journal_folder(output).name]
     assert not journal.scratch.exists()
+
+
+def test_what_a_killed_run_left_beside_another_output_is_removed(tmp_path):
+    one, two = tmp_path / "a.pt", tmp_path / "b.pt"
+    scratch = Journal(journal_folder(two)).scratch
+    scratch.mkdir(parents=True)
+    (scratch / "0").touch()
+    with open_journal([one, two], {}, resume=False) as journal:
+        assert journal.folder == journal_folder(one)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    with open_journal([tmp_path / "new" / "m.pt"], {}, resume=False) as journal:
+        assert journal.folder.parent == tmp_path / "new"
+
+
+def test_a_journal_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"m.pt.journal: cannot be written \(Not a directory\)"),
+        open_journal([tmp_path / "file" / "m.pt"], {}, resume=False),
+    ):
+        pass
+
+
+def test_of_two_journals_the_one_of_this_run_is_taken_up(tmp_path):
+    one, two = tmp_path / "a.pt", tmp_path / "b.pt"
+    begin(one, bits=8)
+    begin(two, bits=4)
+    for bits, output in ((8, one), (4, two)):
+        with open_journal([one, two], {"bits": bits}, resume=True) as journal:
+            assert journal.folder == journal_folder(output)
+
+
+def test_the_name_of_a_journal_is_durable(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with open_journal([tmp_path / "m.pt"], {}, resume=False):
+        assert synced[-1] == str(tmp_path)
+
+
+class Follower:
+    """The second of two processes, whose first one is on another machine."""
+
+    leads, rank = False, 1
+
+    def from_leader(self, begin):
+        return None
+
+
+@pytest.mark.parametrize("others", [[], ["0"]])
+def test_a_process_that_follows_leaves_only_what_is_of_others(tmp_path, others):
+    folder = journal_folder(tmp_path / "m.pt")
+    scratch = Journal(folder).scratch
+    for name in ("1", *others):
+        (scratch / name).mkdir(parents=True)
+    with shared_journal(Follower(), [tmp_path / "m.pt"], {}, resume=False) as journal:
+        assert journal == Journal(folder)
+        assert os.listdir(scratch) == others
+        (scratch / "1" / "inner").mkdir(parents=True)
+    assert [it.name for it in tmp_path.rglob("*")] == (
+        ["m.pt.journal", "scratch", *others] if others else []
+    )
+
+
+def test_a_process_that_follows_needs_no_scratch(tmp_path):
+    with shared_journal(Follower(), [tmp_path / "m.pt"], {}, resume=False):
+        pass
+    assert os.listdir(tmp_path) == []

@@ -1,5 +1,6 @@
 """Where to compute and in which type."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_peak_memory_of_the_process_is_in_bytes():
     # A process cannot forget its peak; asking for that must not fail either.
     reset_peak_memory(CPU)
     assert peak_memory(CPU) >= peak * 1024 * 0.95
+
+
+def test_peak_memory_is_that_of_getrusage_only_if_the_system_has_no_other(monkeypatch):
+    """getrusage counts the process that started this one, too."""
+    usage = types.SimpleNamespace(ru_maxrss=7)
+    monkeypatch.setattr(machine.resource, "getrusage", lambda _who: usage)
+    assert peak_memory(CPU) > 7 * 1024
+    monkeypatch.setattr(machine, "_read", lambda _path: "")
+    assert peak_memory(CPU) == 7 * 1024
 
 
 @pytest.mark.parametrize("has_units", [True, False])

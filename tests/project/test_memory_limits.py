@@ -70,6 +70,13 @@ def test_a_container_of_version_2_is_limited(tmp_path):
     assert left(tmp_path) == 5
 
 
+def test_a_groups_name_can_hold_colons(tmp_path):
+    """As containerd names them."""
+    machine(tmp_path, "0::/system.slice:cri-containerd:ab\n", V2_MOUNT)
+    v2(tmp_path, "system.slice:cri-containerd:ab", 8, 3)
+    assert left(tmp_path) == 5
+
+
 def test_files_pages_are_not_used_memory(tmp_path):
     machine(tmp_path, "0::/\n", V2_MOUNT)
     v2(tmp_path, ".", 8, 8, cached=6.5)

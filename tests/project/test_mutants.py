@@ -1,12 +1,13 @@
 """The small changes of `make mutants`: which there are, and that tests are seen to notice them."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from helpers.mutants import LISTED, TESTS, mutants
+from helpers.mutants import LISTED, TESTS, mutants, replace_functions
 
 SMALL = '''
 LIMIT = 7
@@ -53,12 +54,50 @@ def test_each_is_the_module_with_one_change():
         assert "Not changed." in ast.unparse(mutant.tree)
 
 
+KINDS = """
+import contextlib
+
+def plain():
+    return 1
+
+def default(value=1, *, other=1):
+    return value * other
+
+@contextlib.contextmanager
+def managed():
+    yield 1
+
+class Thing:
+    def method(self):
+        return 1
+
+    @property
+    def value(self):
+        return 1
+"""
+
+
+def test_functions_are_replaced_where_they_are_known_already(tmp_path, monkeypatch):
+    (tmp_path / "kinds_of_functions.py").write_text(KINDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("kinds_of_functions")
+    plain, default, managed, thing = module.plain, module.default, module.managed, module.Thing()
+
+    def results():
+        with managed() as value:
+            return plain(), default(), value, thing.method(), thing.value
+
+    assert results() == (1, 1, 1, 1, 1)
+    replace_functions("kinds_of_functions", ast.parse(KINDS.replace("1", "2")))
+    assert results() == (2, 4, 2, 2, 2)
+
+
 SCRIPT = """
 import sys
-from helpers.mutants import mutants, passes
-source, test = open("small.py").read(), ["test_small.py"]
-print(passes("small", None, test))
-print([mutant.name for mutant in mutants(source) if passes("small", mutant.tree, test)])
+from helpers.mutants import Judges, mutants
+source, judges = open("small.py").read(), Judges(["test_small.py"])
+print(judges.pass_with("small", None))
+print([mutant.name for mutant in mutants(source) if judges.pass_with("small", mutant.tree)])
 """
 
 

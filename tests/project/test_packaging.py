@@ -27,11 +27,13 @@ PACKAGES = {
     *("gptq", "quant_cuda", "quant_cuda.cpu", "quant_cuda.cuda"),
     *(f"gptq.{name}" for name in ("blockwise", "checkpoints", "cli", "data", "files")),
     *(f"gptq.{name}" for name in ("inference", "models", "pipeline", "serving", "solver")),
+    *("belle", "belle.compare", "belle.finetune", "belle.generation", "belle.release"),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Everything that building reads.
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
-PARTS = ("gptq", "quant_cuda", *FILES)
+OURS = ("belle", "gptq", "quant_cuda")
+PARTS = (*OURS, *FILES)
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
@@ -115,9 +117,7 @@ def installed(tmp_path_factory) -> Path:
 def test_every_module_is_installed(installed):
     modules = {path.relative_to(installed) for path in installed.rglob("*.py")}
     expected = {
-        path.relative_to(ROOT)
-        for package in ("gptq", "quant_cuda")
-        for path in (ROOT / package).rglob("*.py")
+        path.relative_to(ROOT) for package in OURS for path in (ROOT / package).rglob("*.py")
     }
     assert modules == expected
     assert {".".join(path.parent.parts) for path in modules} == PACKAGES
@@ -149,6 +149,14 @@ def test_the_command_is_installed(installed, tmp_path):
             check=False,
         )
         assert (done.returncode, done.stdout) == (0, f"gptq {gptq.__version__}\n"), done.stderr
+
+
+def test_the_seeds_of_data_generation_are_installed(installed, tmp_path):
+    code = (
+        "from belle.generation.seeds import LANGUAGES, built_in, read_seeds; "
+        "print([len(read_seeds(built_in(language))) for language in LANGUAGES])"
+    )
+    assert run(installed, code, tmp_path) == "[48, 48]\n"
 
 
 def test_annotations_are_installed(installed):
@@ -203,11 +211,19 @@ EXTRAS = {
 
 def test_what_is_imported_is_required():
     # Triton comes with torch where there is a GPU; only the module of that name's kernels needs it.
-    known = {"triton", *requirements(PROJECT["dependencies"])}
+    core = {"triton", *requirements(PROJECT["dependencies"])}
+    optional = PROJECT["optional-dependencies"]
+    of_belle = {normal(name) for name in requirements(optional["belle"])}
+    of_belle |= {
+        normal(name)
+        for extra in ("data", "train", "report")
+        for name in requirements(optional[extra])
+    }
     homes = packages_distributions()
-    for package in ("gptq", "quant_cuda"):
+    for package in OURS:
+        known = core | of_belle if package == "belle" else core
         for path, name in imported(package):
-            if name in sys.stdlib_module_names or name in ("gptq", "quant_cuda") or name in EXTRAS:
+            if name in sys.stdlib_module_names or name in OURS or name in EXTRAS:
                 continue
             found = {normal(home) for home in homes.get(name, [name])}
             assert found & known, f"{path.name} imports {name}, which is not required"
