@@ -65,10 +65,10 @@ def steps(settings: Settings, url: str) -> list[Step]:
     train = f"-m belle.finetune {model} {data} {path('trained')} --scales {scales} "
     train += "--schedule constant --epochs 1 --batch 8 --rate 3e-4 --prompt belle --resume "
     train += f"--top-blocks {settings.top_blocks} --length {settings.length}"
-    names = {"0": model, **{str(scale): path(f"trained/{scale}") for scale in settings.scales}}
+    names = {str(scale): path(f"trained/{scale}") for scale in settings.scales}
     names |= {f"{largest} {bits} bit": path(f"packed/{bits}bit") for bits in BITS}
     compare = f"-m belle.compare {path('evaluation.json')} {' '.join(names.values())} "
-    compare += f"--names {shlex.quote(','.join(names))} --max-new-tokens 16 "
+    compare += f"--names {shlex.quote(','.join(names))} --max-new-tokens 12 "
     compare += f"--judge {url} --judge-model {MODEL} --votes 1 --out {path('comparison')}"
     lines = {"generate": (generate, "data/Belle.train.json"), "release": (release, "release")}
     lines["train"] = (train, f"trained/{largest}")
@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     add("--scales", default="16,64,256", metavar="N,N", help="default: 16,64,256")
     add("--top-blocks", type=int, default=8, metavar="N", help="to train (default: 8)")
     add("--length", type=int, default=64, metavar="N", help="tokens of an example (default: 64)")
-    add("--each", type=int, default=10, metavar="N", help="questions of a kind (default: 10)")
+    add("--each", type=int, default=6, metavar="N", help="questions of a kind (default: 6)")
     return command
 
 
