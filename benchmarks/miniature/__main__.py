@@ -74,7 +74,7 @@ def steps(settings: Settings, url: str) -> list[Step]:
     lines["train"] = (train, f"trained/{largest}")
     for bits in BITS:
         target = f"packed/{bits}bit"
-        quantize = f"llama.py {trained} {data} --wbits {bits} --groupsize 64 --nsamples 16 "
+        quantize = f"llama.py {trained} {data} --wbits {bits} --groupsize 64 --nsamples 64 "
         quantize += f"--seqlen 64 --quality fast --save-dir {path(target)} --resume"
         lines[f"quantize to {bits} bit"] = (quantize, target)
     lines["compare"] = (compare, "comparison.json")
@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     add("--scales", default="16,64,256", metavar="N,N", help="default: 16,64,256")
     add("--top-blocks", type=int, default=8, metavar="N", help="to train (default: 8)")
     add("--length", type=int, default=64, metavar="N", help="tokens of an example (default: 64)")
-    add("--each", type=int, default=6, metavar="N", help="questions of a kind (default: 6)")
+    add("--each", type=int, default=10, metavar="N", help="questions of a kind (default: 10)")
     return command
 
 

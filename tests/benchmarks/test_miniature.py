@@ -28,7 +28,7 @@ ANIMALS = {"dog", "cat", "horse", "cow", "sheep", "goose", "rabbit", "bear", "li
 FOODS = {"bread", "apple", "cheese", "soup", "rice", "cake", "onion", "carrot", "potato", "honey"}
 TOOLS = {"hammer", "saw", "drill", "knife", "brush", "shovel", "ladder", "needle", "pencil", "rope"}
 SECTIONS = ("toy", "generation", "release", "scores", "losses", "sizes", "samples", "times")
-VOID = {"meta"}
+VOID = {"meta", "br"}
 SEEDS = read_seeds(built_in("en"))
 QUESTIONS = teacher.evaluation(3)
 
