@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.common.assets import DEFAULT_CACHE, model_path
 from benchmarks.miniature.page import write_page
 from benchmarks.miniature.teacher import MODEL, evaluation, serving
 from gptq.cli.command import Parser, report_error
+from gptq.errors import UserError
 from gptq.files.atomic import whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,35 +87,53 @@ def steps(settings: Settings, url: str) -> list[Step]:
 def run(settings: Settings) -> Path:
     """Run the steps that have not ended yet, and write the page; returns its path.
 
-    Raises SystemExit, with the exit code of a command that failed.
+    Raises UserError for the folder of another run, and SystemExit, with the exit code of a command
+    that failed.
     """
     questions = evaluation(settings.each)
     (settings.folder / "packed").mkdir(parents=True, exist_ok=True)
-    with whole_file(settings.folder / "evaluation.json") as unfinished:
-        asked = [
-            {"question": it.question, "class": it.kind, "std_answer": it.answer} for it in questions
-        ]
-        unfinished.write_text(json.dumps(asked, indent=1))
+    identity = {name: str(value) for name, value in vars(settings).items()}
+    if write_new(settings.folder / "settings.json", identity) != identity:
+        raise UserError(
+            f"{settings.folder}: is of other arguments; remove it, or give another --folder"
+        )
+    fields = [
+        {"question": it.question, "class": it.kind, "std_answer": it.answer} for it in questions
+    ]
+    write_new(settings.folder / "evaluation.json", fields)
     times = settings.folder / TIMES
-    known = json.loads(times.read_text()) if times.exists() else {}
+    known = write_new(times, {})
     with serving(questions) as url:
         for step in steps(settings, url):
+            # Its port is another one each time.
+            line = shlex.join(["python", *step.command]).replace(url, "URL")
             before = known.get(step.name, {"seconds": 0.0, "cpu": 0.0, "ended": False})
             if before["ended"] and step.output.exists():
                 continue
             print(f"$ python {shlex.join(step.command)}", flush=True)
             code, seconds, cpu = call(step.command)
             known[step.name] = {
-                "command": shlex.join(["python", *step.command]),
+                "command": line,
                 "seconds": before["seconds"] + seconds,
                 "cpu": before["cpu"] + cpu,
                 "ended": code == 0,
             }
-            with whole_file(times) as unfinished:
-                unfinished.write_text(json.dumps(known, indent=1))
+            write(times, known)
             if code:
                 raise SystemExit(code)
     return write_page(settings.folder, settings.model, settings.scales, known)
+
+
+def write(path: Path, value: Any) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1))
+
+
+def write_new(path: Path, value: Any) -> Any:
+    """Write a file if it is not there; returns what it has."""
+    if not path.exists():
+        write(path, value)
+    return json.loads(path.read_text())
 
 
 def call(command: list[str]) -> tuple[int, float, float]:

@@ -204,7 +204,10 @@ def circle(tmp_path_factory, llama_dir):
         assert len(ran) == count
         (folder / "comparison.json").unlink()
         assert miniature.main(argv) == 0
-    assert len(ran) == count + 1
+        assert len(ran) == count + 1
+        # What other arguments would give is not taken for what is there.
+        assert miniature.main([*argv, "--length", "96"]) == 2
+        assert len(ran) == count + 1
     return folder, ran
 
 
