@@ -34,13 +34,16 @@ SHARD_BYTES = 2_000_000_000
 STD = 0.02
 
 
-def _llama(hidden: int, intermediate: int, blocks: int, heads: int) -> PretrainedConfig:
+def _llama(
+    hidden: int, intermediate: int, blocks: int, heads: int, key_heads: int | None = None
+) -> PretrainedConfig:
     return LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=blocks,
         num_attention_heads=heads,
+        num_key_value_heads=heads if key_heads is None else key_heads,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
@@ -60,12 +63,15 @@ def _bloom(vocabulary: int, hidden: int, blocks: int, heads: int) -> PretrainedC
     )
 
 
-# Touvron et al. 2023, arXiv 2302.13971, table 2; BigScience 2022, arXiv 2211.05100, table 3.
+# Touvron et al. 2023, arXiv 2302.13971, table 2, and 2307.09288; BigScience 2022, arXiv 2211.05100,
+# table 3.
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-7b": partial(_llama, 4096, 11008, 32, 32),
     "llama-13b": partial(_llama, 5120, 13824, 40, 40),
+    "llama-70b": partial(_llama, 8192, 28672, 80, 64, 8),
     "bloom-560m": partial(_bloom, 250880, 1024, 24, 16),
     "bloom-7b1": partial(_bloom, 250880, 4096, 30, 32),
+    "bloom-176b": partial(_bloom, 250880, 14336, 70, 112),
     # For tests: a block is 50 thousand weights.
     "llama-tiny": partial(_llama, 64, 96, 2, 4),
     "bloom-tiny": partial(_bloom, 320, 64, 2, 4),

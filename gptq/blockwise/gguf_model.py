@@ -1,40 +1,45 @@
-"""A .gguf file as Hugging Face tensors and configuration, and the same the other way round.
+"""A .gguf file as Hugging Face tensors, and the same the other way round.
 
-Names, orders of rows and settings are data of the architecture: `ModelSpec.gguf`.
+Names and orders of rows are data of the architecture: `ModelSpec.gguf`. Configurations are in
+`gguf_config`.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from gptq.blockwise.gguf_rope import FACTORS, rope_keys, rope_parameters
-from gptq.blockwise.limits import check_sizes
+from gptq.blockwise.gguf_rope import ROPE_TENSORS
 from gptq.errors import UserError
 from gptq.files.gguf_file import GgufHeader, check_types, lazy_tensor, read_header
-from gptq.files.lazy import Entries, LazyTensors, Read
+from gptq.files.lazy import Entries, Entry, LazyTensors, Read
 from gptq.models import SPECS, GgufNames, ModelSpec, RowOrder
 
 
-def open_gguf(path: Path) -> LazyTensors:
+def open_gguf(path: Path, spec: ModelSpec | None = None) -> LazyTensors:
     """The model's tensors by their Hugging Face names, in Hugging Face's order of rows.
 
     float32, float16 and bfloat16 stay what they are; quantized types become float32. There is no
     `lm_head.weight` if the file ties it to the embedding. Raises UserError unless this is a
     complete GGUF file of an architecture in SPECS.
+    spec: of several architectures that files name alike, the one to read it as.
     """
-    opened = open_names(path)
+    opened = open_names(path, spec)
     entries: Entries = {}
     for full, name in opened.tensors.items():
         entry, rows = lazy_tensor(opened.header, name), opened.rows(name)
         if rows is not None:
             entry = entry._replace(read=partial(_in_order, entry.read, rows))
+        if opened.names.norm_offset and is_norm(name):
+            read = partial(_without, entry.read, opened.names.norm_offset)
+            entry = entry._replace(read=read, dtype=torch.float32)
         entries[full] = entry
+    entries |= _from_arrays(opened.header, opened.spec, opened.names)
     return LazyTensors(entries, opened.header.metadata)
 
 
@@ -53,7 +58,7 @@ class GgufModel(NamedTuple):
         order = self.names.row_order.get(name.split(".")[-2])
         if order is None:
             return None
-        heads = _kv_heads(self.header) if order == RowOrder.ROTARY_KV else _heads(self.header)
+        heads = kv_heads(self.header) if order == RowOrder.ROTARY_KV else query_heads(self.header)
         rows = self.header.tensors[name].shape[0]
         restore, parts = _RESTORING[order]
         if rows % (parts * heads):
@@ -63,85 +68,51 @@ class GgufModel(NamedTuple):
         return restore(torch.arange(rows), heads)
 
 
-def open_names(path: Path) -> GgufModel:
-    """Open a file, errors as `open_gguf`."""
-    header, spec, names = _open(path)
+def open_names(path: Path, spec: ModelSpec | None = None) -> GgufModel:
+    """Open a file; arguments and errors as `open_gguf`."""
+    header, spec, names = open_header(path, spec)
     tensors = {}
     for name in header.tensors:
-        # What the model computes for itself: in files of 2023, and of Llama 3.
-        if not name.endswith(".attn_rot_embd.weight") and name != FACTORS:
+        # What the model computes for itself: in files of 2023, and with scaled positions.
+        if not name.endswith(".attn_rot_embd.weight") and name not in ROPE_TENSORS:
             tensors[_hf_name(header, spec, names, name)] = name
     return GgufModel(header, spec, names, tensors)
 
 
-def gguf_config(path: Path) -> PretrainedConfig:
-    """The configuration that Hugging Face's class needs to run the model; errors as `open_gguf`."""
-    header, spec, names = _open(path)
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise UserError(f"{path} has no 'token_embd.weight': it holds no whole model")
-    tokens = {
-        f"{name}_token_id": header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    values: dict[str, Any] = {
-        "architectures": [spec.architecture],
-        "vocab_size": embedding.shape[0],
-        "hidden_size": header.count("embedding_length"),
-        "num_hidden_layers": header.count("block_count"),
-        "num_attention_heads": _heads(header),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        **{name: number for name, number in tokens.items() if isinstance(number, int)},
-        **{name: header.count(key) for name, key in names.counts.items()},
-        **{name: header.number(key) for name, key in names.numbers.items()},
-        **{name: tensor in header.tensors for name, tensor in names.flags.items()},
-    }
-    if names.rotary:
-        values |= _rotary(header, values["hidden_size"])
-    check_sizes(path, values.get)
-    if names.rotary:
-        sizes = AutoConfig.for_model(spec.model_type, **values)
-        values["rope_parameters"] = rope_parameters(header, sizes)
-    return AutoConfig.for_model(spec.model_type, **values)
-
-
-def _rotary(header: GgufHeader, hidden_size: int) -> dict[str, Any]:
-    """Settings of attention with rotary positions."""
-    head_dim = header.count("attention.key_length", hidden_size // _heads(header))
-    if header.count("rope.dimension_count", head_dim) != head_dim:
-        raise UserError(
-            f"{header.path} rotates a part of each head only, which {header.architecture} models "
-            "do not do"
-        )
-    return {"num_key_value_heads": _kv_heads(header), "head_dim": head_dim}
-
-
-def _heads(header: GgufHeader) -> int:
+def query_heads(header: GgufHeader) -> int:
     return header.count("attention.head_count")
 
 
-def _kv_heads(header: GgufHeader) -> int:
-    return header.count("attention.head_count_kv", _heads(header))
+def kv_heads(header: GgufHeader) -> int:
+    return header.count("attention.head_count_kv", query_heads(header))
 
 
 # Which files are supported -------------------------------------------------------------------
 
 
-def _open(path: Path) -> tuple[GgufHeader, ModelSpec, GgufNames]:
-    """The header, and how its architecture is described. Raises UserError if it is not in SPECS."""
+def open_header(
+    path: Path, spec: ModelSpec | None = None
+) -> tuple[GgufHeader, ModelSpec, GgufNames]:
+    """The header, and how its architecture is described; arguments and errors as `open_gguf`."""
     header = read_header(path)
-    # Of several that files name alike, the first: LLaMA and Mistral.
-    known: dict[str, tuple[ModelSpec, GgufNames]] = {}
-    for spec in SPECS.values():
-        if spec.gguf is not None:
-            known.setdefault(spec.gguf.architecture, (spec, spec.gguf))
-    if header.architecture not in known:
-        raise UserError(
-            f"{path} is a '{header.architecture}' model; {', '.join(known)} are supported"
-        )
     _check_variant(header)
+    found = _described(header, [spec] if spec is not None else list(SPECS.values()))
     check_types(header)
-    return header, *known[header.architecture]
+    return header, *found
+
+
+def _described(header: GgufHeader, specs: list[ModelSpec]) -> tuple[ModelSpec, GgufNames]:
+    known = [(spec, spec.gguf) for spec in specs if spec.gguf is not None]
+    named = [it for it in known if it[1].architecture == header.architecture]
+    marked = [it for it in named if it[1].marker and header.get(it[1].marker)]
+    # Of several that files name alike, the first: LLaMA, Mistral and Helium.
+    for it in marked or named:
+        if marked or it[1].marker is None:
+            return it
+    supported = dict.fromkeys(names.architecture for _, names in known)
+    raise UserError(
+        f"{header.path} is a '{header.architecture}' model; {', '.join(supported)} are supported"
+    )
 
 
 def _check_variant(header: GgufHeader) -> None:
@@ -199,6 +170,31 @@ def _in_order(read: Read, rows: Tensor) -> Tensor:
     return read()[rows]
 
 
+def _without(read: Read, offset: float) -> Tensor:
+    return read().float() - offset
+
+
+def _from_arrays(header: GgufHeader, spec: ModelSpec, names: GgufNames) -> Entries:
+    """The tensors of one number that the header has an array of."""
+    blocks, entries = header.count("block_count"), {}
+    for inner, (key, dims) in names.arrays.items():
+        values = header.metadata.get(key)
+        # One number is that of all blocks.
+        values = (values,) * blocks if isinstance(values, float) else values
+        if not isinstance(values, tuple) or len(values) < blocks:
+            raise UserError(f"{header.path} has no '{key}' of each block: convert it again")
+        for index in range(blocks):
+            value = torch.full((1,) * dims, float(values[index]))
+            full = f"{spec.block(index)}.{inner}"
+            entries[full] = Entry(value.clone, tuple(value.shape), value.dtype)
+    return entries
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor, by its name in the file, is the weight of a norm."""
+    return name.endswith("norm.weight")
+
+
 # From Hugging Face's conventions to llama.cpp's ---------------------------------------------
 
 
@@ -222,46 +218,3 @@ def gguf_rows(config: PretrainedConfig, names: GgufNames, name: str, rows: int) 
     key = "num_key_value_heads" if order == RowOrder.ROTARY_KV else "num_attention_heads"
     restore, _ = _RESTORING[order]
     return restore(torch.arange(rows), getattr(config, key)).argsort()
-
-
-def _has_window(config: PretrainedConfig) -> bool:
-    """Whether some layer attends to fewer tokens than the model has positions."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return False
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return "sliding_attention" in kinds and window < config.max_position_embeddings
-
-
-def gguf_keys(
-    config: PretrainedConfig, names: GgufNames, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, float | int | str]:
-    """A configuration as values for the file's header, by keys after the architecture.
-
-    shapes: of tensors, by their names in the file. Raises UserError for what files cannot describe.
-    """
-    if _has_window(config):
-        raise UserError(
-            "this model attends to a sliding window, which format gguf cannot describe; use "
-            "another --format"
-        )
-    heads = config.num_attention_heads
-    # BLOOM's positions have no end; what it was trained on is a hint in its configuration.
-    positions = getattr(config, "max_position_embeddings", getattr(config, "seq_length", 2048))
-    keys: dict[str, float | int | str] = {
-        "context_length": positions,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": shapes["blk.0.ffn_up.weight"][0],
-        "attention.head_count": heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
-        "vocab_size": shapes["token_embd.weight"][0],
-    }
-    keys |= {key: getattr(config, name) for name, key in names.counts.items()}
-    keys |= {key: float(getattr(config, name)) for name, key in names.numbers.items()}
-    if names.rotary:
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        keys |= {"rope.dimension_count": size, **rope_keys(config)}
-        if size * heads != config.hidden_size:
-            keys |= {"attention.key_length": size, "attention.value_length": size}
-    return keys

@@ -114,7 +114,8 @@ def _open_gguf(path: Path) -> ModelSource:
     if not is_gguf:
         raise UserError(f"{path} is not a .gguf file: pass the folder that holds the model")
     # Only here: that format's package is read for nothing else.
-    from gptq.blockwise.gguf_model import gguf_config, open_gguf
+    from gptq.blockwise.gguf_config import gguf_config
+    from gptq.blockwise.gguf_model import open_gguf
 
     config = gguf_config(path)
     spec = SPECS[config.model_type]

@@ -1,5 +1,6 @@
 """The tokenizer of a model's folder or .gguf file, with the quirks of each."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from gptq.errors import UserError, first_line
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaMA's special tokens; its earliest conversions left them empty.
 _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# How byte-level tokenizers split text before merging, by llama.cpp's names. All of these give the
+# same tokens as GPT-2's: vocabularies that have digits one by one have no merges of them.
+_LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "exaone4", "smollm", "starcoder", "refact")
+# Those that transformers knows by another name only.
+_KNOWN_AS = {"stablelm2": "qwen2", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
 
 
 def open_tokenizer(
@@ -52,7 +58,33 @@ def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTra
         number = getattr(config, f"{kind}_token_id", None)
         if number is not None:
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+    _restore_splitting(tokenizer, folder / name)
     return tokenizer
+
+
+def _restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Split text as the file says, if transformers has not done so."""
+    # Only here: that format's package is read for nothing else.
+    from gptq.files.gguf_file import read_header
+
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as known
+    # Older versions have no table of splittings.
+    except ImportError:
+        return
+    values = read_header(path).metadata
+    name = str(values.get("tokenizer.ggml.pre", "default"))
+    done = ("default", *_LIKE_GPT2, *known.GGUF_PRE_TOKENIZER_SPLITS)
+    if values.get("tokenizer.ggml.model") != "gpt2" or name in done:
+        return
+    if name in _KNOWN_AS:
+        known.set_split_regex(tokenizer, {"pre_tokenizer_type": _KNOWN_AS[name]})
+        return
+    warnings.warn(
+        f"{path}: how its tokenizer splits text before merging ('{name}') is not known here: some "
+        "texts become other tokens than in llama.cpp",
+        stacklevel=2,
+    )
 
 
 def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -15,8 +15,9 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 from torch import Tensor
 
-from gptq.blockwise.gguf_model import gguf_keys, gguf_name, gguf_rows, open_gguf
-from gptq.blockwise.gguf_rope import FACTORS, rope_factors
+from gptq.blockwise.gguf_config import gguf_keys
+from gptq.blockwise.gguf_model import gguf_name, gguf_rows, is_norm, open_gguf
+from gptq.blockwise.gguf_rope import rope_tensors
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.canonical import Canonical, LayerFacts, dequantize, zero_points
 from gptq.checkpoints.gguf_tokenizer import Value, tokenizer_keys
@@ -134,7 +135,9 @@ def _is_symmetric(canonical: Canonical, layer: PackedLayer) -> bool:
 
 
 def tensors(canonical: Canonical) -> LazyTensors:
-    """Every tensor by its name in the file; blocks are uint8. Their types are in `metadata`.
+    """Every tensor by its name in the file; blocks are uint8.
+
+    `metadata` has their types as "types", and as "arrays" what the header has in place of tensors.
 
     Raises UserError for an architecture that files cannot describe, and when it is read for a
     scale that float16 cannot hold.
@@ -143,10 +146,13 @@ def tensors(canonical: Canonical) -> LazyTensors:
     layers = {layer.name: layer for layer in canonical.layers}
     entries: Entries = {}
     types: dict[str, GgmlType] = {}
+    arrays = _arrays(canonical, names)
     for full in canonical.tensors:
         module, _, key = full.rpartition(".")
         layer = layers.get(module)
         if layer is not None and key not in ("qweight", "bias"):
+            continue
+        if full.endswith(tuple(names.arrays)):
             continue
         name = gguf_name(
             canonical.source.spec, names, full if key == "bias" else f"{module}.weight"
@@ -155,15 +161,27 @@ def tensors(canonical: Canonical) -> LazyTensors:
             types[name], entry = _packed(canonical, layer)
         else:
             types[name], entry = _unpacked(canonical, full)
-        entries[name] = _in_file_order(canonical, names, name, entry)
-    factors = rope_factors(canonical.source.config) if names.rotary else None
-    if factors is not None:
-        types[FACTORS] = GgmlType.F32
-        entries[FACTORS] = Entry(factors.clone, tuple(factors.shape), factors.dtype)
-    return LazyTensors(entries, types)
+        entries[name] = _as_in_file(canonical, names, name, entry)
+    factors = rope_tensors(canonical.source.config) if names.rotary else {}
+    for name, tensor in factors.items():
+        types[name] = GgmlType.F32
+        entries[name] = Entry(tensor.clone, tuple(tensor.shape), tensor.dtype)
+    return LazyTensors(entries, {"types": types, "arrays": arrays})
 
 
-def _in_file_order(canonical: Canonical, names: GgufNames, name: str, entry: Entry) -> Entry:
+def _arrays(canonical: Canonical, names: GgufNames) -> dict[str, list[float]]:
+    """The numbers of all blocks by their whole keys."""
+    spec, blocks = canonical.source.spec, range(canonical.source.config.num_hidden_layers)
+    return {
+        key: [float(canonical.tensors[f"{spec.block(index)}.{inner}"]) for index in blocks]
+        for inner, (key, _) in names.arrays.items()
+    }
+
+
+def _as_in_file(canonical: Canonical, names: GgufNames, name: str, entry: Entry) -> Entry:
+    """A tensor with its rows in the file's order; a norm's weight as the file counts it."""
+    if names.norm_offset and is_norm(name):
+        return entry._replace(read=lambda: entry.read() + names.norm_offset)
     rows = gguf_rows(canonical.source.config, names, name, entry.shape[0])
     return entry if rows is None else entry._replace(read=lambda: entry.read()[rows])
 
@@ -242,9 +260,9 @@ def settings(canonical: Canonical) -> dict[str, object]:
     return quantize_config(canonical.settings, "gptq_v2", canonical.embedding_bits)
 
 
-def read(target: Path, _source: ModelSource) -> LazyTensors:
+def read(target: Path, source: ModelSource) -> LazyTensors:
     """The full model that a file holds, as the gguf package dequantizes it."""
-    return open_gguf(target)
+    return open_gguf(target, source.spec)
 
 
 def tolerance(canonical: Canonical, layer: PackedLayer) -> Tensor:
@@ -274,9 +292,11 @@ def write(path: Path, contents: Contents) -> None:
     stored, source = contents.tensors, contents.source
     names = _names(source)
     shapes = {name: stored.shape(name) for name in stored}
-    keys = _general_keys(contents)
+    types = stored.metadata["types"]
+    keys = _general_keys(contents, types)
     for key, value in gguf_keys(source.config, names, shapes).items():
         keys[f"{names.architecture}.{key}"] = value
+    keys |= stored.metadata["arrays"]
     keys |= tokenizer_keys(source, shapes["token_embd.weight"][0])
     with whole_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, names.architecture)
@@ -289,7 +309,7 @@ def write(path: Path, contents: Contents) -> None:
                     stored.shape(name),
                     kind,
                     stored.nbytes(name),
-                    raw_dtype=stored.metadata[name],
+                    raw_dtype=types[name],
                 )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -302,12 +322,12 @@ def write(path: Path, contents: Contents) -> None:
             contents.check(temporary)
 
 
-def _general_keys(contents: Contents) -> dict[str, Value]:
+def _general_keys(contents: Contents, types: Mapping[str, GgmlType]) -> dict[str, Value]:
     tensors = contents.tensors
     matrices = [
         name for name in tensors if name.startswith("blk.") and len(tensors.shape(name)) > 1
     ]
-    kinds = [tensors.metadata[name] for name in matrices]
+    kinds = [types[name] for name in matrices]
     most = max(kinds, key=kinds.count)
     settings = {} if contents.settings is None else {SETTINGS_KEY: json.dumps(contents.settings)}
     return {

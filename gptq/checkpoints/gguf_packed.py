@@ -100,6 +100,8 @@ def _is_packable(model: GgufModel, full: str) -> bool:
     stored = _stored(model, full)
     if stored.type not in BITS or len(stored.shape) != 2 or not full.endswith(".weight"):
         return False
+    if not (model.spec.packs_embedding or _in_block(model, full)):
+        return False
     d, m = _floats(model, full) if stored.type == GgmlType.Q4_1 else (None, None)
     return d is None or m is None or _zeros(d, m) is not None
 

@@ -46,7 +46,21 @@ _SPLITTINGS = {
     "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
     "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
     "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
+    "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34": "starcoder",
+    "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
+    "32d85c31273f8019248f2559fed492d929ea28b17e51d81d3bb36fff23ca72b3": "stablelm2",
+    "b6dc8df998e1cfbdc4eac8243701a65afe638679230920b50d6f17d81c098166": "olmo",
+    "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",
+    "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
+    "b6e8e1518dc4305be2fe39c313ed643381c4da5db34a98f6a04c093f8afbe99b": "chatglm-bpe",
+    "81d72c7348a9f0ebe86f23298d37debe0a5e71149e29bd283904c02262b27516": "chatglm-bpe",
+    "a1336059768a55c99a734006ffb02203cd450fed003e9a71886c88acf24fdbc2": "glm4",
+    "2085e1638f6c377a0aa4ead21b27bb4cb941bf800df86ed391011769c1758dfb": "exaone4",
+    "bba3b3366b646dbdded5dbc42d59598b849371afc42f7beafa914afaa5b70aa6": "hunyuan-dense",
+    "d5f1dd6f980fec569fb218a81a7658ac45fc56b38c5a0adeb1c232fbe04ef5ec": "seed-coder",
 }
+# What sentencepiece writes a space as.
+_SPACE = "\u2581"
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # Of tokens that no merge produces, and that text does not become.
 _NO_SCORE = -1000.0
@@ -141,9 +155,14 @@ def _sentencepiece(
     return {
         "model": "llama",
         "pre": "default",
+        # llama.cpp looks for these before it replaces spaces.
+        "tokens": [
+            token.replace(_SPACE, " ") if kind == TokenType.USER_DEFINED else token
+            for token, kind in zip(tokens, types, strict=True)
+        ],
         "scores": [scores.get(token, _NO_SCORE) for token in tokens],
         "token_type": types,
-        "add_space_prefix": tokenizer.tokenize("a")[0].startswith("\u2581"),
+        "add_space_prefix": tokenizer.tokenize("a")[0].startswith(_SPACE),
     }
 
 

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -23,7 +23,7 @@ from gptq.errors import UserError
 from gptq.files.lazy import Entry
 from gptq.files.spans import open_binary, read_span
 
-Value = bool | int | float | str
+Value = bool | int | float | str | tuple[bool | int | float, ...]
 
 _PLAIN_DTYPES = {
     GgmlType.F32: torch.float32,
@@ -49,7 +49,8 @@ class GgufHeader:
 
     path: Path
     metadata: dict[str, Value]
-    """The scalar values; arrays, which are the tokenizer's, are left out."""
+    """The scalar values, and arrays of a number for each block; those of the tokenizer are left
+    out."""
     tensors: dict[str, GgufTensor]
 
     @property
@@ -61,11 +62,22 @@ class GgufHeader:
 
         Raises UserError if it is no finite number of at least 0, or absent without a default.
         """
-        key = f"{self.architecture}.{key}"
-        value = self.metadata.get(key, default)
-        if isinstance(value, str | bool) or value is None or not math.isfinite(value) or value < 0:
-            raise UserError(f"{self.path} gives no usable number for '{key}': convert it again")
+        value = self.get(key, default)
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or value < 0
+        ):
+            raise UserError(
+                f"{self.path} gives no usable number for '{self.architecture}.{key}': convert it "
+                "again"
+            )
         return value
+
+    def get(self, key: str, default: Value | None = None) -> Value | None:
+        """A value of this architecture as it is stored; `default` if there is none."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def count(self, key: str, default: int | None = None) -> int:
         """The same for a whole number of at least 1."""
@@ -116,6 +128,8 @@ _STRING, _ARRAY = 8, 9
 # Far above any real file's; a damaged count must cost neither time nor memory.
 _MAX_COUNT = 1 << 24
 _MAX_TEXT = 1 << 26
+# Arrays that are longer have no number for each block, but for each token.
+_MAX_BLOCKS = 1 << 12
 
 
 class _Cursor:
@@ -139,7 +153,7 @@ class _Cursor:
         self.at += count
         return self.file.read(count)
 
-    def scalar(self, code: str) -> Value:
+    def scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
 
     def count(self, code: str = "Q", limit: int = _MAX_COUNT) -> int:
@@ -155,17 +169,19 @@ class _Cursor:
             raise self.damaged("text that is not UTF-8") from error
 
     def value(self) -> Value | None:
-        """A metadata value with its type before it; None for an array, which is skipped."""
+        """A metadata value with its type before it; None for an array that is skipped."""
         kind = self.scalar("I")
         if kind == _STRING:
             return self.text()
         if kind in _SCALARS:
-            return self.scalar(_SCALARS[int(kind)])
+            return self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
             raise self.damaged(f"a value of type {kind}")
         element, length = self.scalar("I"), self.count()
+        if element in _SCALARS and length <= _MAX_BLOCKS:
+            return tuple(self.scalar(_SCALARS[element]) for _ in range(length))
         if element in _SCALARS:
-            self.take(length * struct.calcsize(_SCALARS[int(element)]))
+            self.take(length * struct.calcsize(_SCALARS[element]))
         elif element == _STRING:
             for _ in range(length):
                 self.take(self.count(limit=_MAX_TEXT))

@@ -7,8 +7,8 @@ embeddings and logits that transformers' own model scales.
 
 from dataclasses import replace
 
-from gptq.models.gguf_names import GgufNames
-from gptq.models.llama import LLAMA, LLAMA_GGUF
+from gptq.models.like_llama_gguf import LIKE_LLAMA_GGUF
+from gptq.models.llama import LLAMA
 from gptq.models.spec import Branch, ModelSpec
 
 _ATTENTION, _MLP = LLAMA.branches
@@ -17,12 +17,15 @@ _FUSED_MLP = replace(_MLP, inputs=("mlp.gate_up_proj",))
 _PLAIN_MLP = replace(_MLP, inputs=("mlp.up_proj",))
 
 
-def _like_llama(
-    model_type: str, architecture: str, *branches: Branch, gguf: GgufNames | None = None
-) -> ModelSpec:
+def _like_llama(model_type: str, architecture: str, *branches: Branch) -> ModelSpec:
     """branches: LLaMA's own if there are none."""
-    own = branches or LLAMA.branches
-    return replace(LLAMA, model_type=model_type, architecture=architecture, branches=own, gguf=gguf)
+    return replace(
+        LLAMA,
+        model_type=model_type,
+        architecture=architecture,
+        branches=branches or LLAMA.branches,
+        gguf=LIKE_LLAMA_GGUF.get(model_type),
+    )
 
 
 def _with_four_norms(model_type: str, architecture: str) -> ModelSpec:
@@ -51,30 +54,16 @@ def _with_scaled_embedding(spec: ModelSpec) -> ModelSpec:
     return replace(spec, scalars=scale, packs_embedding=False)
 
 
-# llama.cpp turns Qwen's rotary pairs as Hugging Face does.
-_QWEN2_GGUF = replace(LLAMA_GGUF, architecture="qwen2", row_order={}, flags={})
-_QWEN3_GGUF = replace(
-    LLAMA_GGUF,
-    architecture="qwen3",
-    row_order={},
-    block={
-        **LLAMA_GGUF.block,
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-    },
-    flags={"attention_bias": "blk.0.attn_q.bias"},
-)
 _SCALED = (
     replace(_ATTENTION, scale="residual_multiplier"),
     replace(_MLP, scale="residual_multiplier"),
 )
 
 LIKE_LLAMA = (
-    # Without a window it is LLaMA, which llama.cpp calls it.
-    _like_llama("mistral", "MistralForCausalLM", gguf=replace(LLAMA_GGUF, flags={})),
+    _like_llama("mistral", "MistralForCausalLM"),
     _like_llama("ministral3", "Ministral3ForCausalLM"),
-    _like_llama("qwen2", "Qwen2ForCausalLM", gguf=_QWEN2_GGUF),
-    _like_llama("qwen3", "Qwen3ForCausalLM", gguf=_QWEN3_GGUF),
+    _like_llama("qwen2", "Qwen2ForCausalLM"),
+    _like_llama("qwen3", "Qwen3ForCausalLM"),
     _like_llama("smollm3", "SmolLM3ForCausalLM"),
     _like_llama("seed_oss", "SeedOssForCausalLM"),
     _like_llama("ernie4_5", "Ernie4_5ForCausalLM"),

@@ -23,6 +23,8 @@ LLAMA_GGUF = GgufNames(
     },
     numbers={"rms_norm_eps": "attention.layer_norm_rms_epsilon"},
     flags={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
+    fixed={"hidden_act": "silu"},
+    ropes=frozenset({"linear", "yarn", "llama3"}),
 )
 
 LLAMA = ModelSpec(

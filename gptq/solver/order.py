@@ -34,7 +34,10 @@ def by_group(diagonal: Tensor, labels: Tensor) -> tuple[Tensor, list[Run], list[
     Group-aware reordering: Gafni et al. 2025, arXiv 2505.14638.
     """
     sizes = torch.bincount(labels.long())
-    means = torch.zeros_like(sizes, dtype=diagonal.dtype).index_add_(0, labels, diagonal) / sizes
+    # On the CPU: a GPU's index_add_ sums in the order in which threads come, another one in each
+    # run, and a tie that falls the other way changes the file.
+    sums = torch.zeros(len(sizes), dtype=diagonal.dtype)
+    means = sums.index_add_(0, labels.cpu(), diagonal.cpu()).to(diagonal.device) / sizes
     visited = torch.argsort(means, descending=True, stable=True)
     rank = torch.argsort(visited)
     columns = torch.argsort(diagonal, descending=True, stable=True)

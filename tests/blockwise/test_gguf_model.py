@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
-from helpers.gguf_models import ROPES
+from helpers.gguf_models import ROPES, make_tiny, write_dense
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,16 +18,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gptq.blockwise.gguf_config import gguf_config, gguf_keys
 from gptq.blockwise.gguf_model import (
-    gguf_config,
-    gguf_keys,
     gguf_name,
     gguf_rows,
     interleave_qkv,
     open_gguf,
     unpermute_rotary,
 )
-from gptq.blockwise.gguf_rope import rope_factors, rope_keys
+from gptq.blockwise.gguf_rope import FACTORS, rope_keys, rope_tensors
+from gptq.blockwise.source import open_model
 from gptq.errors import UserError
 from gptq.models import LLAMA, SPECS
 
@@ -320,7 +320,7 @@ def refused(path, *words):
 
 ONE = np.ones(8, np.float32)
 VARIANTS = {
-    "arch": ({"arch": "gemma"}, "'gemma' model; llama, bloom, qwen2, qwen3 are supported"),
+    "arch": ({"arch": "falcon"}, "'falcon' model; llama, bloom, qwen2, qwen3, "),
     "split": ({"values": [("split.count", 3)]}, "llama-gguf-split --merge"),
     "alignment": ({"values": [("general.alignment", 0)]}, "alignment"),
 }
@@ -354,14 +354,13 @@ def test_scaled_positions_both_ways(tmp_path, kind):
     config = gguf_config(path)
     assert config.rope_parameters == rope
     assert torch.equal(logits(reloaded(path)), logits(model))
-    keys = rope_keys(model.config)
+    keys = rope_keys(model.config, LLAMA.gguf)
     expected = {"llama.rope.freq_base": 500.0, **dict(values)}
     assert {f"llama.{key}": value for key, value in keys.items()} == expected
-    factors = rope_factors(model.config)
+    factors = rope_tensors(model.config)
+    assert factors.keys() == extra.keys()
     if kind == "llama3":
-        np.testing.assert_allclose(factors, extra["rope_freqs.weight"], rtol=1e-5)
-    else:
-        assert factors is None
+        np.testing.assert_allclose(factors[FACTORS], extra[FACTORS], rtol=1e-5)
 
 
 def llama3_factors(rope, head_dim=16) -> np.ndarray:
@@ -402,12 +401,22 @@ def test_scaled_positions_that_cannot_be_taken(tmp_path, case):
     [
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 2.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
     ],
 )
 def test_scaled_positions_that_cannot_be_written(rope):
     config = LlamaConfig(rope_parameters={"rope_theta": 500.0, **rope})
     with pytest.raises(UserError, match="format gguf cannot describe"):
-        rope_keys(config)
+        rope_keys(config, LLAMA.gguf)
+
+
+def test_settings_that_change_nothing_are_written():
+    factor = 0.1 * np.log(2.0) + 1
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": factor, "truncate": True}
+    rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, **yarn}
+    keys = rope_keys(LlamaConfig(rope_parameters=rope), LLAMA.gguf)
+    assert keys["rope.scaling.factor"] == 2.0
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bloom])
@@ -477,6 +486,28 @@ def changed_number(path, key: str, number: int) -> bytes:
     return bytes(data)
 
 
+def change_key(path, key: str) -> None:
+    """Give a key another name of the same length."""
+    path.write_bytes(path.read_bytes().replace(key.encode(), key[:-1].encode() + b"X"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "words"),
+    [
+        ("apertus", "xielu.alpha_p", "no 'xielu.alpha_p' of each block"),
+        ("phi3", "rope_factors_long.weight", "'longrope'"),
+        ("gemma2", "gemma2.attn_logit_softcapping", "no usable number for 'gemma2.attn_logit"),
+        ("gemma2", "blk.0.post_ffw_norm.weight", "a tensor 'blk.0.post_ffw_norm"),
+    ],
+)
+def test_a_value_or_tensor_of_its_own_is_missing(arch, key, words, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_dense(make_tiny(tmp_path / "model", arch), path)
+    change_key(path, key)
+    with pytest.raises(UserError, match=words):
+        open_model(path)
+
+
 def test_missing_values_and_embedding(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama())
     whole = path.read_bytes()
@@ -518,10 +549,16 @@ def test_an_endless_array_ends_at_once(tmp_path, kind):
     refused(tmp_path / "m.gguf", "damaged")
 
 
-def test_flipped_header_bytes_never_escape_as_other_errors(tmp_path):
-    model = tiny_llama(num_hidden_layers=1)
-    whole = write_gguf(tmp_path / "whole.gguf", model).read_bytes()
-    header = whole.index(b"output.weight") + 60
+@pytest.mark.parametrize("arch", ["llama", "apertus", "phi3", "gemma3_text"])
+def test_flipped_header_bytes_never_escape_as_other_errors(arch, tmp_path):
+    path = tmp_path / "whole.gguf"
+    if arch == "llama":
+        write_gguf(path, tiny_llama(num_hidden_layers=1))
+    else:
+        write_dense(make_tiny(tmp_path / "model", arch), path)
+    whole = path.read_bytes()
+    # Up to the names of tensors, without most of the tokenizer.
+    header = whole.index(b"output.weight" if arch == "llama" else b"tokenizer.ggml.tokens") + 60
     bad = tmp_path / "bad.gguf"
     generator = torch.Generator().manual_seed(2)
     refusals = 0

@@ -10,9 +10,18 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, bloom_config, llama_config, make_model
-from helpers.gguf_models import ROPES, sentencepiece_model
-from transformers import AutoConfig
+from conftest import ROOT, bloom_config, llama_config, make_model
+from helpers.gguf_models import (
+    GEMMA_PIECES,
+    QUIRKS,
+    ROPES,
+    SCALED,
+    make_tiny,
+    sentencepiece_model,
+    with_scaled_positions,
+    write_dense,
+)
+from transformers import AutoModelForCausalLM
 
 import gptq
 from gptq import QuantConfig
@@ -40,13 +49,18 @@ def in_llama_cpp(file, texts=()) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@torch.no_grad()
+def distance(model, answer) -> float:
+    """Root mean square of the difference, in standard deviations; about 1 for a wrong order of rows
+    or position."""
+    expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0]
+    difference = (torch.tensor(answer["logits"]) - expected).square().mean().sqrt()
+    return float(difference / expected.std())
+
+
 def same_logits(file, answer) -> None:
     model, _ = gptq.load(file)
-    with torch.no_grad():
-        expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0]
-    difference = (torch.tensor(answer["logits"]) - expected).square().mean().sqrt()
-    # A wrong order of rows or position gives about 1.
-    assert difference < 0.05 * expected.std()
+    assert distance(model, answer) < 0.05
 
 
 @pytest.mark.parametrize("arch", ["llama", "tied", "biases", "bloom"])
@@ -68,14 +82,21 @@ def test_every_type(arch, bits, sym, text_file, tmp_path):
     assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-@pytest.mark.parametrize(
-    ("kind", "quirks"),
-    [("mistral", {"sliding_window": None}), ("qwen2", {}), ("qwen3", {"head_dim": 32})],
-)
-def test_other_architectures(kind, quirks, tmp_path, monkeypatch):
-    # Qwen's own splitting is known by its vocabulary, which the test's is not.
+@pytest.mark.parametrize("arch", QUIRKS)
+def test_other_architectures(arch, tmp_path):
+    """Of full models, whose only error is that of 16-bit activations."""
+    folder = make_tiny(tmp_path / "model", arch)
+    write_dense(folder, tmp_path / "m.gguf")
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert distance(full, in_llama_cpp(tmp_path / "m.gguf")) < 0.005
+
+
+# Rows in another order, fused layers, an embedding that is not packed.
+@pytest.mark.parametrize("arch", ["mistral", "qwen3", "granite", "phi3", "gemma3_text"])
+def test_packed_layers_of_other_architectures(arch, tmp_path, monkeypatch):
+    # An architecture's own splitting is known by its vocabulary, which the test's is not.
     monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
-    folder = make_model(tmp_path / "model", AutoConfig.for_model(kind, **SIZES, **quirks))
+    folder = make_tiny(tmp_path / "model", arch)
     settings = QuantConfig(sym=True, method="rtn", group_size=32)
     gptq.quantize(folder, None, settings, save=tmp_path / "m.gguf")
     same_logits(tmp_path / "m.gguf", in_llama_cpp(tmp_path / "m.gguf"))
@@ -90,9 +111,18 @@ def test_scaled_positions(kind, tmp_path):
     same_logits(tmp_path / "m.gguf", in_llama_cpp(tmp_path / "m.gguf"))
 
 
+@pytest.mark.parametrize(("arch", "kind"), SCALED)
+def test_scaled_positions_of_other_architectures(arch, kind, tmp_path):
+    folder = make_tiny(tmp_path / "model", arch, with_scaled_positions(arch, kind))
+    write_dense(folder, tmp_path / "m.gguf")
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert distance(full, in_llama_cpp(tmp_path / "m.gguf")) < 0.005
+
+
 @pytest.mark.parametrize("with_model_file", [True, False])
-def test_sentencepiece(with_model_file, tmp_path):
-    folder = sentencepiece_model(tmp_path)
+@pytest.mark.parametrize(("arch", "training"), [("llama", {}), ("gemma2", GEMMA_PIECES)])
+def test_sentencepiece(arch, training, with_model_file, tmp_path):
+    folder = sentencepiece_model(tmp_path, arch, **training)
     tokenizer = open_model(folder).tokenizer()
     if not with_model_file:
         tokenizer.save_pretrained(folder)

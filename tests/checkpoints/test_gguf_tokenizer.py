@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from conftest import WORDS, llama_config, make_model
 from gguf import TokenType
-from helpers.gguf_models import sentencepiece_model
+from helpers.gguf_models import GEMMA_PIECES, sentencepiece_model, write_dense
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -89,6 +89,15 @@ def test_scores_without_tokenizer_model_rank_the_same(sentencepiece_dir, tmp_pat
     assert [i for i in orders[1] if i in joined] == joined
 
 
+def test_spaces_of_gemma_are_tokens(tmp_path):
+    """llama.cpp looks for tokens of this type before it replaces spaces."""
+    keys = keys_of(sentencepiece_model(tmp_path, "gemma2", **GEMMA_PIECES))
+    assert keys["add_space_prefix"] is False
+    assert keys["tokens"][3:6] == ["<start>", "  ", "   "]
+    assert keys["token_type"][3:6] == [TokenType.USER_DEFINED] * 3
+    assert any("▁" in token for token in keys["tokens"])
+
+
 # How text is split -----------------------------------------------------------------------------
 
 
@@ -145,6 +154,23 @@ def test_a_splitting_is_recognised_by_the_ids_of_a_text(monkeypatch, bytes_dir):
     known = {hashlib.sha256(text.encode()).hexdigest(): "llama-bpe"}
     monkeypatch.setattr(gguf_tokenizer, "_SPLITTINGS", known)
     assert keys_of(bytes_dir)["pre"] == "llama-bpe"
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "stablelm2", "glm4", "hunyuan-dense"])
+def test_a_splitting_is_restored(name, bytes_dir, tmp_path, monkeypatch):
+    """Of these, GPT-2's alone keeps the digits of a number together with the space before them."""
+    write_dense(bytes_dir, tmp_path / "m.gguf", name)
+    source = open_model(tmp_path / "m.gguf")
+    if name == "hunyuan-dense":
+        with pytest.warns(UserWarning, match="'hunyuan-dense'.* is not known here"):
+            tokenizer = source.tokenizer()
+    else:
+        tokenizer = source.tokenizer()
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 12345\n\n don'T")
+    pieces = [piece for piece, _ in split]
+    numbers = {"stablelm2": ["Ġ", *"12345"], "glm4": ["Ġ", "123", "45"]}.get(name, ["Ġ12345"])
+    assert pieces[1 : 1 + len(numbers)] == numbers
+    assert ("'T" in pieces) == (len(numbers) > 1)
 
 
 # Other parts -----------------------------------------------------------------------------------

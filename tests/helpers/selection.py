@@ -59,7 +59,12 @@ def _pairs(case: dict[str, object]) -> set[tuple[Hashable, ...]]:
 
 def _key(value: object) -> Hashable:
     """Equal for equal values; what cannot be hashed is equal to itself."""
-    return (type(value), value if isinstance(value, Hashable) else id(value))
+    try:
+        hash(value)
+    # A tuple or a frozen record of what cannot be hashed is an instance of Hashable, too.
+    except TypeError:
+        return (type(value), id(value))
+    return (type(value), value)
 
 
 def _params(item: pytest.Item) -> dict[str, object]:

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers.scripted_endpoint import Answer, ScriptedEndpoint, prompt_of, reply
 
+from belle.compare import __main__ as compare
+from belle.finetune import __main__ as finetune
+from belle.generation import command
+from belle.release import __main__ as release
 from gptq import convert
 from gptq.cli.run import main
 from gptq.models import SPECS
@@ -81,6 +86,8 @@ def test_every_command_runs(tmp_path, stand_ins, monkeypatch, capsys):
             continue  # Run by test_packaging.py and test_extras.py.
         if program == "torchrun":
             continue  # Run by test_distributed.py.
+        if line.startswith(("python -m belle", "python generate")):
+            continue  # Run below.
         if program == "make":
             assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), line
             continue
@@ -106,6 +113,39 @@ def test_every_command_runs(tmp_path, stand_ins, monkeypatch, capsys):
         assert printed.strip(), line
         for flag, shown in SHOWN.items():
             assert flag not in words or shown in printed, line
+
+
+def taught(request) -> Answer:
+    """A teacher, and a judge."""
+    prompt = prompt_of(request)
+    if "Answer to grade" in prompt:
+        return reply('{"score": 0.5}')
+    return reply(f"指令: 写出这些字：{prompt[-3:]}\n输入: 无\n输出: 好的，如下。")
+
+
+def test_every_command_of_belle_runs(tmp_path, stand_ins, monkeypatch, capsys):
+    """As the one above. What they write is the input of the next."""
+    monkeypatch.chdir(tmp_path)
+    tasks = str(ROOT / "tests" / "fixtures" / "tasks.jsonl")
+    programs = {
+        "generate_instruction.py": (command.main, []),
+        "belle.release": (release.main, ["--workers", "1"]),
+        "belle.finetune": (finetune.main, ["--batch", "1", "--epochs", "1", "--length", "64"]),
+        "belle.compare": (compare.main, ["--limit", "1", "--max-new-tokens", "2"]),
+    }
+    lines = [it for it in commands() if it.startswith(("python -m belle", "python generate"))]
+    assert len(lines) == len(programs)
+    with ScriptedEndpoint(taught) as endpoint:
+        means = {**stand_ins["llama"], "URL": endpoint.url, "TEST.json": tasks}
+        for line in lines:
+            _, *words = shlex.split(line.replace("=URL", f"={endpoint.url}"))
+            words = words[1:] if words[0] == "-m" else words
+            run, smaller_flags = programs[words[0]]
+            arguments = [means.get(word, word) for word in words[1:]]
+            assert run([*arguments, *smaller_flags]) == 0, (line, capsys.readouterr().err)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"Belle.train.json", "released", "tuned", "comparison.md"} <= written
+    assert "0.500" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_the_script_itself(tmp_path, stand_ins):
