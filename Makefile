@@ -1,4 +1,5 @@
 # make demo    quantize a real model to 4 bit, load it again, and compare
+# make belle   generate data, filter, train, quantize and compare, all in small, as a page
 # make test    of each test the corners of its cases: what would catch a mistake, in minutes
 # make lint    ruff and mypy
 # make docs    the documentation as a site, in .cache/site
@@ -36,10 +37,13 @@ CUDA_TARGETS ?= $(if $(GPU),,sm_80)
 # The test files are shared out over several processes, where pytest-xdist is there.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-rest test-all test-installed test-oldest test-extras test-slow mutants lint docs wheel clean venv
+.PHONY: demo belle test test-rest test-all test-installed test-oldest test-extras test-slow mutants lint docs wheel clean venv
 
 demo: venv
 	@$(RUN) -m benchmarks.demo
+
+belle: venv
+	@$(RUN) -m benchmarks.miniature
 
 # What the corners are: tests/helpers/selection.py.
 test: CASES := corners
