@@ -108,7 +108,8 @@ def full_file(folder: Path, target: Path) -> Path:
         read = partial(_rows, entry.read, index)
         entries[name] = Entry(read, entry.shape, torch.float32)
         types[name] = GgmlType.F32
-    gguf_format.write(target, Contents(source, LazyTensors(entries, types), None, {}))
+    stored = LazyTensors(entries, {"types": types, "arrays": {}})
+    gguf_format.write(target, Contents(source, stored, None, {}))
     return target
 
 

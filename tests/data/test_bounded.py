@@ -64,8 +64,8 @@ def test_work_comes_back_and_nothing_else():
     assert text == "é\ud800\n"
     assert int(process) != mine
     assert seen == []
-    with pytest.raises(ChildProcessError):  # none is left
-        os.waitpid(-1, os.WNOHANG)
+    with pytest.raises(ChildProcessError):  # it is not left behind
+        os.waitpid(int(process), os.WNOHANG)
 
 
 def test_a_bug_is_no_mistake_of_a_user():
