@@ -4,7 +4,7 @@
 
 Columns: transformers' own forward of the full model; ours, block by block; ours after 4-bit GPTQ
 in groups of 32, block by block and as a loaded model; whether a token is one call of compiled CPU
-code; whether `.gguf` files of it are read and written. The text is held out from training.
+code. The text is held out from training.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from gptq.models import SPECS
 
 STEPS, WINDOWS = 1000, 16
 CONFIG = gptq.QuantConfig(bits=4, group_size=32)
-COLUMNS = ("transformers", "ours", "4 bit", "4 bit, loaded", "one call a token", "gguf")
+COLUMNS = ("transformers", "ours", "4 bit", "4 bit, loaded", "one call a token")
 
 
 @torch.no_grad()
@@ -67,7 +67,6 @@ def measure(arch: str, cache: Path, steps: int) -> dict[str, object]:
             packed,
             own_perplexity(loaded, windows),
             type(full) in CODES,
-            SPECS[arch].gguf is not None,
         )
     return dict(zip(COLUMNS, row, strict=True))
 
