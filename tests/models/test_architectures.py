@@ -9,7 +9,7 @@ from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import gptq
-from gptq import hf
+from gptq import convert, hf
 from gptq.api import open_weights, perplexity
 from gptq.cli.run import main
 from gptq.inference.cpu_decode import CACHE_NAME
@@ -108,6 +108,26 @@ def test_it_is_resumed_read_by_transformers_and_decoded(folder, text_file, tmp_p
         for token in tokens.split(1, 1)
     ]
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["gptq_v2", "compressed-tensors", "awq", "mlx"])
+def test_it_is_written_in_every_format_of_folders(name, folder, tmp_path, capsys):
+    config = gptq.QuantConfig(bits=4, group_size=32, method="rtn", sym=True)
+    first, other = tmp_path / "gptq", tmp_path / "other"
+    gptq.quantize(folder, None, config, save_dir=first, device="cpu", dtype="float32")
+    code = convert.main([str(first), str(other), "--format", name])
+    if (folder.name, name) == ("bloom", "mlx"):
+        assert code == 2
+        assert "which mlx-lm does not run" in capsys.readouterr().err
+        return
+    assert code == 0
+    tokens = windows(1, 20)
+    results = []
+    for packed in (first, other):
+        model, _ = gptq.load(packed, device="cpu", dtype="float32")
+        with torch.no_grad():
+            results.append(model(tokens).logits)
+    assert torch.equal(results[0], results[1])
 
 
 def test_the_script_takes_all_of_its_kind(llama_dir, bloom_dir, text_file, tmp_path, capsys):
