@@ -231,7 +231,8 @@ def judged(endpoint, answers, **options):
 def given_in_the_answer(request):
     """A judge that gives what is asked of it in the answer to grade."""
     text = prompt_of(request).split("Answer to grade:\n")[1].split("\n")[0]
-    return reply(f'Surely.\n{{"score": {text}}}')
+    # Long enough for others to arrive meanwhile.
+    return reply(f'Surely.\n{{"score": {text}}}', delay=0.05)
 
 
 def test_three_votes_on_each_answer():

@@ -323,6 +323,6 @@ def test_the_targets_that_contributing_names_exist():
     named = re.findall(r"`make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     tests = {"test", "test-rest", "test-all", "test-installed", "test-oldest"}
     tests |= {"test-extras", "test-slow", "mutants"}
-    assert set(named) == {"venv", "lint", "demo", "docs", "wheel", *tests}
+    assert set(named) == {"venv", "lint", "demo", "belle", "docs", "wheel", *tests}
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
