@@ -21,7 +21,7 @@ from belle.finetune.recipes import Recipe
 from belle.finetune.trained import Trained, prepare
 from belle.finetune.watch import Interrupts, Snapshots, Watch
 from gptq import torchrun
-from gptq.blockwise.source import ModelSource, open_model
+from gptq.blockwise.source import ModelSource, max_positions, open_model
 from gptq.checkpoints.formats import container_of
 from gptq.checkpoints.writing import FOLDER
 from gptq.cli.progress import progress_bar
@@ -128,7 +128,7 @@ def run(job: Job) -> Result:
     source = open_model(job.model, weights=job.load is None)
     tokenizer = source.tokenizer()
     # Positions are learned or trained for up to this; BLOOM has no limit.
-    limit = getattr(source.config, "max_position_embeddings", None) or job.recipe.length
+    limit = max_positions(source.config) or job.recipe.length
     encoded = encode_all(
         records.read(job.data),
         tokenizer,

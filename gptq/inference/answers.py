@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from gptq.blockwise.source import max_positions
 from gptq.inference.answer_text import AnswerText
 
 # Lower temperatures are greedy: logits divided by them could become infinite.
@@ -75,7 +76,7 @@ class Served:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model was made for, if its configuration says that."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return max_positions(self.model.config.get_text_config())
 
     def answer(self, job: Job, send: Callable[[Piece], None], unwanted: Callable[[], bool]) -> int:
         """Write an answer; returns the number of its tokens.

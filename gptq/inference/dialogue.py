@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gptq.blockwise.activations import check_tokens
-from gptq.blockwise.source import max_positions
 from gptq.data.chat import Message, chat_prompt
 from gptq.errors import UserError
 from gptq.inference.answers import Job, Piece, Served
@@ -116,6 +115,5 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
 
 
 def _positions(served: Served) -> int | None:
-    config = served.model.config
     # BLOOM's attention has no limit, but its configuration says what it was trained for.
-    return max_positions(config) or getattr(config, "seq_length", None)
+    return served.positions or getattr(served.model.config, "seq_length", None)
