@@ -1,15 +1,13 @@
 """Perplexity, block by block, so that the model may be larger than memory."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gptq.blockwise.activations import batches, embed
+from gptq.blockwise.logits import output_layers
 from gptq.blockwise.model import BlockwiseModel, free
 from gptq.errors import UserError
 
@@ -40,14 +38,11 @@ def perplexity(
         free(block.module)
         if progress is not None:
             progress(index + 1, model.block_count)
-    norm, head = (model.load(name) for name in (model.spec.norm, model.spec.head))
     losses = []
-    with _base_replaced(model, norm):
+    with output_layers(model) as logits:
         for batch, (hidden,) in zip(tokens, activations.hidden, strict=True):
             pairs = zip(batch, hidden, strict=True)
-            losses += [_window_loss(model.module, *pair) for pair in pairs]
-    for part in (norm, head):
-        free(part)
+            losses += [_window_loss(logits, *pair) for pair in pairs]
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean):
         raise UserError(
@@ -56,32 +51,12 @@ def perplexity(
     return math.exp(mean) if mean < MOST_LOSS else math.inf
 
 
-@contextmanager
-def _base_replaced(model: BlockwiseModel, norm: nn.Module) -> Iterator[None]:
-    """While open, the model maps the last block's output, as `inputs_embeds`, to logits.
-
-    transformers' own forward then does what an architecture does to its logits: scaling, capping.
-    """
-    base = model.module.get_submodule(model.spec.base)
-
-    def forward(*_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=norm(inputs_embeds))
-
-    # An attribute of the instance comes before the method of its class.
-    base.forward = forward
-    try:
-        yield
-    finally:
-        del base.forward
-
-
-def _window_loss(model: nn.Module, tokens: Tensor, hidden: Tensor) -> float:
+def _window_loss(logits: Callable[[Tensor], Tensor], tokens: Tensor, hidden: Tensor) -> float:
     """Mean cross entropy of one window: tokens (seq,), hidden (seq, hidden)."""
     total = 0.0
     targets = tokens[1:].to(hidden.device)
     for start in range(0, len(targets), LOGIT_TOKENS):
         target = targets[start : start + LOGIT_TOKENS]
         states = hidden[None, start : start + len(target)]
-        logits = model(inputs_embeds=states).logits[0].float()
-        total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+        total += float(nn.functional.cross_entropy(logits(states)[0], target, reduction="sum"))
     return total / len(targets)
