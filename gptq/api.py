@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -29,7 +29,7 @@ from gptq.checkpoints.formats import (
 from gptq.checkpoints.preflight import check_before_run, check_gguf, planned_layers
 from gptq.checkpoints.settings import from_config
 from gptq.checkpoints.writing import FOLDER, is_ours
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, Widths
 from gptq.data.windows import calibration_windows, distinct_tokens, text_fingerprint
 from gptq.device import (
     available_memory,
@@ -49,6 +49,8 @@ from gptq.pipeline.memory import FIXED, Needs, fits, needs
 from gptq.pipeline.report import LayerReport, Report
 from gptq.pipeline.team import Team
 from gptq.pipeline.team import team as open_team
+from gptq.pipeline.widths import check_layers as check_widths
+from gptq.pipeline.widths import complete_widths
 
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
@@ -128,6 +130,7 @@ class Job:
     seed: int = 0
     resume: bool = False
     max_memory: str | None = None
+    widths: Widths | None = None
 
 
 def quantize(
@@ -147,6 +150,7 @@ def quantize(
     dtype: str | None = None,
     resume: bool = False,
     max_memory: str | None = None,
+    widths: Widths | None = None,
     progress: Callable[[LayerReport, int], None] | None = None,
 ) -> Report:
     """Quantize a model and write it.
@@ -166,6 +170,8 @@ def quantize(
     max_memory: of each process, such as "6GiB"; activations go to disk, next to the output, if they
         would exceed it, a GPU's first to the machine's memory. By default what is free on the
         device, or the process's share of it.
+    widths: bits and group size of layers that do not have those of `config`, by their full names;
+        layers that share their input must have one width.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
@@ -178,6 +184,7 @@ def quantize(
         seed=seed,
         resume=resume,
         max_memory=max_memory,
+        widths=widths,
     )
     return run(open_full(model, device, dtype), job, progress)
 
@@ -203,12 +210,14 @@ def run(
     config, source = job.config, model.source
     model_path = source.folder if source.gguf is None else source.folder / source.gguf
     job.outputs.check_apart(model_path, job.dataset)
+    widths = complete_widths(model, config, job.widths)
+    check_widths(model, widths)
     check_before_run(model, _embedding_bits(job), job.outputs.save_dir is not None)
     if job.outputs.save_dir is not None and job.outputs.format is not None:
-        layers_to_be = planned_layers(model, config, _folder_bits(job))
+        layers_to_be = planned_layers(model, config, _folder_bits(job), widths)
         check_layers(job.outputs.format, layers_to_be, model_path)
     if job.outputs.gguf is not None:
-        check_gguf(model, config)
+        check_gguf(model, config, widths)
     limit = None if job.max_memory is None else parse_size(job.max_memory)
     windows = _windows(source, job)
     noticed = _calibration_warnings(model, job, windows)
@@ -216,12 +225,12 @@ def run(
         warnings.warn(text, stacklevel=3)
     stages = [("reading the calibration text", perf_counter() - started)]
     calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
-    needed = needs(model, config, _own_tokens(windows, model.device))
+    needed = needs(model, config, _own_tokens(windows, model.device), widths)
     memory = available_memory(model.device) if limit is None else limit
     in_memory = fits(needed, memory, job.max_memory)
     total = len(source.spec.linears) * model.block_count
     layers = []
-    own_identity = identity(model, config, **calibration)
+    own_identity = identity(model, config, widths, **calibration)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(open_team(model.device))
         declared = agreed(team.everyones(own_identity))
@@ -229,7 +238,7 @@ def run(
             shared_journal(team, job.outputs.paths, declared, job.resume, is_ours)
         )
         cache = None if in_memory else _activation_cache(needed, model.device, journal, team)
-        for layer in quantize_blocks(model, windows, config, journal, cache, team):
+        for layer in quantize_blocks(model, windows, config, journal, cache, team, widths=widths):
             layers.append(layer)
             if progress is not None:
                 progress(layer, total)
@@ -238,7 +247,7 @@ def run(
         writing_started = perf_counter()
         if team.leads:
             named = {} if job.dataset is None else {"dataset": _utf8_name(job.dataset)}
-            _write(model, job, journal, {**calibration, **named})
+            _write(model, replace(job, widths=widths), journal, {**calibration, **named})
             journal.remove()
     now = perf_counter()
     stages.append(("writing", now - writing_started))
@@ -263,8 +272,8 @@ def _folder_bits(job: Job) -> int:
 def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, object]) -> None:
     """Write every output from the journal's blocks."""
     config, outputs = job.config, job.outputs
-    settings = from_config(config, meta)
-    plain = from_blocks(model.source, model.module, journal.tensors(), settings)
+    settings = from_config(config, meta, job.widths)
+    plain = from_blocks(model.source, model.module, journal.tensors(), settings, job.widths)
     if outputs.save_dir is not None:
         packed = pack_embeddings(plain, _folder_bits(job))
         name = outputs.format or default_format(map(packed.facts, packed.layers), FOLDER)

@@ -1,7 +1,7 @@
 """The settings of a quantization: one frozen record, each setting declared and checked once."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -223,6 +223,32 @@ class QuantConfig:
 SETTINGS: Mapping[str, Setting] = {f.name: f.metadata["setting"] for f in fields(QuantConfig)}
 """By the field of QuantConfig, in the record's order."""
 DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(QuantConfig)}
+
+
+@dataclass(frozen=True)
+class Width:
+    """Bits and group size of one layer. Raises SettingError for a value that cannot work."""
+
+    bits: int
+    group_size: int
+    """As `QuantConfig.group_size`."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            SETTINGS[name].check(name, value, int)
+
+
+Widths = Mapping[str, Width]
+"""By a layer's full name in the model, such as "model.layers.0.self_attn.q_proj". Layers that share
+their input have one width, because vLLM and SGLang fuse them."""
+
+
+def config_of_layer(config: QuantConfig, widths: Widths | None, name: str) -> QuantConfig:
+    """The settings of one layer: those of the run, in the layer's own width if it has one."""
+    width = None if widths is None else widths.get(name)
+    if width is None:
+        return config
+    return replace(config, bits=width.bits, group_size=width.group_size)
 
 
 def check_packable(name: str, in_features: int, out_features: int, bits: int) -> None:

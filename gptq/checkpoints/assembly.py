@@ -16,6 +16,8 @@ from gptq.checkpoints.canonical import Canonical, layer_entries, unpack, with_mo
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.checkpoints.settings import Settings, from_declared
+from gptq.checkpoints.widths import describe
+from gptq.config import Width, Widths
 from gptq.device import half_dtype
 from gptq.errors import UserError
 from gptq.files.lazy import Entries, Entry, LazyTensors, Shape
@@ -25,26 +27,33 @@ from quant_cuda.weight import natural_groups
 
 
 def from_blocks(
-    source: ModelSource, module: PreTrainedModel, packed: LazyTensors, settings: Settings
+    source: ModelSource,
+    module: PreTrainedModel,
+    packed: LazyTensors,
+    settings: Settings,
+    widths: Widths | None = None,
 ) -> Canonical:
     """From the finished blocks of a run.
 
     module: the model without weights. packed: tensors of its packed layers, with zero points of
-    format "gptq".
+    format "gptq". widths: of layers that do not have the bits and group size of `settings`.
     """
+    base = Width(settings.bits, settings.group_size)
     layers, modules = [], {}
     for name, linear in module.named_modules():
         if f"{name}.qweight" not in packed:
             continue
         groups = packed.shape(f"{name}.scales")[0]
         sizes = (linear.in_features, linear.out_features)
-        layer = PackedLayer(name, *sizes, settings.bits, groups, settings.group_size)
+        width = base if widths is None else widths.get(name, base)
+        layer = PackedLayer(name, *sizes, width.bits, groups, width.group_size)
         own = layer_entries(packed, name)
         own["qzeros"] = own["qzeros"]._replace(read=partial(_zeros, packed, layer, 1))
         layers.append(layer)
         modules[name] = own
     unpacked = _unpacked(source, module, source.folder, source.tensors, modules)
     tensors = with_modules(unpacked, modules)
+    settings = describe(settings, layers, source.spec)
     return Canonical(source, source.folder, tensors, tuple(layers), settings)
 
 

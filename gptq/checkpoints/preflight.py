@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.embeddings import EMBEDDING_GROUP, check_rows
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
-from gptq.config import DEFAULTS, QuantConfig
+from gptq.config import DEFAULTS, QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import LazyTensors
 from quant_cuda.weight import group_count
@@ -44,26 +44,31 @@ def check_before_run(model: BlockwiseModel, embedding_bits: Collection[int], fol
 
 
 def planned_layers(
-    model: BlockwiseModel, config: QuantConfig, embedding_bits: int
+    model: BlockwiseModel, config: QuantConfig, embedding_bits: int, widths: Widths | None = None
 ) -> list[LayerFacts]:
     """What a run will write, as formats judge it. embedding_bits: 16 if both ends stay as they
-    are."""
+    are. widths: of layers that do not have the bits and group size of `config`."""
     state, spec = model.module.state_dict(), model.spec
     packs = embedding_bits < 16 and spec.packs_embedding
     ends = (spec.embed[0], spec.head) if packs else ()
+    configs = {name: config_of_layer(config, widths, name) for name in _packed_layers(model)}
+    desc_act = any(it.needs_g_idx for it in configs.values())
     layers = []
-    for name in (*_packed_layers(model), *ends):
+    for name in (*configs, *ends):
         outputs, inputs = state[f"{name}.weight"].shape
         is_end = name in ends
-        bits = embedding_bits if is_end else config.bits
-        size = EMBEDDING_GROUP if is_end else config.group_size
+        bits = embedding_bits if is_end else configs[name].bits
+        size = EMBEDDING_GROUP if is_end else configs[name].group_size
         layer = PackedLayer(name, inputs, outputs, bits, group_count(inputs, size), size)
-        layers.append(LayerFacts(layer, config.sym, config.needs_g_idx, spec.model_type, is_end))
+        layers.append(LayerFacts(layer, config.sym, desc_act, spec.model_type, is_end))
     return layers
 
 
-def check_gguf(model: BlockwiseModel, config: QuantConfig) -> None:
-    """Raise UserError for a model or settings that a .gguf file cannot hold."""
+def check_gguf(model: BlockwiseModel, config: QuantConfig, widths: Widths | None = None) -> None:
+    """Raise UserError for a model or settings that a .gguf file cannot hold.
+
+    widths: of layers that do not have the bits and group size of `config`.
+    """
     from gptq.checkpoints import gguf_format
 
     if config.embedding_bits != DEFAULTS["embedding_bits"]:
@@ -73,11 +78,12 @@ def check_gguf(model: BlockwiseModel, config: QuantConfig) -> None:
         )
     sizes = {name: model.module.get_submodule(name) for name in _packed_layers(model)}
     for name, layer in sizes.items():
+        own = config_of_layer(config, widths, name)
         reason = gguf_format.refusal(
-            config.bits,
-            config.group_size,
-            config.sym,
-            config.needs_g_idx,
+            own.bits,
+            own.group_size,
+            own.sym,
+            own.needs_g_idx,
             cast(nn.Linear, layer).in_features,
         )
         if reason is not None:

@@ -22,6 +22,7 @@ from gptq.checkpoints.settings import (
     parse,
     settings_folder,
 )
+from gptq.checkpoints.widths import declared_group_size
 from gptq.errors import SettingError, UserError
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
@@ -154,7 +155,10 @@ def place(
     # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
     mixed = bool(settings.get("dynamic"))
     base_bits = _bits(path, inner, bits, mixed)
-    base_size, layers = _with_group_sizes(path, packed, inner, group_size, mixed)
+    own_sizes = {layer.name: declared_group_size(settings, layer.name) for layer in inner}
+    base_size, layers = _with_group_sizes(
+        path, packed, inner, group_size, own_sizes if mixed else None
+    )
     for layer in layers:
         _check_g_idx(path, layer, packed.tensors)
         if isinstance(places[layer.name], nn.Embedding):
@@ -259,16 +263,24 @@ def _bits(path: Path, layers: tuple[StoredLayer, ...], bits: int | None, mixed: 
 
 
 def _with_group_sizes(
-    path: Path, packed: Packed, inner: tuple[StoredLayer, ...], size: int | None, mixed: bool
+    path: Path,
+    packed: Packed,
+    inner: tuple[StoredLayer, ...],
+    size: int | None,
+    exceptions: Mapping[str, int | None] | None,
 ) -> tuple[int, tuple[PackedLayer, ...]]:
-    """The group size of the inner layers, and all layers with their own."""
-    if not mixed:
+    """The group size of the inner layers, and all layers with their own.
+
+    exceptions: what is declared of single layers; None if all are alike.
+    """
+    if exceptions is None:
         size = group_size(path, inner, size, packed.tensors)
     layers = []
     for layer in packed.layers:
         # An embedding's or head's own groups could be miscounted by a size like the others'.
         own = size if layer in inner else None
-        if mixed or layer not in inner:
+        if exceptions is not None or layer not in inner:
+            own = (exceptions or {}).get(layer.name) or own
             own = _own_group_size(path, layer, own, packed.tensors)
         assert own is not None
         layers.append(PackedLayer(**vars(layer), group_size=own))

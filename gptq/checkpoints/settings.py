@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptq import __version__
 from gptq.blockwise.weight_files import is_packed_file_of
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError, first_line
 from gptq.files import json_text
 
@@ -30,7 +30,7 @@ class Settings:
     """How a model was quantized, without the keys of any format."""
 
     bits: int
-    """Of all packed layers but the embedding, the head and exceptions."""
+    """Of all packed layers but the embedding, the head and those that `dynamic` names."""
     group_size: int
     """Likewise; -1 is one group of all inputs."""
     sym: bool
@@ -47,14 +47,20 @@ class Settings:
     """Anything else worth remembering, which readers ignore."""
 
 
-def from_config(config: QuantConfig, meta: Mapping[str, object]) -> Settings:
-    """Of a run. meta: what it is to remember besides the fields of `config`."""
+def from_config(
+    config: QuantConfig, meta: Mapping[str, object], widths: Widths | None = None
+) -> Settings:
+    """Of a run. meta: what it is to remember besides the fields of `config`.
+
+    widths: of all layers, if they do not all have the bits and group size of `config`.
+    """
+    configs = [config_of_layer(config, widths, name) for name in widths or [""]]
     own = {key: value for key, value in config.to_dict().items() if key not in _STANDARD}
     return Settings(
         config.bits,
         config.group_size,
         config.sym,
-        config.needs_g_idx,
+        any(it.needs_g_idx for it in configs),
         # transformers refuses shares of 1 and more; the true one is under `meta`.
         damp_percent=min(config.percdamp, 0.99),
         true_sequential=config.true_sequential,

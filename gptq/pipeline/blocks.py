@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import Activations, batches, embed
-from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import Block, BlockwiseModel, free
 from gptq.blockwise.steps import advance, advance_past, check_steps, finish
-from gptq.config import QuantConfig, check_packable
+from gptq.config import QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError
 from gptq.nn import QuantLinear
 from gptq.pipeline.identity import digest
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.report import LayerReport
 from gptq.pipeline.team import ALONE, Team
+from gptq.pipeline.widths import check_layers, complete_widths
 from gptq.solver.hessian import Hessian, accumulate_hessian
 from gptq.solver.layer import solve_layer
 from gptq.solver.solution import Solution
@@ -36,6 +36,7 @@ def quantize_blocks(
     journal: Journal,
     cache: ActivationCache | None = None,
     team: Team = ALONE,
+    widths: Widths | None = None,
 ) -> Iterator[LayerReport]:
     """Solve every linear layer of every block and write each finished block to the journal.
 
@@ -44,18 +45,20 @@ def quantize_blocks(
     cache: for activations between two uses, by default in memory.
     journal: read and written by the first process alone.
     team: the processes that share the run; each calls this.
+    widths: of layers that do not have the bits and group size of `config`.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
     Raises UserError for a layer whose weights or inputs are not finite or cannot be packed, and
     for a block that the model's spec does not describe.
     """
-    check_layers(model, config.bits)
+    widths = complete_widths(model, config, widths)
+    check_layers(model, widths)
     model.check_tensors()
     shared = [] if windows is None else team.share(batches(windows, model.device))
     activations = embed(model, shared, cache)
     # The full-precision model's activations, beside those of the model quantized so far.
     full = activations.copy("full") if config.feeds_back else None
-    run = _Run(config, team, activations, full)
+    run = _Run(config, widths, team, activations, full)
     for index in range(model.block_count):
         block = model.load_block(index)
         weights = _agreed_digest(block, team)
@@ -110,12 +113,17 @@ class _Run:
     """What goes from block to block."""
 
     config: QuantConfig
+    widths: Widths
     team: Team
     activations: Activations
     """Of the model quantized so far."""
     full: Activations | None
     """Of the full-precision model, if errors are fed back."""
     _kinds: set[tuple] = field(default_factory=set)
+
+    def config_of(self, block: Block, name: str) -> QuantConfig:
+        """The settings of one layer. name: inside the block."""
+        return config_of_layer(self.config, self.widths, f"{block.name}.{name}")
 
     def is_new_kind(self, block: Block) -> bool:
         """Whether no block of this class has been given these arguments before."""
@@ -126,13 +134,6 @@ class _Run:
             self._kinds.add(kind)
             return True
         return False
-
-
-def check_layers(model: BlockwiseModel, bits: int) -> None:
-    """Raise UserError unless every layer that is to be quantized can be packed."""
-    for name in model.spec.linears:
-        layer = linear(model.module, f"{model.spec.block(0)}.{name}")
-        check_packable(name, layer.in_features, layer.out_features, bits)
 
 
 def put_quantized(
@@ -160,7 +161,8 @@ def _replay(block: Block, run: _Run, tensors: Mapping[str, Tensor]) -> None:
             for _ in advance_past(run.full, block, number):
                 pass
     for name in block.spec.linears:
-        put_quantized(block.linear(name), tensors, f"{block.name}.{name}", run.config)
+        config = run.config_of(block, name)
+        put_quantized(block.linear(name), tensors, f"{block.name}.{name}", config)
     if not run.config.true_sequential:
         run.activations.through(block)
         return
@@ -219,15 +221,15 @@ def _solve_group(
     names = block.spec.groups[number].layers
     layers = [block.linear(name) for name in names]
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
-    own = run.team.outputs(len(weight))
+    own, config = run.team.outputs(len(weight)), run.config_of(block, names[0])
     if hessian is not None:
         _check_inputs(f"{block.name}.{names[0]}", hessian)
     try:
         if hessian is None:
-            solution = solve_layer(weight[own], None, run.config)
+            solution = solve_layer(weight[own], None, config)
         else:
             # Only the solve holds what is taken here, so that it can free a part.
-            solution = solve_layer(weight[own], hessian.take_outputs(own), run.config)
+            solution = solve_layer(weight[own], hessian.take_outputs(own), config)
     except ValueError as error:
         raise UserError(f"{block.name}.{names[0]}: {error}") from error
     solution = run.team.join(solution, len(weight))
@@ -265,6 +267,8 @@ def _report(block: int, name: str, solution: Solution) -> LayerReport:
     return LayerReport(
         block=block,
         name=name,
+        bits=solution.bits,
+        group_size=solution.group_size,
         loss=float(solution.loss.sum(dtype=torch.float64)) / energy,
         rtn_loss=float(solution.rtn_loss.sum(dtype=torch.float64)) / energy,
         kept_rtn=int(solution.kept_rtn.sum()),

@@ -10,8 +10,9 @@ from torch import nn
 from gptq import __version__
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, Widths
 from gptq.errors import UserError
+from gptq.pipeline.widths import unlike
 from quant_cuda.cpu import library
 from quant_cuda.cuda import kernels
 
@@ -45,15 +46,20 @@ def digest(block: nn.Module) -> str:
     return result.hexdigest()[:16]
 
 
-def identity(model: BlockwiseModel, config: QuantConfig, **others: object) -> dict[str, object]:
+def identity(
+    model: BlockwiseModel, config: QuantConfig, widths: Widths | None = None, **others: object
+) -> dict[str, object]:
     """Everything that decides the blocks of a run.
 
+    widths: of layers that do not have the bits and group size of `config`.
     What the outputs are, their format and the bits of the embedding come later: finished blocks
     can be written in any number of ways.
     """
     settings = {key: it for key, it in config.to_dict().items() if key not in WRITTEN_LATER}
+    exceptions = unlike(config, widths)
     parts = {
         **settings,
+        **({"widths": exceptions} if exceptions else {}),
         "version": __version__,
         "model": fingerprint(model.source),
         "dtype": model.dtype,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import BlockwiseModel
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError
 
 GIB = 2**30
@@ -27,8 +27,13 @@ class Needs:
     """Of all windows, between two groups of layers."""
 
 
-def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
-    """What quantizing a model takes of one process, which runs that many calibration tokens."""
+def needs(
+    model: BlockwiseModel, config: QuantConfig, tokens: int, widths: Widths | None = None
+) -> Needs:
+    """What quantizing a model takes of one process, which runs that many calibration tokens.
+
+    widths: of layers that do not have the bits and group size of `config`.
+    """
     spec, itemsize = model.spec, model.dtype.itemsize
     block = model.module.get_submodule(spec.block(0))
     shapes = {name: linear(block, name).weight.shape for name in spec.linears}
@@ -42,7 +47,12 @@ def needs(model: BlockwiseModel, config: QuantConfig, tokens: int) -> Needs:
         # hidden states.
         feedback = (rows if group.writes_residual else columns) * columns
         moments = 4 * squares * (MOMENTS * columns**2 + feedback * config.feeds_back)
-        work = 4 * squares * (SQUARES * columns**2 + _more_squares(columns, config))
+        first = group.layers[0]
+        more = max(
+            _more_squares(columns, config_of_layer(config, widths, f"{spec.block(index)}.{first}"))
+            for index in range(model.block_count)
+        )
+        work = 4 * squares * (SQUARES * columns**2 + more)
         work += 4 * COPIES * rows * columns
         # If layers are not solved in turn, all groups have their moments first.
         before = 0 if config.true_sequential else kept

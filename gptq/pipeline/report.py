@@ -12,6 +12,9 @@ class LayerReport:
 
     block: int
     name: str
+    bits: int
+    group_size: int
+    """Inputs that share a scale; -1 means all."""
     loss: float
     """Output error on the calibration inputs, as a share of the output's energy."""
     rtn_loss: float

@@ -18,6 +18,8 @@ def a_report(names=("a", "b"), written=()):
         LayerReport(
             block=7,
             name=name,
+            bits=4,
+            group_size=128,
             loss=0.001 * index,
             rtn_loss=0.004 * index,
             kept_rtn=index,

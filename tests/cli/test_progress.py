@@ -16,7 +16,7 @@ QUANTIZE = ["--wbits", "4", "--groupsize", "32", "--nsamples", "4", "--seqlen", 
 
 
 def layer(block, seconds, loss=0.5):
-    return LayerReport(block, "mlp", loss, loss, 0, 8, 0.01, seconds)
+    return LayerReport(block, "mlp", 4, 128, loss, loss, 0, 8, 0.01, seconds)
 
 
 @pytest.fixture
