@@ -251,6 +251,11 @@ def config_of_layer(config: QuantConfig, widths: Widths | None, name: str) -> Qu
     return replace(config, bits=width.bits, group_size=width.group_size)
 
 
+def is_packable(in_features: int, out_features: int, bits: int) -> bool:
+    """Whether a layer of this shape has whole 32-bit words both ways."""
+    return in_features * bits % 32 == 0 and out_features * bits % 32 == 0
+
+
 def check_packable(name: str, in_features: int, out_features: int, bits: int) -> None:
     """Raise UserError unless a layer of this shape has whole 32-bit words both ways."""
     for what, size in (("in_features", in_features), ("out_features", out_features)):

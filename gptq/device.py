@@ -22,13 +22,14 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 6GiB, 500MB or 2.5G. Raises UserError for anything else."""
+def parse_size(text: str, flag: str = "--max-memory") -> int:
+    """Bytes of a size such as 6GiB, 500MB or 2.5G. Raises UserError, which names the flag, for
+    anything else."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     unit = None if size is None else {**_UNITS, **_BINARY_UNITS}.get(size[2])
     amount = 0.0 if size is None or unit is None else float(size[1]) * unit
     if amount in (0, math.inf):
-        raise UserError(f"--max-memory {text} is not a size: give one such as 6GiB or 500MB")
+        raise UserError(f"{flag} {text} is not a size: give one such as 6GiB or 500MB")
     return int(amount)
 
 

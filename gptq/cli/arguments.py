@@ -23,7 +23,7 @@ NEEDS = {
     "--new-eval": ("--eval", "--eval-data"),
     "--eval-windows": ("--eval", "--eval-data"),
     "--max-new-tokens": ("--text", "--chat"),
-    "--seed": ("--wbits", "--chat"),
+    "--seed": ("--wbits", "--size", "--chat"),
     "--temperature": ("--chat",),
     "--top-p": ("--chat",),
     "--top-k": ("--chat",),
@@ -36,7 +36,7 @@ NEEDS = {
 QUANTIZING_ONLY = (
     *OUTPUTS,
     *("--quality", "--format", "--plain", "--quantize-embeddings", "--report"),
-    *("--nsamples", "--resume", "--max-memory"),
+    *("--nsamples", "--resume", "--max-memory", "--size"),
 )
 # The least that can work; a token is predicted from at least one before it.
 LEAST = {
@@ -57,6 +57,7 @@ RANGES = {
 MOST = 2**31 - 1
 EXAMPLES = """examples:
   {command} MODEL c4 --wbits 4 --groupsize 128 --save
+  {command} MODEL c4 --size 3.5GiB --save model.pt
   {command} MODEL wikitext2 --load model-4bit-128g.pt --eval
   {command} MODEL --load model-4bit-128g.pt --chat
 """
@@ -119,6 +120,12 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         "--quality",
         choices=QUALITIES,
         help="best: a closer model in a few times the time; fast: less than half the time",
+    )
+    add(
+        "--size",
+        metavar="SIZE",
+        help="such as 3.5GiB, in place of --wbits: each layer gets the bits and groups with which "
+        "the model is closest to the full one, and each file (of a folder its weights) fits",
     )
     add("--nsamples", type=int, metavar="N", help="calibration windows (default: 128)")
     add(
@@ -198,8 +205,13 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def default_name(name: str, config: QuantConfig, suffix: str) -> Path:
-    """`belle-llama-7b-2m-4bit-128g.pt` for BELLE-LLAMA-7B-2M, in the current folder."""
+def default_name(name: str, config: QuantConfig, suffix: str, mixed: str | None = None) -> Path:
+    """`belle-llama-7b-2m-4bit-128g.pt` for BELLE-LLAMA-7B-2M, in the current folder.
+
+    mixed: what a model of mixed widths fits, in place of bits and group: `3.5bit` or `3.5GiB`.
+    """
+    if mixed is not None:
+        return Path(f"{name.lower()}-{mixed}{suffix}")
     group = f"-{config.group_size}g" if config.group_size != -1 else ""
     return Path(f"{name.lower()}-{config.bits}bit{group}{suffix}")
 
@@ -211,6 +223,8 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
         for name, value in vars(arguments).items()
         if value is not None and value is not False
     }
+    if arguments.load is not None and isinstance(arguments.wbits, float):
+        raise UserError(f"--wbits {arguments.wbits:g} is for quantizing; leave it out, or --load")
     if arguments.load is not None and arguments.wbits == FULL_MODEL:
         raise UserError(f"--wbits {FULL_MODEL} is the full model; leave out --load, or --wbits")
     for flag in ("--save-dir", "--report", "--load"):

@@ -50,6 +50,32 @@ def progress_bar(title: str, unit: str = "step", first: int = 0) -> Iterator[Cal
 
 
 @contextlib.contextmanager
+def run_progress(
+    layers: int, measures: bool
+) -> Iterator[tuple[Callable[..., None] | None, Callable[[LayerReport, int], None]]]:
+    """The progress of a run: `progress_bar` while layers are measured, if they are, and then
+    `quantization_progress`, whose function is the second. A terminal shows one bar at a time.
+
+    layers: in a block.
+    """
+    with contextlib.ExitStack() as bars:
+        measured = show = None
+        if measures:
+            measured = bars.enter_context(progress_bar("measuring layers", "block"))
+        else:
+            show = bars.enter_context(quantization_progress(layers))
+
+        def step(layer: LayerReport, total: int) -> None:
+            nonlocal show
+            if show is None:
+                bars.close()
+                show = bars.enter_context(quantization_progress(layers))
+            show(layer, total)
+
+        yield measured, step
+
+
+@contextlib.contextmanager
 def quantization_progress(layers: int) -> Iterator[Callable[[LayerReport, int], None]]:
     """The same for a quantization, with a line for each block.
 

@@ -28,6 +28,7 @@ from gptq.cli.settings import (
     saves_gguf,
     settings_from,
     spelled,
+    target_from,
 )
 from gptq.config import FULL_MODEL, QuantConfig
 from gptq.errors import UserError
@@ -64,11 +65,13 @@ def main(spec: ModelSpec | None = None, argv: Sequence[str] | None = None) -> in
 def _run(spec: ModelSpec | None, arguments: argparse.Namespace) -> None:
     evaluating = arguments.eval or arguments.eval_data is not None
     running = arguments.text is not None or arguments.chat or arguments.benchmark is not None
-    quantizing = arguments.load is None and arguments.wbits not in (None, FULL_MODEL)
+    asked = arguments.wbits not in (None, FULL_MODEL) or arguments.size is not None
+    quantizing = arguments.load is None and asked
     check_flags(arguments, quantizing)
     if not (quantizing or evaluating or running):
         raise UserError(
-            "nothing to do: give --wbits to quantize, or --eval, --text, --chat or --benchmark"
+            "nothing to do: give --wbits or --size to quantize, or --eval, --text, --chat or "
+            "--benchmark"
         )
     config = quant_config(arguments) if quantizing else None
     if torchrun.rank() > 0:
@@ -135,9 +138,9 @@ class _Inputs:
 
 def _read_inputs(arguments: argparse.Namespace, source: ModelSource) -> _Inputs:
     """Read the tokenizer and every text. Raises UserError for what cannot be read or is short."""
-    from gptq.api import window_length
     from gptq.blockwise.source import max_positions
     from gptq.data.windows import evaluation_windows
+    from gptq.quantization import window_length
 
     tokenizer = source.tokenizer()
     names = arguments.eval_data or ([arguments.dataset] if arguments.eval else [])
@@ -164,12 +167,12 @@ def _quantize(
     scratch: where the model is written if the arguments name no output.
     """
     from gptq import api
-    from gptq.cli.progress import quantization_progress
+    from gptq.cli.progress import run_progress
 
     paths = _paths(arguments, model.source.name, config)
     journal = next(filter(None, paths.values()), None)
     if journal is None:
-        paths["save"] = scratch / default_name(model.source.name, config, ".pt")
+        paths["save"] = scratch / "model.pt"
     outputs = api.Outputs(
         **paths,
         format=arguments.format,
@@ -185,11 +188,12 @@ def _quantize(
         seed=arguments.seed or 0,
         resume=arguments.resume,
         max_memory=arguments.max_memory,
+        target=target_from(arguments),
     )
     leader = torchrun.rank() == 0
     done = 0
-    showing = quantization_progress(len(model.spec.linears))
-    with showing if leader else contextlib.nullcontext() as show:
+    bars = run_progress(len(model.spec.linears), job.target is not None)
+    with bars if leader else contextlib.nullcontext((None, None)) as (measured, show):
 
         def step(layer: LayerReport, total: int) -> None:
             nonlocal done
@@ -198,7 +202,7 @@ def _quantize(
                 show(layer, total)
 
         try:
-            result = api.run(model, job, step)
+            result = api.run(model, job, step, measured)
         except (KeyboardInterrupt, Exception) as stop:
             hint = _resume_hint(journal) if done and leader else None
             message = input_error(stop)
@@ -218,7 +222,12 @@ def _paths(arguments: argparse.Namespace, name: str, config: QuantConfig) -> dic
     def path(argument: str | None, suffix: str) -> Path | None:
         if argument is None:
             return None
-        return default_name(name, config, suffix) if argument == DEFAULT_NAME else Path(argument)
+        if argument != DEFAULT_NAME:
+            return Path(argument)
+        return default_name(name, config, suffix, mixed)
+
+    average = arguments.wbits if isinstance(arguments.wbits, float) else None
+    mixed = arguments.size if average is None else f"{average:g}bit"
 
     if arguments.report is not None:
         from gptq.cli.html_report import PAGE
@@ -269,7 +278,7 @@ def _open(
     opened = open_weights(
         model,
         checkpoint,
-        bits=arguments.wbits,
+        bits=None if isinstance(arguments.wbits, float) else arguments.wbits,
         group_size=arguments.groupsize,
         dtype=arguments.dtype,
     )

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptq.allocation.target import GROUP_SIZES, Target
 from gptq.checkpoints.names import GGUF_GROUP
-from gptq.config import BITS, DEFAULTS, QUALITIES, SETTINGS, QuantConfig, Setting
+from gptq.config import BITS, DEFAULTS, FULL_MODEL, QUALITIES, SETTINGS, QuantConfig, Setting
 from gptq.errors import SettingError, UserError
 
 WBITS = f"--wbits {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
@@ -36,9 +37,52 @@ def _options(setting: Setting, default: object) -> dict[str, Any]:
     if default is False:
         return {"action": "store_true", "default": None}
     options: dict[str, Any] = {"type": type(default)}
+    if setting.flag == SETTINGS["bits"].flag:
+        choices = ",".join(map(str, (*setting.choices, *setting.more_choices)))
+        return {"type": _bits, "metavar": f"{{{choices}}}"}
     if setting.choices:
         return {**options, "choices": (*setting.choices, *setting.more_choices)}
     return {**options, "metavar": "N" if isinstance(default, int) else "SHARE"}
+
+
+def _bits(text: str) -> int | float:
+    """Bits of all layers, or with a decimal point of a weight on average."""
+    if "." in text:
+        average = float(text)
+        if not BITS[0] < average <= FULL_MODEL:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not possible: give more than {BITS[0]} bits a weight, at most "
+                f"{FULL_MODEL}"
+            )
+        return average
+    bits = int(text)
+    if bits not in (*BITS, FULL_MODEL):
+        choices = ", ".join(map(str, (*BITS, FULL_MODEL)))
+        raise argparse.ArgumentTypeError(
+            f"{text} is not possible: choose one of {choices}, or an average such as 3.5"
+        )
+    return bits
+
+
+def target_from(arguments: argparse.Namespace) -> Target | None:
+    """What the widths of a mixed model are chosen for; None if all layers get the same.
+
+    Raises UserError for two flags that contradict each other.
+    """
+    bits = arguments.wbits if isinstance(arguments.wbits, float) else None
+    if arguments.size is None and bits is None:
+        return None
+    if arguments.size is not None and arguments.wbits is not None:
+        raise UserError(f"--size and --wbits {arguments.wbits:g} disagree; give one of them")
+    sizes = GROUP_SIZES if arguments.groupsize is None else (arguments.groupsize,)
+    if arguments.groupsize is None and saves_gguf(arguments):
+        sizes = (GGUF_GROUP,)
+    if arguments.size is None:
+        return Target(bits=bits, group_sizes=sizes)
+    # Imports torch.
+    from gptq.device import parse_size
+
+    return Target(parse_size(arguments.size, "--size"), group_sizes=sizes)
 
 
 def _help(field: str, setting: Setting) -> str:
@@ -57,6 +101,8 @@ def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {}
     for field, setting in SETTINGS.items():
         value = None if setting.flag is None else _value(arguments, setting.flag)
+        # An average is no setting of a layer.
+        value = None if field == "bits" and isinstance(value, float) else value
         short = setting.shorthand
         if short is not None and _value(arguments, short.flag):
             if value not in (None, short.value):

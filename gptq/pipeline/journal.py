@@ -30,6 +30,7 @@ from gptq.files.safetensors_file import write_tensors
 from gptq.pipeline.team import Team
 
 _PARTS = "block-*.safetensors"
+_WIDTHS = "widths.json"
 LOCK = "lock"
 
 
@@ -78,6 +79,16 @@ class Journal:
         """The packed tensors of all blocks, read when asked for."""
         return open_tensors(sorted(self.folder.glob(_PARTS)))
 
+    def keep_widths(self, widths: Mapping[str, Sequence[int]]) -> None:
+        """Make the widths of layers durable that were chosen for them: bits and group size."""
+        with whole_file(self.folder / _WIDTHS) as temporary:
+            temporary.write_text(json.dumps(dict(widths)))
+
+    def widths(self) -> dict[str, list[int]] | None:
+        """What `keep_widths` kept; None if it kept nothing."""
+        file = self.folder / _WIDTHS
+        return json.loads(file.read_text()) if file.exists() else None
+
     def remove(self) -> None:
         """Remove the blocks, once the output is whole. Killed meanwhile, it leaves fewer.
 
@@ -86,6 +97,7 @@ class Journal:
         with contextlib.suppress(OSError):
             for part in sorted(self.folder.glob(_PARTS), reverse=True):
                 part.unlink()
+            (self.folder / _WIDTHS).unlink(missing_ok=True)
 
 
 def journal_folder(output: Path) -> Path:
@@ -93,6 +105,11 @@ def journal_folder(output: Path) -> Path:
     # `.` and `..` have no name to put the ending to.
     output = output.resolve() if output.name in ("", "..") else output
     return output.with_name(output.name + ".journal")
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether anything is there that a run would have to do again."""
+    return (folder / _WIDTHS).exists() or any(folder.glob(_PARTS))
 
 
 def finished_blocks(output: Path) -> int:
@@ -118,7 +135,7 @@ def open_journal(
         folders = [stack.enter_context(_locked(output)) for output in outputs]
         for output in outputs:
             remove_partial(output, ours)
-        kept = [folder for folder in folders if any(folder.glob(_PARTS))]
+        kept = [folder for folder in folders if _holds_work(folder)]
         same = [folder for folder in kept if _identity(folder) == dict(identity)]
         folder = (*same, *kept, *folders)[0]
         journal = Journal(folder)
@@ -179,7 +196,7 @@ def _locked(output: Path) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if not any(folder.glob(_PARTS)):
+            if not _holds_work(folder):
                 _remove_folder(folder)
 
 
@@ -239,16 +256,16 @@ def _take_up(folder: Path, identity: str, resume: bool) -> None:
     for left in folder.glob(f".*{PARTIAL}"):
         left.unlink()
     file = folder / "run.json"
-    done = len(list(folder.glob(_PARTS)))
-    if not done:
+    if not _holds_work(folder):
         with whole_file(file) as temporary:
             temporary.write_text(identity)
         sync_folder(folder.parent)
         return
     if not resume:
+        done = len(list(folder.glob(_PARTS)))
         raise UserError(
-            f"{folder}: holds {done} finished blocks of an earlier run; add --resume to continue "
-            "it, or delete the folder to start afresh"
+            f"{folder}: holds {f'{done} finished blocks' if done else 'the chosen widths'} of an "
+            "earlier run; add --resume to continue it, or delete the folder to start afresh"
         )
     before, now = _identity(folder), json.loads(identity)
     if before is None:

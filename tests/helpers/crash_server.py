@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-import gptq.api
 import gptq.cli.console
+import gptq.quantization
 from gptq.cli import run
 from gptq.models import LLAMA
 
@@ -45,7 +45,7 @@ def child(task: dict, log: str) -> int:
 
 def wrap(block: int, number: int) -> None:
     """Send this process a signal when the first layer of a block is solved."""
-    whole = gptq.api.quantize_blocks
+    whole = gptq.quantization.quantize_blocks
 
     def blocks(*args):
         for layer in whole(*args):
@@ -53,7 +53,7 @@ def wrap(block: int, number: int) -> None:
                 os.kill(os.getpid(), number)
             yield layer
 
-    gptq.api.quantize_blocks = blocks
+    gptq.quantization.quantize_blocks = blocks
 
 
 def serve() -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-import gptq.api
+import gptq.quantization
 from gptq.cli import run as cli
 from gptq.models import LLAMA
 
@@ -17,7 +17,7 @@ def words(folder, text, path, *more):
 
 def stopped(argv, number):
     """Run a command line in a process that gets a signal in its second block."""
-    whole = gptq.api.quantize_blocks
+    whole = gptq.quantization.quantize_blocks
 
     def blocks(*args):
         for layer in whole(*args):
@@ -25,5 +25,5 @@ def stopped(argv, number):
                 os.kill(os.getpid(), number)
             yield layer
 
-    gptq.api.quantize_blocks = blocks
+    gptq.quantization.quantize_blocks = blocks
     return cli.main(LLAMA, argv)

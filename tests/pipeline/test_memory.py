@@ -12,6 +12,7 @@ from conftest import llama_config, make_model
 
 import gptq
 import gptq.api
+import gptq.quantization
 from gptq import QuantConfig
 from gptq.blockwise import activations
 from gptq.blockwise.model import BlockwiseModel
@@ -113,13 +114,13 @@ def limits(folder: Path) -> tuple[tuple[str, str | None], tuple[str, str | None]
 def test_activations_go_to_disk_where_they_would_not_fit(tmp_path, text_file, monkeypatch):
     folder = make_model(tmp_path / "m", llama_config(**WIDE))
     monkeypatch.setattr(activations, "BATCH_TOKENS", 192)
-    folders, cache = [], gptq.api.ActivationCache
+    folders, cache = [], gptq.quantization.ActivationCache
 
     def watched(place):
         folders.append(place)
         return cache(place)
 
-    monkeypatch.setattr(gptq.api, "ActivationCache", watched)
+    monkeypatch.setattr(gptq.quantization, "ActivationCache", watched)
     for name, limit in limits(folder):
         path = tmp_path / f"{name}.pt"
         gptq.quantize(folder, text_file, CONFIG, save=path, max_memory=limit, device="cpu", **RUN)
@@ -187,8 +188,8 @@ def test_processes_share_the_windows(monkeypatch, processes, tokens):
     for name, value in (("RANK", 0), ("WORLD_SIZE", processes), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, str(value))
     windows = torch.zeros(5, 96, dtype=torch.int64)
-    assert gptq.api._own_tokens(windows, torch.device("cpu")) == tokens
-    assert gptq.api._own_tokens(None, torch.device("cpu")) == 0
+    assert gptq.quantization._own_tokens(windows, torch.device("cpu")) == tokens
+    assert gptq.quantization._own_tokens(None, torch.device("cpu")) == 0
 
 
 def test_limits(llama_dir):

@@ -28,7 +28,11 @@ OURS["gptq.blockwise"] = (*BASE, "gptq.files", "gptq.nn", "gptq.solver")
 OURS["gptq.pipeline"] = (*OURS["gptq.blockwise"], "gptq.blockwise", "gptq.config", "quant_cuda")
 OURS["gptq.checkpoints"] = (*OURS["gptq.pipeline"], "gptq.device", "gptq.data")
 OURS["gptq.inference"] = (*OURS["gptq.checkpoints"], "gptq.checkpoints")
-OURS["gptq.api"] = (*OURS["gptq.inference"], "gptq.inference", "gptq.pipeline")
+OURS["gptq.allocation"] = (*OURS["gptq.pipeline"], "gptq.pipeline")
+OURS["gptq.fitting"] = (*OURS["gptq.inference"], "gptq.pipeline", "gptq.allocation")
+OURS["gptq.job"] = OURS["gptq.fitting"]
+OURS["gptq.quantization"] = (*OURS["gptq.fitting"], "gptq.fitting", "gptq.job")
+OURS["gptq.api"] = (*OURS["gptq.quantization"], "gptq.quantization", "gptq.inference")
 OURS["gptq.hf"] = OURS["gptq.api"]
 OURS["gptq.cli"] = (*OURS["gptq.api"], "gptq.api", "gptq.hf")
 OURS["gptq.convert"] = (*OURS["gptq.cli"], "gptq.cli")
@@ -55,6 +59,10 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "gptq.pipeline": ("torch", "transformers"),
     "gptq.checkpoints": ("torch", "transformers", "gguf"),
     "gptq.inference": ("torch", "transformers"),
+    "gptq.allocation": ("torch",),
+    "gptq.fitting": ("torch",),
+    "gptq.job": (),
+    "gptq.quantization": ("torch",),
     "gptq.api": ("torch", "transformers"),
     "gptq.hf": ("torch", "transformers", "peft"),
     "gptq.cli": ("torch", "transformers", "rich", "jinja2"),

@@ -1,0 +1,23 @@
+"""What a model of mixed widths has to fit."""
+
+from dataclasses import dataclass
+
+from gptq.config import BITS, Width
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of two limits, and the group sizes to choose from."""
+
+    size: int | None = None
+    """Bytes of each file that is written; of a folder, of its weight files."""
+    bits: float | None = None
+    """Bits a weight of the quantized layers, with scales and zero points."""
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+
+    @property
+    def widths(self) -> list[Width]:
+        """Every width that a layer may get."""
+        return [Width(bits, size) for bits in BITS for size in self.group_sizes]

@@ -1,0 +1,167 @@
+"""Models that have to fit: files of at most the size that was asked for, in every format."""
+
+import json
+
+import pytest
+import torch
+from helpers.old_tools import PROBE
+
+import gptq
+from gptq import QuantConfig, api
+from gptq.cli.run import main
+from gptq.config import Width
+from gptq.errors import UserError
+from gptq.models import LLAMA
+
+RUN = {"nsamples": 8, "seqlen": 32}
+CONFIG = QuantConfig()
+
+
+def weight_bytes(path):
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def widths_of(folder, path):
+    model, _ = gptq.load(folder, path)
+    return {(it.bits, it.group_size) for it in model.modules() if isinstance(it, gptq.QuantLinear)}
+
+
+def least_size(folder, text_file, outputs, config=CONFIG):
+    """The smallest size in bytes that a message names."""
+    with pytest.raises(UserError, match="smallest possible is") as refused:
+        gptq.quantize(folder, text_file, config, size="1B", **outputs, **RUN)
+    mib = float(str(refused.value).split("smallest possible is ")[1].split(" MiB")[0])
+    return int(mib * 2**20)
+
+
+OUTPUTS = {
+    "pt": {"save": "m.pt"},
+    "safetensors": {"save_safetensors": "m.safetensors"},
+    "gguf": {"save": "m.gguf"},
+    **{
+        name: {"save_dir": "folder", "format": name}
+        for name in ("gptq", "gptq_v2", "compressed-tensors", "mlx")
+    },
+    "both": {"save": "m.pt", "save_dir": "folder"},
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("fixture", ["llama_dir", "bloom_dir"])
+def test_files_fit(fixture, kind, request, text_file, tmp_path):
+    folder = request.getfixturevalue(fixture)
+    if (fixture, kind) == ("bloom_dir", "mlx"):
+        pytest.skip("mlx-lm has no BLOOM")
+    outputs = {
+        key: tmp_path / name if key != "format" else name for key, name in OUTPUTS[kind].items()
+    }
+    config = QuantConfig(sym=kind == "gguf")
+    least = least_size(folder, text_file, outputs, config)
+    size = int(least * 1.02)
+    gptq.quantize(folder, text_file, config, size=f"{size}B", **outputs, **RUN)
+    written = [path for key, path in outputs.items() if key != "format"]
+    for path in written:
+        assert 0 < weight_bytes(path) <= size
+
+
+def test_more_bytes_are_used(llama_dir, text_file, tmp_path):
+    bits = []
+    for average in (3.0, 4.5, 5.5):
+        path = tmp_path / f"{average}.pt"
+        report = gptq.quantize(llama_dir, text_file, CONFIG, average_bits=average, save=path, **RUN)
+        bits.append(sum(it.bits for it in report.layers))
+        assert widths_of(llama_dir, path) == {(it.bits, it.group_size) for it in report.layers}
+    assert bits == sorted(set(bits))
+
+
+def test_a_stopped_run_goes_on_with_the_widths_it_chose(
+    llama_dir, text_file, tmp_path, monkeypatch
+):
+    arguments = (llama_dir, text_file, CONFIG)
+    settings = {"average_bits": 4.4, **RUN}
+    gptq.quantize(*arguments, save=tmp_path / "whole.pt", **settings)
+
+    def stop(layer, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gptq.quantize(*arguments, save=tmp_path / "m.pt", progress=stop, **settings)
+    kept = json.loads((tmp_path / "m.pt.journal" / "widths.json").read_text())
+    assert len(kept) == 14
+    with pytest.raises(UserError, match="holds the chosen widths of an earlier run; add --resume"):
+        gptq.quantize(*arguments, save=tmp_path / "m.pt", **settings)
+    with pytest.raises(UserError, match="differs in budget"):
+        gptq.quantize(
+            *arguments, save=tmp_path / "m.pt", resume=True, **{**settings, "average_bits": 4.6}
+        )
+    # What was chosen is not measured again.
+    monkeypatch.setattr("gptq.quantization.fitting_widths", None)
+    gptq.quantize(*arguments, save=tmp_path / "m.pt", resume=True, **settings)
+    assert (tmp_path / "m.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+    assert not (tmp_path / "m.pt.journal").exists()
+
+
+def test_other_groups_than_the_one_given_are_not_chosen(llama_dir, text_file, tmp_path, capsys):
+    path = tmp_path / "m.pt"
+    argv = [llama_dir, text_file, "--wbits", "3.9", "--groupsize", "32", "--save", path]
+    assert main(LLAMA, [*map(str, argv), "--nsamples", "8", "--seqlen", "32"]) == 0
+    widths = widths_of(llama_dir, path)
+    assert {size for _, size in widths} == {32}
+    assert len(widths) > 1
+    model, _ = gptq.load(llama_dir, path)
+    assert bool(torch.isfinite(model(PROBE).logits).all())
+
+
+def test_the_default_name_says_what_it_fits(llama_dir, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(llama_dir), str(text_file), "--save", "--nsamples", "8", "--seqlen", "32"]
+    assert main(LLAMA, [*argv, "--wbits", "4.5"]) == 0
+    assert main(LLAMA, [*argv, "--size", "1MiB"]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"{llama_dir.name}-1MiB.pt".lower().replace("mib", "MiB"), names[1]]
+    assert names[1].endswith("-4.5bit.pt")
+
+
+BAD = {
+    "--size 1kB": "smallest possible is",
+    "--size lots": "--size lots is not a size",
+    "--size 1GiB --wbits 4": "--size and --wbits 4 disagree",
+    "--wbits 2.05": "--wbits 2.05 is too little; the least possible is",
+    "--wbits 17.5": "17.5 is not possible",
+    "--wbits 5": "5 is not possible: choose one of 2, 3, 4, 8, 16, or an average such as 3.5",
+    "--wbits x.5": "--wbits",
+    "--wbits 3.5 --load x.pt": "--wbits 3.5 is for quantizing",
+    "--size 1GiB --load x.pt": "--size is for quantizing",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_what_cannot_work_is_said_before_the_run(flags, llama_dir, text_file, tmp_path, capsys):
+    argv = [str(llama_dir), str(text_file), *flags.split()]
+    save = [] if "--load" in flags else ["--save", str(tmp_path / "m.pt")]
+    assert main(LLAMA, [*argv, *save]) == 2
+    error = capsys.readouterr().err.strip()
+    assert BAD[flags] in error
+    assert "\n" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_that_holds_no_width_says_why(bloom_dir, text_file, tmp_path):
+    outputs = {"save_dir": tmp_path / "folder", "format": "mlx"}
+    with pytest.raises(UserError, match="no width can be written: --format mlx: transformer"):
+        gptq.quantize(bloom_dir, text_file, average_bits=4.5, **outputs, **RUN)
+
+
+def test_without_text_nothing_can_be_measured(llama_dir, tmp_path):
+    config = QuantConfig(method="rtn")
+    with pytest.raises(UserError, match="needs DATASET"):
+        gptq.quantize(llama_dir, None, config, average_bits=4.5, save=tmp_path / "m.pt")
+
+
+def test_one_way_of_saying_widths(llama_dir, text_file, tmp_path):
+    widths = {"model.layers.0.self_attn.o_proj": Width(8, 32)}
+    with pytest.raises(UserError, match="exclude each other"):
+        gptq.quantize(llama_dir, text_file, widths=widths, average_bits=3.5, save=tmp_path / "m.pt")
+    assert api.Job(CONFIG, api.Outputs(tmp_path / "m.pt"), text_file).target is None
