@@ -24,7 +24,8 @@ def weight_bytes(path):
 
 def widths_of(folder, path):
     model, _ = gptq.load(folder, path)
-    return {(it.bits, it.group_size) for it in model.modules() if isinstance(it, gptq.QuantLinear)}
+    layers = [it for name, it in model.named_modules() if "layers" in name]
+    return {(it.bits, it.group_size) for it in layers if isinstance(it, gptq.QuantLinear)}
 
 
 def least_size(folder, text_file, outputs, config=CONFIG):
