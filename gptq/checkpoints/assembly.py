@@ -67,7 +67,8 @@ def from_checkpoint(
     source = _with_ties(source, module.config.tie_word_embeddings)
     modules = {layer.name: _layer(module, checkpoint, layer) for layer in checkpoint.layers}
     stored = _unpacked(source, module, checkpoint.path, checkpoint.tensors, modules)
-    settings = from_declared(checkpoint.settings, checkpoint.bits, checkpoint.group_size)
+    declared = from_declared(checkpoint.settings, checkpoint.bits, checkpoint.group_size)
+    settings = describe(declared, checkpoint.layers, source.spec)
     tensors = with_modules(stored, modules)
     return Canonical(source, checkpoint.path, tensors, checkpoint.layers, settings)
 

@@ -52,6 +52,11 @@ def refuses(facts: LayerFacts) -> str | None:
     layer = facts.layer
     if facts.is_end:
         return "is packed, which format awq cannot hold; leave out --quantize-embeddings"
+    if facts.mixed:
+        return (
+            "is of a model whose layers have unlike bits or groups, but format awq has one width "
+            "for all; use --format compressed-tensors"
+        )
     if layer.bits != BITS:
         return f"has {layer.bits} bits, but format awq has {BITS} only; use --wbits {BITS}"
     if facts.has_g_idx:

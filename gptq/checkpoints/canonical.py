@@ -5,7 +5,7 @@ Each function returns a new record; tensors are read, converted and freed one at
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.settings import Settings
+from gptq.checkpoints.widths import are_mixed
 from gptq.device import half_dtype
 from gptq.errors import UserError
 from gptq.files.lazy import Entries, Entry, LazyTensors
@@ -56,6 +57,12 @@ class Canonical:
         ends = (self.source.spec.embed[0], self.source.spec.head)
         return tuple(layer for layer in self.layers if layer.name in ends)
 
+    @cached_property
+    def mixed(self) -> bool:
+        """Whether the layers of blocks have unlike bits or group sizes."""
+        ends = self.embeddings
+        return are_mixed(layer for layer in self.layers if layer not in ends)
+
     @property
     def embedding_bits(self) -> int:
         """Bits of the embedding and the head; 16 if they are not packed."""
@@ -74,6 +81,7 @@ class Canonical:
             self.settings.desc_act,
             self.source.spec.model_type,
             is_end=layer in self.embeddings,
+            mixed=self.mixed,
         )
 
 
@@ -88,6 +96,8 @@ class LayerFacts:
     model_type: str
     is_end: bool = False
     """Whether it is the embedding or the output head, which keep their inputs' order."""
+    mixed: bool = False
+    """Whether the model's layers have unlike bits or group sizes."""
 
     @property
     def short_group(self) -> bool:

@@ -8,13 +8,17 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import cast
 
 from gptq.blockwise.weight_files import read_json
+from gptq.checkpoints import awq
+from gptq.checkpoints.layouts import stored_bits
 from gptq.checkpoints.reading import open_checkpoint
 from gptq.checkpoints.settings import folder_settings
 from gptq.checkpoints.translation import fitting_group
+from gptq.checkpoints.widths import declared_group_sizes
 from gptq.models import SPECS
 
 
@@ -34,6 +38,15 @@ class Written:
     desc_act: bool = False
     """Whether groups are not runs of neighbouring inputs."""
     model_type: str = "llama"
+    others: frozenset[tuple[int, int, frozenset[tuple[int, int]]]] = frozenset()
+    """Bits, group size and (in, out) of the layers of each width that is not the most common."""
+
+    @property
+    def parts(self) -> tuple["Written", ...]:
+        """A record for each width, as if a folder had no other."""
+        most = replace(self, others=frozenset())
+        others = sorted(self.others, key=lambda other: other[:2])
+        return most, *(replace(most, bits=b, group_size=g, sizes=s) for b, g, s in others)
 
     @property
     def short_groups(self) -> bool:
@@ -138,6 +151,8 @@ READERS: dict[str, Reader] = {
     "exllamav2": Reader({"gptq_v2": _exllamav2, "gptq": _exllamav2}, without=("bloom",)),
     "mlx-lm": Reader({"mlx": _mlx}, without=("bloom",), packed_embeddings=("mlx",)),
 }
+# Formats in which all layers have one width.
+_UNIFORM = ("awq",)
 OURS = ("this package", "transformers with gptq.hf.register()")
 
 
@@ -149,9 +164,18 @@ def flags_for(reader: Reader, folder: Written) -> tuple[str, ...] | None:
     choices = []
     for name, needs in reader.formats.items():
         change = [] if name == folder.format else [f"--format {name}"]
-        flags = [*change, *needs(replace(folder, format=name))]
-        choices.append(tuple(dict.fromkeys(flags)))
+        own = [flag for part in folder.parts for flag in needs(replace(part, format=name))]
+        if folder.others and name in _UNIFORM:
+            own.append(f"--wbits {awq.BITS}")
+        choices.append(_without_repetition([*change, *own]))
     return min(choices, key=len)
+
+
+def _without_repetition(flags: list[str]) -> tuple[str, ...]:
+    """Each flag once. Of several group sizes the least: every layer has to take it."""
+    sizes = [flag for flag in flags if flag.startswith("--groupsize ")]
+    least = min(sizes, key=lambda flag: int(flag.split()[1]), default=None)
+    return tuple(dict.fromkeys(flag for flag in flags if flag not in sizes or flag == least))
 
 
 def loads(reader: Reader, folder: Written) -> bool:
@@ -167,23 +191,29 @@ def facts(path: Path) -> Written:
     tensors, settings = open_checkpoint(path)
     declared = folder_settings(path)
     method = declared.get("quant_method", "mlx")
-    name = str(settings["format"] if method == "gptq" else method)
-    bits, group_size = cast(int, settings["bits"]), cast(int, settings["group_size"])
+    format = str(settings["format"] if method == "gptq" else method)
+    base = cast(int, settings["bits"]), cast(int, settings["group_size"])
     model_type = str(read_json(path / "config.json").get("model_type"))
     spec = SPECS[model_type]
     names = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     ends = names & {spec.embed[0], spec.head}
-    shapes = [tensors.shape(f"{name}.qweight") for name in names - ends]
-    sizes = frozenset((words * 32 // bits, outputs) for words, outputs in shapes)
+    own = declared_group_sizes(settings, names - ends)
+    sizes: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for name, size in own.items():
+        words, outputs = tensors.shape(f"{name}.qweight")
+        bits = stored_bits(tensors, name)
+        sizes[bits, size or base[1]].append((words * 32 // bits, outputs))
+    base = max(sizes, key=lambda width: sum(map(prod, sizes[width])), default=base)
+    most = frozenset(sizes.pop(base, ()))
     return Written(
-        bits,
-        group_size,
+        *base,
         settings["sym"] is True,
-        name,
-        sizes,
+        format,
+        most,
         embeddings=bool(ends),
         desc_act=settings.get("desc_act") is True,
         model_type=model_type,
+        others=frozenset((*width, frozenset(it)) for width, it in sizes.items()),
     )
 
 

@@ -5,6 +5,9 @@ weight_zero_point int32 (ceil(out * bits / 32), groups) unless symmetric, weight
 Layout: https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized)
 """
 
+import contextlib
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from gptq.checkpoints import translation
 from gptq.checkpoints.canonical import Canonical, LayerFacts, half, with_modules
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.translation import MAKE_AGAIN, names_with, require
+from gptq.checkpoints.widths import are_mixed, patterns
 from gptq.errors import UserError
 from gptq.files.lazy import Entries, Entry, LazyTensors
 from quant_cuda.packing import BITS, pack_zeros, words_for
@@ -73,17 +77,7 @@ def _turned(tensors: LazyTensors, name: str, shape: tuple[int, int]) -> Entry:
 def settings(canonical: Canonical) -> dict[str, object]:
     """config.json's quantization_config: one group of layers for each width and group size."""
     ends = {layer.name for layer in canonical.embeddings}
-    linears = [layer for layer in canonical.layers if layer.name not in ends]
-    kinds = dict.fromkeys((layer.bits, layer.group_size) for layer in linears)
-    targets: dict[tuple[int, int, bool], list[str]] = {}
-    for layer in canonical.layers:
-        is_end = layer.name in ends
-        kind = (layer.bits, layer.group_size, is_end)
-        # Layers that are all alike need no names. vLLM gives its embedding none, only a class.
-        names = [layer.name] if is_end or len(kinds) > 1 else ["Linear"]
-        if layer.name == canonical.source.spec.embed[0]:
-            names = ["Embedding"]
-        targets.setdefault(kind, []).extend(n for n in names if n not in targets.get(kind, ()))
+    targets = _targets(canonical, ends)
     groups = {
         f"group_{number}": {
             "targets": names,
@@ -106,6 +100,27 @@ def settings(canonical: Canonical) -> dict[str, object]:
         "kv_cache_scheme": None,
         **dequantize,
     }
+
+
+def _targets(canonical: Canonical, ends: set[str]) -> dict[tuple[int, int, bool], list[str]]:
+    """The layers of each width, as targets; those of `ends`, the packed ends, apart (True)."""
+    spec = canonical.source.spec
+    targets: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
+    linears = [layer for layer in canonical.layers if layer.name not in ends]
+    for layer in canonical.embeddings:
+        if layer.name == spec.embed[0]:
+            # vLLM gives its embedding no name, only a class.
+            targets[layer.bits, layer.group_size, True].append("Embedding")
+    if are_mixed(linears):
+        # No target is a class: servers would find it before the names of layers that they fuse.
+        for alike in patterns(linears, spec):
+            targets[alike.bits, alike.group_size, False].append(f"re:{alike.pattern}")
+    elif linears:
+        targets[linears[0].bits, linears[0].group_size, False] = ["Linear"]
+    for layer in canonical.embeddings:
+        if layer.name == spec.head:
+            targets[layer.bits, layer.group_size, True].append(layer.name)
+    return targets
 
 
 def _weights(bits: int, group_size: int, sym: bool) -> dict[str, object]:
@@ -136,7 +151,7 @@ def as_gptq(
     Raises UserError for kinds of the format other than "pack-quantized" of whole numbers, for
     quantized activations, and for tensors that do not go together.
     """
-    declared = [_declared(path, group) for group in _groups(path, settings)]
+    declared = [(_declared(path, g), g.get("targets")) for g in _groups(path, settings)]
     names = names_with(tensors, "weight_packed")
     if not names:
         raise UserError(f"{path}: holds no weight_packed; {MAKE_AGAIN}")
@@ -144,7 +159,9 @@ def as_gptq(
     layers, symmetric, ordered = [], True, False
     for name in names:
         require(path, tensors, name, "weight_scale", "weight_shape")
-        layer = _layer(path, tensors, name, declared)
+        # A layer that no group names, but its class, can be of any group.
+        named = [weights for weights, targets in declared if _names(targets, name)]
+        layer = _layer(path, tensors, name, named or [weights for weights, _ in declared])
         layers.append(layer)
         symmetric &= f"{name}.weight_zero_point" not in tensors
         ordered |= f"{name}.weight_g_idx" in tensors
@@ -177,6 +194,16 @@ def _declared(path: Path, group: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(weights, dict) or weights.get("type", "int") != "int":
         raise UserError(f"{path}: its weights are no whole numbers; {MAKE_AGAIN}")
     return weights
+
+
+def _names(targets: object, name: str) -> bool:
+    """Whether the targets of a group name a layer, itself or by a regular expression."""
+    for target in targets if isinstance(targets, list) else ():
+        with contextlib.suppress(re.error):
+            pattern = str(target).removeprefix("re:")
+            if target == name or (target != pattern and re.match(pattern, name)):
+                return True
+    return False
 
 
 def _layer(

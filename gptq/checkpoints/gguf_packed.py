@@ -8,6 +8,7 @@ not, and the layer is left dequantized, as layers of all other types are.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gptq.blockwise.gguf_model import GgufModel, open_gguf, open_names
 from gptq.checkpoints.settings import SETTINGS_KEY, parse
+from gptq.checkpoints.widths import declared_group_sizes
 from gptq.files.gguf_blocks import BITS, BLOCK, ZEROS, floats, integers, row_bytes
 from gptq.files.gguf_file import GgufTensor
 from gptq.files.lazy import Entries, Entry, LazyTensors
@@ -36,16 +38,17 @@ def open_packed(path: Path) -> tuple[LazyTensors, dict[str, object]]:
     """
     model, tensors = open_names(path), open_gguf(path)
     packed = _packable(model)
-    bits = Counter(BITS[_stored(model, name).type] for name in packed if _in_block(model, name))
-    if not bits:
+    inner = [full for full in model.tensors if full in packed and _in_block(model, full)]
+    if not inner:
         return tensors, {}
-    (base, _), *_ = bits.most_common(1)
     declared = _declared(model)
-    size = _group_size(model, packed, declared.get("group_size"))
+    sizes = _group_sizes(model, inner, declared)
+    widths = Counter((BITS[_stored(model, full).type], size) for full, size in sizes.items())
+    base, size = max(widths, key=lambda width: widths[width])
     entries: Entries = {}
     for full in tensors:
         if full in packed:
-            entries |= _layer(model, full, size if _in_block(model, full) else BLOCK)
+            entries |= _layer(model, full, sizes.get(full, BLOCK))
         else:
             entries[full] = tensors.entry(full)
     settings = {
@@ -57,7 +60,7 @@ def open_packed(path: Path) -> tuple[LazyTensors, dict[str, object]]:
         "desc_act": False,
         "checkpoint_format": "gptq_v2",
         "format": "gptq_v2",
-        "dynamic": _exceptions(model, packed, base) or None,
+        "dynamic": _exceptions(model, sizes, (base, size)) or None,
     }
     return LazyTensors(entries, tensors.metadata), settings
 
@@ -139,16 +142,22 @@ def _declared(model: GgufModel) -> dict[str, object]:
     return {} if text is None else parse(model.header.path, text)
 
 
-def _group_size(model: GgufModel, packed: set[str], declared: object) -> int:
-    """The group size that the file declares, if blocks of a group are alike in all layers."""
-    if type(declared) is not int or (declared != -1 and (declared < 1 or declared % BLOCK)):
-        return BLOCK
-    for name in packed:
-        if declared == BLOCK:
-            break
-        if _in_block(model, name) and not all(_alike(it, declared) for it in _floats(model, name)):
-            return BLOCK
-    return declared
+def _group_sizes(
+    model: GgufModel, packed: list[str], declared: Mapping[str, object]
+) -> dict[str, int]:
+    """Of each weight the group size that the file declares; BLOCK for all if blocks of some group
+    are not alike."""
+    names = {full: full.removesuffix(".weight") for full in packed}
+    own = declared_group_sizes(declared, names.values())
+    sizes = {}
+    for full, name in names.items():
+        size = own[name] or declared.get("group_size")
+        if type(size) is not int or (size != -1 and (size < 1 or size % BLOCK)):
+            return dict.fromkeys(packed, BLOCK)
+        if size != BLOCK and not all(_alike(it, size) for it in _floats(model, full)):
+            return dict.fromkeys(packed, BLOCK)
+        sizes[full] = size
+    return sizes
 
 
 def _alike(part: Tensor | None, size: int) -> bool:
@@ -162,8 +171,13 @@ def _first_blocks(count: int, size: int) -> Tensor:
     return number * 0 if size == -1 else number - number % (size // BLOCK)
 
 
-def _exceptions(model: GgufModel, packed: set[str], base: int) -> dict[str, object]:
-    """Layers of blocks unlike the most, as GPTQModel's `dynamic` names them."""
+def _exceptions(
+    model: GgufModel, sizes: Mapping[str, int], base: tuple[int, int]
+) -> dict[str, object]:
+    """Layers of blocks unlike the most, as GPTQModel's `dynamic` names them.
+
+    sizes: the group size of each packed one. base: bits and group size of the most.
+    """
     exceptions: dict[str, object] = {}
     for full in model.tensors:
         name, _, kind = full.rpartition(".")
@@ -171,10 +185,12 @@ def _exceptions(model: GgufModel, packed: set[str], base: int) -> dict[str, obje
         if not linear or not _in_block(model, full):
             continue
         pattern = f"^{re.escape(name)}$"
-        if full not in packed:
+        if full not in sizes:
             exceptions[f"-:{pattern}"] = {}
-        elif BITS[_stored(model, full).type] != base:
-            exceptions[f"+:{pattern}"] = {"bits": BITS[_stored(model, full).type]}
+            continue
+        width = BITS[_stored(model, full).type], sizes[full]
+        if width != base:
+            exceptions[f"+:{pattern}"] = {"bits": width[0], "group_size": width[1]}
     return exceptions
 
 

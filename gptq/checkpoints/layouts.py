@@ -220,6 +220,15 @@ def _layer_bits(size: tuple[int, int], rows: int, columns: tuple[int, ...]) -> i
     return max(fitting, key=likelihood, default=None)
 
 
+def stored_bits(tensors: LazyTensors, name: str) -> int:
+    """The bits of a packed layer in the normal form, by its zero points.
+
+    A group has a zero point for each output, packed into words at the weights' own bits.
+    """
+    outputs, words = (tensors.shape(f"{name}.{key}")[1] for key in ("qweight", "qzeros"))
+    return max(bits for bits in BITS if words_for(outputs, bits) <= words)
+
+
 def _fitting_type(dtype: torch.dtype, floating: bool, key: str) -> bool:
     if floating:
         return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

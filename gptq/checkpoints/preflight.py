@@ -53,6 +53,7 @@ def planned_layers(
     ends = (spec.embed[0], spec.head) if packs else ()
     configs = {name: config_of_layer(config, widths, name) for name in _packed_layers(model)}
     desc_act = any(it.needs_g_idx for it in configs.values())
+    mixed = len({(it.bits, it.group_size) for it in configs.values()}) > 1
     layers = []
     for name in (*configs, *ends):
         outputs, inputs = state[f"{name}.weight"].shape
@@ -60,7 +61,7 @@ def planned_layers(
         bits = embedding_bits if is_end else configs[name].bits
         size = EMBEDDING_GROUP if is_end else configs[name].group_size
         layer = PackedLayer(name, inputs, outputs, bits, group_count(inputs, size), size)
-        layers.append(LayerFacts(layer, config.sym, desc_act, spec.model_type, is_end))
+        layers.append(LayerFacts(layer, config.sym, desc_act, spec.model_type, is_end, mixed))
     return layers
 
 

@@ -22,7 +22,7 @@ from gptq.checkpoints.settings import (
     parse,
     settings_folder,
 )
-from gptq.checkpoints.widths import declared_group_size
+from gptq.checkpoints.widths import declared_group_sizes
 from gptq.errors import SettingError, UserError
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
@@ -155,10 +155,8 @@ def place(
     # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
     mixed = bool(settings.get("dynamic"))
     base_bits = _bits(path, inner, bits, mixed)
-    own_sizes = {layer.name: declared_group_size(settings, layer.name) for layer in inner}
-    base_size, layers = _with_group_sizes(
-        path, packed, inner, group_size, own_sizes if mixed else None
-    )
+    exceptions = declared_group_sizes(settings, [layer.name for layer in inner]) if mixed else None
+    base_size, layers = _with_group_sizes(path, packed, inner, group_size, exceptions)
     for layer in layers:
         _check_g_idx(path, layer, packed.tensors)
         if isinstance(places[layer.name], nn.Embedding):

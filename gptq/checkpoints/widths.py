@@ -5,18 +5,27 @@ its value holds the settings in which those layers differ. "-:" names layers tha
 Source: https://github.com/ModelCloud/GPTQModel (docs of QuantizeConfig.dynamic)
 """
 
-import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.settings import Settings
 from gptq.models import ModelSpec
 
-# vLLM and SGLang look for one rule of the layers that they fuse, by a name of their own.
+# vLLM and SGLang look for layers that they fuse under a name of their own.
 _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+
+
+class Alike(NamedTuple):
+    """Layers of one width."""
+
+    bits: int
+    group_size: int
+    pattern: str
+    """A regular expression of their full names, and of those under which vLLM fuses them."""
 
 
 def most_common(layers: Iterable[PackedLayer]) -> tuple[int, int]:
@@ -27,6 +36,11 @@ def most_common(layers: Iterable[PackedLayer]) -> tuple[int, int]:
     return max(weights, key=lambda width: weights[width])
 
 
+def are_mixed(layers: Iterable[PackedLayer]) -> bool:
+    """Whether layers have unlike bits or group sizes."""
+    return len({(layer.bits, layer.group_size) for layer in layers}) > 1
+
+
 def describe(settings: Settings, layers: Iterable[PackedLayer], spec: ModelSpec) -> Settings:
     """The same settings, with the bits, the group size and the exceptions that the layers have.
 
@@ -35,51 +49,64 @@ def describe(settings: Settings, layers: Iterable[PackedLayer], spec: ModelSpec)
     inner = [layer for layer in layers if layer.name.startswith(f"{spec.blocks}.")]
     if not inner:
         return settings
-    bits, group_size = most_common(inner)
+    base = most_common(inner)
     stated = settings.dynamic if isinstance(settings.dynamic, Mapping) else {}
     kept = {rule: value for rule, value in stated.items() if str(rule).startswith("-:")}
-    rules = {**kept, **dict(_rules(inner, (bits, group_size), spec))}
-    return replace(settings, bits=bits, group_size=group_size, dynamic=rules or None)
+    rules = {
+        f"+:{alike.pattern}": {"bits": alike.bits, "group_size": alike.group_size}
+        for alike in patterns(inner, spec)
+        if (alike.bits, alike.group_size) != base
+    }
+    return replace(settings, bits=base[0], group_size=base[1], dynamic={**kept, **rules} or None)
 
 
-def declared_group_size(settings: Mapping[str, object], name: str) -> int | None:
-    """The group size that a rule of `dynamic` declares for a layer; None if none does.
-
-    The first rule that fits counts. What is no rule is passed over: shapes tell what it does not.
-    """
-    rules = settings.get("dynamic")
-    for rule, value in rules.items() if isinstance(rules, Mapping) else ():
-        size = value.get("group_size") if isinstance(value, Mapping) else None
-        with contextlib.suppress(re.error):
-            if re.match(str(rule).removeprefix("+:"), name):
-                return size if type(size) is int else None
-    return None
-
-
-def _rules(
-    layers: list[PackedLayer], base: tuple[int, int], spec: ModelSpec
-) -> Iterator[tuple[str, dict[str, int]]]:
-    """A rule for each width of each group of a block's layers, but not for the width `base`."""
+def patterns(layers: Iterable[PackedLayer], spec: ModelSpec) -> Iterator[Alike]:
+    """The layers of all blocks by their width: for each group of a block one pattern a width."""
     widths = {layer.name: (layer.bits, layer.group_size) for layer in layers}
-    blocks = sorted({int(name.removeprefix(f"{spec.blocks}.").split(".")[0]) for name in widths})
+    prefix = f"{spec.blocks}."
+    blocks = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in widths})
     for group in spec.groups:
-        indices: dict[tuple, list[int]] = defaultdict(list)
+        indices: dict[tuple[tuple[int, int], tuple[str, ...]], list[int]] = defaultdict(list)
         for index in blocks:
             members: dict[tuple[int, int], list[str]] = defaultdict(list)
             for name in group.layers:
-                width = widths.get(f"{spec.block(index)}.{name}", base)
-                members[width].append(name)
-            for width, names in members.items():
-                indices[width, tuple(names)].append(index)
+                full = f"{spec.block(index)}.{name}"
+                if full in widths:
+                    members[widths[full]].append(name)
+            for width, inner in members.items():
+                indices[width, tuple(inner)].append(index)
         for (width, names), numbers in indices.items():
-            if width != base:
-                which = r"\d+" if numbers == blocks else _any_of(map(str, numbers))
-                prefix = re.escape(f"{spec.blocks}.")
-                bits, group_size = width
-                yield (
-                    rf"+:^{prefix}{which}\.{_names(names)}$",
-                    {"bits": bits, "group_size": group_size},
-                )
+            which = r"\d+" if numbers == blocks else _any_of(map(str, numbers))
+            yield Alike(*width, rf"^{re.escape(prefix)}{which}\.{_names(names)}$")
+
+
+def declared_group_sizes(
+    settings: Mapping[str, object], names: Iterable[str]
+) -> dict[str, int | None]:
+    """The group size that a rule of `dynamic` declares for each layer; None if none does.
+
+    The first rule that fits counts. What is no rule is passed over: shapes tell what it does not.
+    """
+    stated = settings.get("dynamic")
+    rules = [
+        (_compiled(str(rule).removeprefix("+:")), value.get("group_size"))
+        for rule, value in (stated.items() if isinstance(stated, Mapping) else ())
+        if isinstance(value, Mapping)
+    ]
+
+    def size_of(name: str) -> int | None:
+        fitting = (size for rule, size in rules if rule is not None and rule.match(name))
+        size = next(fitting, None)
+        return size if type(size) is int else None
+
+    return {name: size_of(name) for name in names}
+
+
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return None
 
 
 def _names(names: tuple[str, ...]) -> str:

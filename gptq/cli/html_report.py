@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, Template
 from rich.filesize import decimal
 
+from gptq.checkpoints.layouts import stored_bits
 from gptq.checkpoints.reading import open_checkpoint
-from gptq.config import BITS
 from gptq.files.atomic import whole_file
 from gptq.files.lazy import LazyTensors
 from gptq.models import ModelSpec
@@ -136,10 +136,7 @@ def _weights(tensors: LazyTensors, name: str) -> int:
     if kind != "qweight":
         return prod(tensors.shape(name))
     packed_rows, outputs = tensors.shape(name)
-    _, zero_words = tensors.shape(f"{layer}.qzeros")
-    # A group has a zero point for each output, packed into words at the weights' own bits.
-    bits = max(b for b in BITS if -(-outputs * b // 32) <= zero_words)
-    return packed_rows * 32 // bits * outputs
+    return packed_rows * 32 // stored_bits(tensors, layer) * outputs
 
 
 # The time ------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_exceptions_are_named_for_other_readers(ours, tmp_path):
     path = requantized(ours["llama"], tmp_path / "m.gguf", MIXED)
     assert open_packed(path)[1]["dynamic"] == {
         r"-:^model\.layers\.0\.self_attn\.o_proj$": {},
-        r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 8},
+        r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": 32},
     }
 
 

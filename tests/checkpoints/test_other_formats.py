@@ -279,7 +279,11 @@ def test_layers_of_several_widths_have_groups_of_their_own(models, tmp_path):
         for group in declared["config_groups"].values()
         for name in group["targets"]
     }
-    assert len(bits) == 7
-    assert {name for name, width in bits.items() if width == 8} == {"model.layers.0.mlp.down_proj"}
+    assert bits == {
+        r"re:^model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$": 4,
+        r"re:^model\.layers\.\d+\.self_attn\.o_proj$": 4,
+        r"re:^model\.layers\.\d+\.mlp\.(gate_proj|up_proj|gate_up_proj)$": 4,
+        r"re:^model\.layers\.\d+\.mlp\.down_proj$": 8,
+    }
     _, ours = logits(tmp_path / "out")
     torch.testing.assert_close(ours, made.logits, rtol=2e-3, atol=2e-3)
