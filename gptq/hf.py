@@ -99,8 +99,11 @@ class PackedQuantizer(HfQuantizer):
             replace(model, name, module)
         # For save_pretrained: the settings as they are in memory, whatever the file declared.
         declared = settings_in_memory(model, self.checkpoint)
-        self.quantization_config = GPTQConfig.from_dict(declared)
-        model.config.quantization_config = self.quantization_config
+        config: Any = GPTQConfig.from_dict(declared)
+        # Their record has no field for exceptions, but writes every attribute that it has.
+        if "dynamic" in declared:
+            config.dynamic = declared["dynamic"]
+        self.quantization_config = model.config.quantization_config = config
         follow_state(model)
         overrides.install(model)
         cpu_decode.install(model)
