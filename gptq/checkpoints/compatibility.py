@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import cast
 
 from gptq.blockwise.weight_files import read_json
-from gptq.checkpoints import awq
 from gptq.checkpoints.layouts import stored_bits
 from gptq.checkpoints.reading import open_checkpoint
 from gptq.checkpoints.settings import folder_settings
@@ -40,11 +39,13 @@ class Written:
     model_type: str = "llama"
     others: frozenset[tuple[int, int, frozenset[tuple[int, int]]]] = frozenset()
     """Bits, group size and (in, out) of the layers of each width that is not the most common."""
+    mixed: bool = False
+    """Whether it is a part of a folder of several widths."""
 
     @property
     def parts(self) -> tuple["Written", ...]:
         """A record for each width, as if a folder had no other."""
-        most = replace(self, others=frozenset())
+        most = replace(self, others=frozenset(), mixed=bool(self.others))
         others = sorted(self.others, key=lambda other: other[:2])
         return most, *(replace(most, bits=b, group_size=g, sizes=s) for b, g, s in others)
 
@@ -99,7 +100,16 @@ def _sglang_compressed(folder: Written) -> Iterator[str]:
 
 
 def _awq(folder: Written) -> Iterator[str]:
-    yield from _four_bits(folder)
+    # All layers of that format have one width: the flag makes a model of one.
+    if folder.bits != 4 or folder.mixed:
+        yield "--wbits 4"
+    yield from _plain_groups(folder)
+
+
+def _transformers(folder: Written) -> Iterator[str]:
+    # It dequantizes zero points, all with the bits and groups of one layer.
+    if folder.mixed and not folder.sym:
+        yield "--sym"
     yield from _plain_groups(folder)
 
 
@@ -146,13 +156,11 @@ READERS: dict[str, Reader] = {
         {"compressed-tensors": _sglang_compressed, "awq": _awq, "gptq": _marlin},
         without=("bloom",),
     ),
-    "transformers with compressed-tensors": Reader({"compressed-tensors": _plain_groups}),
+    "transformers with compressed-tensors": Reader({"compressed-tensors": _transformers}),
     "GPTQModel": Reader({"gptq_v2": _gptqmodel, "gptq": _gptqmodel, "awq": _awq}),
     "exllamav2": Reader({"gptq_v2": _exllamav2, "gptq": _exllamav2}, without=("bloom",)),
     "mlx-lm": Reader({"mlx": _mlx}, without=("bloom",), packed_embeddings=("mlx",)),
 }
-# Formats in which all layers have one width.
-_UNIFORM = ("awq",)
 OURS = ("this package", "transformers with gptq.hf.register()")
 
 
@@ -165,8 +173,6 @@ def flags_for(reader: Reader, folder: Written) -> tuple[str, ...] | None:
     for name, needs in reader.formats.items():
         change = [] if name == folder.format else [f"--format {name}"]
         own = [flag for part in folder.parts for flag in needs(replace(part, format=name))]
-        if folder.others and name in _UNIFORM:
-            own.append(f"--wbits {awq.BITS}")
         choices.append(_without_repetition([*change, *own]))
     return min(choices, key=len)
 

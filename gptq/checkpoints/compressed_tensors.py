@@ -89,8 +89,9 @@ def settings(canonical: Canonical) -> dict[str, object]:
     }
     head = canonical.source.spec.head
     # transformers 5.24 with compressed-tensors 0.20 loads packed zero points only if it is told to
-    # dequantize; vLLM ignores the key.
-    dequantize = {} if canonical.settings.sym else {"dequantize": True}
+    # dequantize, and then takes all layers for those of the first group: of several widths it must
+    # not be told, so that it ends with an error. vLLM ignores the key.
+    dequantize = {} if canonical.settings.sym or canonical.mixed else {"dequantize": True}
     return {
         "quant_method": METHOD,
         "format": PACKED,

@@ -21,12 +21,15 @@ from helpers.gguf_models import (
     with_scaled_positions,
     write_dense,
 )
+from helpers.mixed import mixed_widths
 from transformers import AutoModelForCausalLM
 
 import gptq
 from gptq import QuantConfig
 from gptq.blockwise.source import open_model
 from gptq.checkpoints import gguf_tokenizer
+from gptq.config import Width
+from gptq.models import BLOOM, LLAMA
 
 pytestmark = pytest.mark.peers
 
@@ -80,6 +83,16 @@ def test_every_type(arch, bits, sym, text_file, tmp_path):
     same_logits(file, answer)
     tokenizer = open_model(folder).tokenizer()
     assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("spec", [LLAMA, BLOOM], ids=lambda spec: spec.model_type)
+def test_layers_of_different_widths(spec, text_file, tmp_path):
+    config = {"llama": llama_config, "bloom": bloom_config}[spec.model_type](hidden_size=128)
+    folder = make_model(tmp_path / "model", config)
+    widths = mixed_widths(spec, widths=(Width(4, 32), Width(8, 32), Width(4, -1)))
+    file, run = tmp_path / "m.gguf", {"nsamples": 4, "seqlen": 32}
+    gptq.quantize(folder, text_file, QuantConfig(sym=True), widths=widths, save=file, **run)
+    same_logits(file, in_llama_cpp(file))
 
 
 @pytest.mark.parametrize("arch", QUIRKS)

@@ -138,20 +138,21 @@ def write(
     sym: bool = False,
     act: bool = False,
     least_zero: int = 1,
-    other: Mapping[str, int] | None = None,
+    other: Mapping[str, int | tuple[int, int]] | None = None,
     probe: bool = True,
 ) -> Fixture:
     """The model of `folder` as a tool of that layout would have written it.
 
-    other: bits of some layers, by the ends of their names. probe: whether to run the model, whose
-        vocabulary PROBE must fit.
+    other: bits of some layers, or bits and group size, by the ends of their names.
+    probe: whether to run the model, whose vocabulary PROBE must fit.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            own = next((b for end, b in (other or {}).items() if name.endswith(end)), bits)
-            layers[name] = round_layer(module, own, size, sym, act, least_zero)
+            own = next((it for end, it in (other or {}).items() if name.endswith(end)), bits)
+            width = own if isinstance(own, tuple) else (own, size)
+            layers[name] = round_layer(module, *width, sym, act, least_zero)
             module.weight.data = torch.from_numpy(layers[name].dense().T).float()
     with torch.no_grad():
         logits = model(PROBE, use_cache=False).logits if probe else torch.empty(0)

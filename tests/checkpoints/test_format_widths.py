@@ -243,8 +243,9 @@ def test_what_a_format_cannot_hold(name, widths, settings, message, models, tmp_
 @pytest.mark.parametrize(
     ("name", "widths", "sym", "readers"),
     [
-        ("compressed-tensors", {(4, 128), (3, 32)}, False, {"vLLM", "transformers with"}),
-        ("compressed-tensors", {(4, 128), (4, 32)}, False, {"vLLM", "SGLang", "transformers with"}),
+        ("compressed-tensors", {(4, 128), (3, 32)}, False, {"vLLM"}),
+        ("compressed-tensors", {(4, 128), (3, 32)}, True, {"vLLM", "transformers with"}),
+        ("compressed-tensors", {(4, 128), (4, 32)}, False, {"vLLM", "SGLang"}),
         ("gptq", {(4, 128), (8, 32)}, True, {"vLLM", "SGLang", "GPTQModel"}),
         ("gptq", {(4, 128), (3, 32)}, True, {"GPTQModel"}),
         ("mlx", {(4, 128), (3, 32)}, False, {"mlx-lm"}),
