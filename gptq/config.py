@@ -237,6 +237,9 @@ class Width:
         for name, value in asdict(self).items():
             SETTINGS[name].check(name, value, int)
 
+    def __str__(self) -> str:
+        return f"{self.bits} bit g{self.group_size}"
+
 
 Widths = Mapping[str, Width]
 """By a layer's full name in the model, such as "model.layers.0.self_attn.q_proj". Layers that share

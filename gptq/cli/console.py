@@ -14,7 +14,11 @@ MIB = 2**20
 
 
 def layer_table(report: Report) -> Table:
-    """A line for every layer, in the order they were solved; fits a terminal of 80 columns."""
+    """A line for every layer, in the order they were solved; fits a terminal of 80 columns.
+
+    Layers have a column for their widths if these are not all alike.
+    """
+    mixed = len(report.widths) > 1
     table = Table(
         title="layers",
         title_justify="left",
@@ -25,12 +29,16 @@ def layer_table(report: Report) -> Table:
     )
     table.add_column("block", justify="right")
     table.add_column("layer", overflow="fold")
+    if mixed:
+        table.add_column("bits", justify="right", vertical="bottom")
+        table.add_column("group", justify="right", vertical="bottom")
     for heading in ("loss", "rounding", "rows\nrounded", "damp", "seconds"):
         table.add_column(heading, justify="right", overflow="fold", vertical="bottom")
     for layer in report.layers:
         cells = (
             str(layer.block),
             layer.name,
+            *((str(layer.bits), str(layer.group_size)) if mixed else ()),
             f"{layer.loss:.3e}",
             f"{layer.rtn_loss:.3e}",
             f"{layer.kept_rtn}/{layer.rows}",
@@ -49,6 +57,8 @@ def totals_table(report: Report) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("layers", str(count))
+    if len(report.widths) > 1:
+        table.add_row("widths", ", ".join(f"{it} ({n} layers)" for it, n in report.widths.items()))
     table.add_row("mean loss", f"{sum(x.loss for x in report.layers) / count:.3e} of the output")
     table.add_row("mean loss of rounding", f"{sum(x.rtn_loss for x in report.layers) / count:.3e}")
     kept, rows = sum(x.kept_rtn for x in report.layers), sum(x.rows for x in report.layers)

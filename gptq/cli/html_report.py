@@ -55,6 +55,7 @@ def _facts(spec: ModelSpec, report: Report) -> dict[str, object]:
     losses = [layer.loss for layer in report.layers]
     return {
         "report": report,
+        "widths": report.widths,
         "settings": report.config.to_dict(),
         "columns": [_short(linear) for linear in spec.linears],
         "heat": heat_map(report.layers, spec),

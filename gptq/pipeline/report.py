@@ -1,9 +1,10 @@
 """What a quantization run did: a record of each layer and one of the whole."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, Width
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,8 @@ class Report:
     """Seconds of what came before and after the layers, by name."""
     warnings: tuple[str, ...] = ()
     """What was noticed before the run that can spoil its result."""
+
+    @property
+    def widths(self) -> dict[Width, int]:
+        """How many layers have each width, that of the most layers first."""
+        return dict(Counter(Width(it.bits, it.group_size) for it in self.layers).most_common())

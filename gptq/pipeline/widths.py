@@ -25,8 +25,8 @@ def complete_widths(model: BlockwiseModel, config: QuantConfig, widths: Widths |
         for name in names[1:]:
             if own[name] != own[names[0]]:
                 raise UserError(
-                    f"{name}: has width {_said(own[name])}, but {names[0]} with the same input has "
-                    f"{_said(own[names[0]])}; give both the same, since vLLM and SGLang fuse them"
+                    f"{name}: has {own[name]}, but {names[0]} with the same input has "
+                    f"{own[names[0]]}; give both the same, since vLLM and SGLang fuse them"
                 )
         complete |= own
     unknown = [name for name in given if name not in complete]
@@ -59,7 +59,3 @@ def unlike(config: QuantConfig, widths: Widths | None) -> dict[str, tuple[int, i
         for name, width in sorted((widths or {}).items())
         if width != Width(config.bits, config.group_size)
     }
-
-
-def _said(width: Width) -> str:
-    return f"{width.bits} bits in groups of {width.group_size}"

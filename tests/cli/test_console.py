@@ -51,6 +51,31 @@ def test_a_line_for_each_layer():
     ]
 
 
+def mixed_report(names=("a", "b", "c")):
+    """Layers of 3 bits in groups of 32, but the first, of 8 bits in one group."""
+    report = a_report(names)
+    layers = [replace(layer, bits=3, group_size=32) for layer in report.layers]
+    return replace(report, layers=(replace(layers[0], bits=8, group_size=-1), *layers[1:]))
+
+
+def test_widths_are_told_if_layers_have_several():
+    report = mixed_report()
+    lines = rendered(layer_table(report)).splitlines()
+    numbers = [cells(line)[:4] for line in lines if "11008" in line]
+    assert numbers == [["7", "a", "8", "-1"], ["7", "b", "3", "32"], ["7", "c", "3", "32"]]
+    assert any(cells(line)[:4] == ["block", "layer", "bits", "group"] for line in lines)
+    rows = dict(re.findall(r"^│ (.+?) +│ (.+?) +│$", rendered(totals_table(report), 300), re.M))
+    assert rows["widths"] == "3 bit g32 (2 layers), 8 bit g-1 (1 layers)"
+
+
+@pytest.mark.parametrize("spec", [LLAMA, BLOOM], ids=lambda spec: spec.model_type)
+@pytest.mark.parametrize("make", [a_report, mixed_report])
+def test_the_table_fits_80_columns(make, spec):
+    text = rendered(layer_table(make(spec.linears)), width=80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("spec", [LLAMA, BLOOM], ids=lambda spec: spec.model_type)
 def test_names_and_numbers_are_whole_in_80_columns(spec):
     text = rendered(layer_table(a_report(spec.linears)), width=80)

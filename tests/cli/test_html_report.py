@@ -112,6 +112,23 @@ def test_the_page(made):
         assert re.search(rf"<td>{setting}</td><td>{re.escape(str(value))}</td>", text)
 
 
+def test_widths_of_several_kinds(made):
+    """Each layer says its bits and group, and the heading how many layers have which."""
+    spec, report, folder = made
+    first, *others = report.layers
+    mixed = replace(report, layers=(replace(first, bits=8, group_size=-1), *others))
+    text = write_page(folder / "mixed", "m", spec, mixed, {}).read_text(encoding="utf-8")
+    shown = " ".join("".join(Page(text).texts).split())
+    assert f"4 bit g64 ({len(others)} layers), 8 bit g-1 (1 layers), written to m.pt" in shown
+    assert (
+        f"block 0 {first.name}: {first.loss:.2e}, rounded {first.rtn_loss:.2e}, 8 bit g-1" in text
+    )
+    assert len(re.findall(r', 4 bit g64">4</i>', text)) == len(others)
+    uniform = write_page(folder / "uniform", "m", spec, report, {}).read_text(encoding="utf-8")
+    assert "4 bit in groups of 64, written to" in " ".join("".join(Page(uniform).texts).split())
+    assert '">4</i>' not in uniform
+
+
 def test_the_flag(llama_dir, text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [str(llama_dir), str(text_file), "--wbits", "4", "--nearest", "--seqlen", "32"]

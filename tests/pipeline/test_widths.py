@@ -130,10 +130,10 @@ def test_resume_needs_the_same_widths(llama_dir, tmp_path, text_file):
     [
         ({"model.layers.9.mlp.up_proj": Width(4, 32)}, "model.layers.9.mlp.up_proj: is no layer"),
         ({"lm_head": Width(4, 32)}, "lm_head: is no layer"),
-        ({"model.layers.1.self_attn.k_proj": Width(2, 32)}, "k_proj: has width 2 bits in groups"),
+        ({"model.layers.1.self_attn.k_proj": Width(2, 32)}, "k_proj: has 2 bit g32, but"),
         (
             {"model.layers.0.mlp.gate_proj": Width(4, 32)},
-            "up_proj: has width 4 bits in groups of 1",
+            "up_proj: has 4 bit g128, but",
         ),
     ],
 )
