@@ -97,7 +97,7 @@ def settings(canonical: Canonical) -> dict[str, object]:
         "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [] if head in ends else [head],
+        "ignore": [*([] if head in ends else [head]), *_unpacked(canonical)],
         "kv_cache_scheme": None,
         **dequantize,
     }
@@ -122,6 +122,13 @@ def _targets(canonical: Canonical, ends: set[str]) -> dict[tuple[int, int, bool]
         if layer.name == spec.head:
             targets[layer.bits, layer.group_size, True].append(layer.name)
     return targets
+
+
+def _unpacked(canonical: Canonical) -> list[str]:
+    """Linear layers of blocks that are not packed, as those of a .gguf file can be."""
+    spec, blocks = canonical.source.spec, range(canonical.source.config.num_hidden_layers)
+    names = [f"{spec.block(index)}.{name}" for index in blocks for name in spec.linears]
+    return [name for name in names if f"{name}.weight" in canonical.tensors]
 
 
 def _weights(bits: int, group_size: int, sym: bool) -> dict[str, object]:

@@ -7,12 +7,17 @@ from transformers import PreTrainedModel
 
 from gptq.checkpoints.reading import Checkpoint
 from gptq.checkpoints.settings import from_declared, quantize_config
+from gptq.checkpoints.widths import describe
+from gptq.models import SPECS
 from gptq.nn import PackedModule, QuantEmbedding, format_of
 
 
 def settings_in_memory(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, object]:
     """A checkpoint's settings, with the format of the modules that it was loaded into."""
     settings = from_declared(checkpoint.settings, checkpoint.bits, checkpoint.group_size)
+    spec = SPECS.get(model.config.model_type)
+    if spec is not None:
+        settings = describe(settings, checkpoint.layers, spec)
     embedding = model.get_input_embeddings()
     embedding_bits = embedding.bits if isinstance(embedding, QuantEmbedding) else 16
     return quantize_config(settings, format_of(checkpoint.zero_offset), embedding_bits)

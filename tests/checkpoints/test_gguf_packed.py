@@ -1,5 +1,7 @@
 """Packed layers of .gguf files that other tools wrote, by the gguf package's own quantizer."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -87,6 +89,17 @@ def test_exceptions_are_named_for_other_readers(ours, tmp_path):
         r"-:^model\.layers\.0\.self_attn\.o_proj$": {},
         r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": 32},
     }
+
+
+def test_layers_that_are_not_packed_are_named_in_a_folder(ours, tmp_path):
+    """Those of one type, so that a class would stand for all packed ones."""
+    kinds = {"0.attn_output.weight": GgmlType.F16, "": GgmlType.Q8_0}
+    path = requantized(ours["llama"], tmp_path / "m.gguf", kinds)
+    convert.convert(path, tmp_path / "out", format="compressed-tensors", quantize_embeddings=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    declared = config["quantization_config"]
+    assert declared["ignore"] == ["lm_head", "model.layers.0.self_attn.o_proj"]
+    assert [group["targets"] for group in declared["config_groups"].values()] == [["Linear"]]
 
 
 def test_minima_of_other_tools_are_dequantized(ours, tmp_path):

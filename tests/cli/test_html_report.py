@@ -120,9 +120,8 @@ def test_widths_of_several_kinds(made):
     text = write_page(folder / "mixed", "m", spec, mixed, {}).read_text(encoding="utf-8")
     shown = " ".join("".join(Page(text).texts).split())
     assert f"4 bit g64 ({len(others)} layers), 8 bit g-1 (1 layers), written to m.pt" in shown
-    assert (
-        f"block 0 {first.name}: {first.loss:.2e}, rounded {first.rtn_loss:.2e}, 8 bit g-1" in text
-    )
+    losses = f"{first.loss:.2e}, rounded {first.rtn_loss:.2e}"
+    assert f"block 0 {first.name}: {losses}, 8 bit g-1" in text
     assert len(re.findall(r', 4 bit g64">4</i>', text)) == len(others)
     uniform = write_page(folder / "uniform", "m", spec, report, {}).read_text(encoding="utf-8")
     assert "4 bit in groups of 64, written to" in " ".join("".join(Page(uniform).texts).split())

@@ -17,6 +17,7 @@ from gptq import QuantConfig
 from gptq.blockwise import activations
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
+from gptq.config import Width
 from gptq.device import available_memory, peak_memory
 from gptq.errors import UserError
 from gptq.pipeline.memory import FIXED, fits, needs
@@ -175,6 +176,16 @@ def test_squares_as_large_as_the_hessian(tmp_path, settings, squares):
     assert found.most == 4 * (block + 9 * 64 * 1024 + squares * 1024**2) + FIXED
     copies = 1 if config.true_sequential else 2
     assert found.activations == copies * 100 * (64 + 1024) * 4
+
+
+def test_the_widest_group_of_any_layer_counts(tmp_path):
+    """A layer whose grid is searched over all inputs copies the whole Hessian."""
+    model = opened(make_model(tmp_path / "m", llama_config(intermediate_size=1024)))
+    narrow, wide = (QuantConfig(group_size=size, static_groups=True) for size in (32, -1))
+    last = {"model.layers.1.mlp.down_proj": Width(4, -1)}
+    plain, all_wide = (needs(model, config, 100).most for config in (narrow, wide))
+    # down_proj has the most inputs.
+    assert plain < needs(model, narrow, 100, last).most == all_wide
 
 
 def test_rounding_without_text_has_no_hessian(llama_dir):
