@@ -18,6 +18,7 @@ import gptq.api
 from gptq import QuantConfig
 from gptq.blockwise import activations
 from gptq.cli import run as cli
+from gptq.config import Width
 from gptq.data.windows import evaluation_windows
 from gptq.models import LLAMA
 from gptq.pipeline import team as distributed
@@ -28,29 +29,29 @@ CONFIG = QuantConfig(bits=8, group_size=32, adaptive_damp=False)
 RUN = {"nsamples": 7, "seqlen": 32, "device": "cpu"}
 
 
-def quantize(folder, text, path, config=CONFIG):
-    report = gptq.quantize(folder, text, config, save=path, **RUN)
+def quantize(folder, text, path, config=CONFIG, widths=None):
+    report = gptq.quantize(folder, text, config, save=path, widths=widths, **RUN)
     losses = [asdict(layer) for layer in report.layers]
     path.with_suffix(".json").write_text(json.dumps(losses))
     return 0
 
 
 @pytest.mark.parametrize(
-    ("fixture", "tokens", "config"),
+    ("fixture", "tokens", "config", "widths"),
     [
-        ("llama_dir", 64, CONFIG),
+        ("llama_dir", 64, CONFIG, {"model.layers.0.mlp.down_proj": Width(4, -1)}),
         # One batch: the second process has nothing to run, and solves its rows all the same.
-        ("bloom_dir", 4096, QuantConfig(bits=4, group_size=32)),
+        ("bloom_dir", 4096, QuantConfig(bits=4, group_size=32), None),
     ],
 )
 def test_two_processes_do_what_one_does(
-    fixture, tokens, config, request, tmp_path, text_file, monkeypatch
+    fixture, tokens, config, widths, request, tmp_path, text_file, monkeypatch
 ):
     folder = request.getfixturevalue(fixture)
     monkeypatch.setattr(activations, "BATCH_TOKENS", tokens)
-    quantize(folder, text_file, tmp_path / "one.pt", config)
+    quantize(folder, text_file, tmp_path / "one.pt", config, widths)
     names = ("two.pt", "never.pt")
-    calls = [lambda n=n: quantize(folder, text_file, tmp_path / n, config) for n in names]
+    calls = [lambda n=n: quantize(folder, text_file, tmp_path / n, config, widths) for n in names]
     children = team(calls, tmp_path)
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     assert not (tmp_path / "never.pt").exists()
