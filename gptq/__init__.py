@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptq.api import load, quantize
-    from gptq.config import QuantConfig
+    from gptq.config import QuantConfig, Width
     from gptq.nn import QuantLinear
 
 __version__ = "0.2.0"
-__all__ = ["QuantConfig", "QuantLinear", "load", "quantize"]
+__all__ = ["QuantConfig", "QuantLinear", "Width", "load", "quantize"]
 
 _HOMES = {
     "QuantConfig": "gptq.config",
     "QuantLinear": "gptq.nn",
+    "Width": "gptq.config",
     "load": "gptq.api",
     "quantize": "gptq.api",
 }

@@ -159,7 +159,9 @@ def as_gptq(
     Raises UserError for kinds of the format other than "pack-quantized" of whole numbers, for
     quantized activations, and for tensors that do not go together.
     """
-    declared = [(_declared(path, g), g.get("targets")) for g in _groups(path, settings)]
+    declared = [(_declared(path, group), _targets_of(group)) for group in _groups(path, settings)]
+    # Of layers that no group names, but their class.
+    others = [weights for weights, targets in declared if not all(map(_is_name, targets))]
     names = names_with(tensors, "weight_packed")
     if not names:
         raise UserError(f"{path}: holds no weight_packed; {MAKE_AGAIN}")
@@ -167,9 +169,8 @@ def as_gptq(
     layers, symmetric, ordered = [], True, False
     for name in names:
         require(path, tensors, name, "weight_scale", "weight_shape")
-        # A layer that no group names, but its class, can be of any group.
         named = [weights for weights, targets in declared if _names(targets, name)]
-        layer = _layer(path, tensors, name, named or [weights for weights, _ in declared])
+        layer = _layer(path, tensors, name, named or others)
         layers.append(layer)
         symmetric &= f"{name}.weight_zero_point" not in tensors
         ordered |= f"{name}.weight_g_idx" in tensors
@@ -204,11 +205,22 @@ def _declared(path: Path, group: Mapping[str, Any]) -> Mapping[str, Any]:
     return weights
 
 
-def _names(targets: object, name: str) -> bool:
-    """Whether the targets of a group name a layer, itself or by a regular expression."""
-    for target in targets if isinstance(targets, list) else ():
+def _targets_of(group: Mapping[str, Any]) -> list[str]:
+    """The layers that a group is of; a class of layers if it does not say."""
+    targets = group.get("targets")
+    return list(map(str, targets)) if isinstance(targets, list) and targets else ["Linear"]
+
+
+def _is_name(target: str) -> bool:
+    """Whether a target names layers, and not their class."""
+    return target.startswith("re:") or "." in target
+
+
+def _names(targets: list[str], name: str) -> bool:
+    """Whether targets name a layer, itself or by a regular expression."""
+    for target in targets:
         with contextlib.suppress(re.error):
-            pattern = str(target).removeprefix("re:")
+            pattern = target.removeprefix("re:")
             if target == name or (target != pattern and re.match(pattern, name)):
                 return True
     return False

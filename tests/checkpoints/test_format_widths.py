@@ -209,6 +209,28 @@ def test_the_most_common_width_is_that_of_most_weights(models, tmp_path):
     }
 
 
+@pytest.mark.parametrize("by_class", [False, True])
+def test_targets_tell_groups_that_shapes_do_not(by_class, models, tmp_path):
+    """192 inputs are two groups of 96, and one of 128 and one of 64."""
+    folder = make_model(tmp_path / "model", llama_config(intermediate_size=192, hidden_size=128))
+    table = {f"model.layers.{i}.mlp.down_proj": Width(4, 96) for i in range(2)}
+    out = tmp_path / "out"
+    config = QuantConfig(method="rtn")
+    gptq.quantize(folder, None, config, widths=table, save_dir=out, format="compressed-tensors")
+    if by_class:
+        # As llm-compressor writes the groups of a recipe.
+        settings = json.loads((out / "config.json").read_text())
+        groups = settings["quantization_config"]["config_groups"]
+        (base,) = [it for it in groups.values() if it["weights"]["group_size"] == 128]
+        base["targets"] = ["Linear"]
+        (out / "config.json").write_text(json.dumps(settings))
+    found = widths_of(gptq.load(out)[0])
+    assert found == {**dict.fromkeys(found, Width(4, 128)), **table}
+    # Rules of format gptq tell it too.
+    convert.convert(out, tmp_path / "gptq", format="gptq_v2")
+    assert widths_of(gptq.load(tmp_path / "gptq")[0]) == found
+
+
 # What cannot be ------------------------------------------------------------------------------
 
 REFUSED = [

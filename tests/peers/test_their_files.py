@@ -32,6 +32,19 @@ WRITTEN: dict[str, dict[str, tuple[str, dict, str]]] = {
             {"bits": 8, "sym": True, "format": "gptq_v2", "desc_act": True},
             "gptqmodel",
         ),
+        "v2-asym-mixed": (
+            "llama",
+            {
+                "bits": 4,
+                "sym": False,
+                "format": "gptq_v2",
+                "dynamic": {
+                    r"+:.*\.0\.mlp\.down_proj": {"bits": 8, "group_size": 32},
+                    r"+:.*self_attn.*": {"bits": 3, "group_size": 128},
+                },
+            },
+            "gptqmodel",
+        ),
         "awq": (
             "llama",
             {"bits": 4, "sym": False, "format": "gemm", "quant_method": "awq"},
