@@ -54,7 +54,7 @@ def from_config(
 
     widths: of all layers, if they do not all have the bits and group size of `config`.
     """
-    configs = [config_of_layer(config, widths, name) for name in widths or [""]]
+    configs = [config_of_layer(config, widths, name) for name in widths] if widths else [config]
     own = {key: value for key, value in config.to_dict().items() if key not in _STANDARD}
     return Settings(
         config.bits,

@@ -13,8 +13,8 @@ def complete_widths(model: BlockwiseModel, config: QuantConfig, widths: Widths |
     """The width of every layer that is quantized, in the model's order.
 
     widths: of some layers or all; the others get those of `config`.
-    Raises UserError for a layer that is not quantized or cannot be packed, and for layers of unlike
-    widths that share their input.
+    Raises UserError for a layer that is not quantized, and for layers of unlike widths that share
+    their input.
     """
     given = widths or {}
     base = Width(config.bits, config.group_size)

@@ -47,8 +47,8 @@ def wrap(block: int, number: int) -> None:
     """Send this process a signal when the first layer of a block is solved."""
     whole = gptq.quantization.quantize_blocks
 
-    def blocks(*args):
-        for layer in whole(*args):
+    def blocks(*args, **others):
+        for layer in whole(*args, **others):
             if layer.block == block:
                 os.kill(os.getpid(), number)
             yield layer

@@ -19,8 +19,8 @@ def stopped(argv, number):
     """Run a command line in a process that gets a signal in its second block."""
     whole = gptq.quantization.quantize_blocks
 
-    def blocks(*args):
-        for layer in whole(*args):
+    def blocks(*args, **others):
+        for layer in whole(*args, **others):
             if layer.block == 1:
                 os.kill(os.getpid(), number)
             yield layer
