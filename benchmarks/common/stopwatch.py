@@ -30,8 +30,8 @@ STAGES = {
     "gptq.pipeline.blocks._check_weights": "read weights",
     "gptq.pipeline.blocks._replace_weight": "pack",
     "gptq.pipeline.journal.Journal.write": "journal",
-    "gptq.api._windows": "tokenize",
-    "gptq.api._write": "write",
+    "gptq.quantization._windows": "tokenize",
+    "gptq.quantization._write": "write",
 }
 
 
