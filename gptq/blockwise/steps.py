@@ -67,7 +67,7 @@ def advance_past(activations: Activations, block: Block, number: int) -> Iterato
     """As `advance`, for a block that nothing changes.
 
     A group whose output is added to the hidden states as it is, is passed, so that its output is
-    known too. Take such activations on with this function alone.
+    known too. Take such activations on with this function and `finish_past` alone.
     """
     group = block.spec.groups[number]
     if not (group.writes_residual and group.branch.is_plain):
@@ -86,6 +86,12 @@ def finish(activations: Activations, block: Block) -> None:
     number = len(block.spec.groups)
     for index, batch, arguments in activations.batches(block):
         activations.hidden.put(index, step(block, number, batch, arguments))
+
+
+def finish_past(activations: Activations, block: Block) -> None:
+    """Take activations that `advance_past` took past the last group to the block's end."""
+    if not block.spec.groups[-1].branch.is_plain:
+        finish(activations, block)
 
 
 def check_steps(block: Block, activations: Activations) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import Activations, batches, embed
 from gptq.blockwise.model import Block, BlockwiseModel, free
-from gptq.blockwise.steps import advance, advance_past, check_steps, finish
+from gptq.blockwise.steps import advance, advance_past, check_steps, finish, finish_past
 from gptq.config import QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError
 from gptq.nn import QuantLinear
@@ -160,6 +160,7 @@ def _replay(block: Block, run: _Run, tensors: Mapping[str, Tensor]) -> None:
         for number in numbers:
             for _ in advance_past(run.full, block, number):
                 pass
+        finish_past(run.full, block)
     for name in block.spec.linears:
         config = run.config_of(block, name)
         put_quantized(block.linear(name), tensors, f"{block.name}.{name}", config)
@@ -201,6 +202,8 @@ def _solve_block(block: Block, run: _Run, packed: dict[str, Tensor]) -> Iterator
         for report in _solve_group(block, number, hessian, run, packed):
             yield replace(report, seconds=time.perf_counter() - started)
             started = time.perf_counter()
+    if run.full is not None:
+        finish_past(run.full, full_block)
     if config.true_sequential:
         finish(activations, block)
     else:

@@ -9,11 +9,14 @@ from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import gptq
-from gptq import convert, hf
+import gptq.pipeline.blocks
+from gptq import QuantConfig, convert, hf
 from gptq.api import open_weights, perplexity
 from gptq.cli.run import main
 from gptq.inference.cpu_decode import CACHE_NAME
 from gptq.models import LLAMA, SPECS
+from gptq.pipeline.blocks import quantize_blocks
+from gptq.pipeline.journal import Journal
 
 # Whether the head is tied is what each architecture has it.
 SIZES = {k: it for k, it in TINY.items() if k != "tie_word_embeddings"} | {"pad_token_id": 1}
@@ -139,3 +142,34 @@ def test_the_script_takes_all_of_its_kind(llama_dir, bloom_dir, text_file, tmp_p
     assert "is a qwen3 model; use llama.py" in capsys.readouterr().err
     assert main(LLAMA, [str(bloom_dir), *flags]) == 2
     assert "is a bloom model; use bloom.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_errors_are_fed_back_towards_the_full_models_own_hidden_states(
+    folder, true_sequential, tmp_path, monkeypatch
+):
+    seen = []
+    original = gptq.pipeline.blocks.advance_past
+
+    def watched(activations, block, number):
+        if number == 0:
+            seen.append(activations.hidden.get(0))
+        return original(activations, block, number)
+
+    monkeypatch.setattr(gptq.pipeline.blocks, "advance_past", watched)
+    tokens = windows()
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        expected = whole(tokens, output_hidden_states=True).hidden_states
+    config = QuantConfig(group_size=32, true_sequential=true_sequential)
+    (tmp_path / "journal").mkdir()
+    journal = Journal(tmp_path / "journal")
+    model = gptq.api.open_full(folder, "cpu", "float32")
+    for again in range(2):
+        # The second time every block comes from the journal.
+        assert len(list(quantize_blocks(model, tokens, config, journal))) > again
+        assert len(seen) == 2
+        for found, own in zip(seen, expected, strict=False):
+            assert len(found) == 1
+            torch.testing.assert_close(found[0], own, rtol=1e-4, atol=1e-4)
+        seen.clear()
