@@ -8,8 +8,8 @@ Malinovskii et al. 2024, arXiv 2411.17525, section 3). It is measured for one wi
 for the others it is taken to be in proportion to the error of the group's output.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,11 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import Activations, batches, embed, run_block
 from gptq.blockwise.logits import output_layers
 from gptq.blockwise.model import Block, BlockwiseModel, free
-from gptq.blockwise.steps import advance, finish
+from gptq.blockwise.steps import advance, advance_past, finish
 from gptq.config import QuantConfig, Width
 from gptq.pipeline.team import ALONE, Team
+from gptq.solver.compensation import compensate
+from gptq.solver.damping import choose_damping
 from gptq.solver.hessian import Hessian, accumulate_hessian
 from gptq.solver.layer import round_to_nearest, solve_layer
 
@@ -69,9 +71,9 @@ def measure(
     One block's weights are in memory at a time, and for every group of the blocks so far the hidden
     states of PROBE_TOKENS tokens.
     """
-    windows = windows[: max(1, HESSIAN_TOKENS // windows.shape[1])]
-    activations = embed(model, batches(windows, model.device), cache)
-    tokens = batches(_probe(windows), model.device)
+    calibration, probed = _split(windows)
+    activations = embed(model, batches(calibration, model.device), cache)
+    tokens = batches(probed, model.device)
     probe = embed(model, tokens, activations.hidden.empty_like("probe"))
     changed = Activations(probe.hidden.empty_like("changed"), probe.arguments)
     names: list[tuple[str, ...]] = []
@@ -83,12 +85,11 @@ def measure(
             hessian = accumulate_hessian(advance(activations, block, number), None, HELD_OUT)
             assert hessian is not None
             if len(names) % team.size == team.rank:
-                layers = [block.linear(name) for name in group.layers]
-                weight = torch.cat([layer.weight for layer in layers])
+                weight = torch.cat([block.linear(name).weight for name in group.layers])
                 errors.append(_relative_errors(weight, hessian.H, config, widths, reference))
                 quantized = _solve(weight, hessian, config, reference)
-                with _weights_replaced(layers, quantized):
-                    _branch_off(probe, changed, block)
+                other = _with_group(block, number, quantized, activations, config)
+                _branch_off(probe, changed, other)
             names.append(tuple(f"{block.name}.{name}" for name in group.layers))
         finish(activations, block)
         probe.through(block)
@@ -111,11 +112,17 @@ def probe_bytes(model: BlockwiseModel) -> int:
     return streams * PROBE_TOKENS * model.source.config.hidden_size * model.dtype.itemsize
 
 
-def _probe(windows: Tensor) -> Tensor:
-    """Windows to measure the divergence on, int64 (n, seqlen), from all over the calibration's."""
+def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows for the Hessians, and windows to measure the divergence on: int64 (n, seqlen) each.
+
+    Corrections fit the tokens that they are made from, so that these would not tell their worth.
+    A single window is both.
+    """
     length = min(windows.shape[1], PROBE_TOKENS)
-    count = min(len(windows), max(1, PROBE_TOKENS // length))
-    return windows[torch.arange(count) * len(windows) // count, :length]
+    count = max(1, min(PROBE_TOKENS // length, len(windows) // 4))
+    rest = windows[: len(windows) - count] if len(windows) > 1 else windows
+    most = max(1, HESSIAN_TOKENS // windows.shape[1])
+    return rest[:most], windows[len(windows) - count :, :length]
 
 
 def _solve(weight: Tensor, hessian: Hessian, config: QuantConfig, width: Width) -> Tensor:
@@ -147,18 +154,37 @@ def _of_width(config: QuantConfig, width: Width) -> QuantConfig:
     return replace(config, bits=width.bits, group_size=width.group_size)
 
 
-@contextmanager
-def _weights_replaced(layers: Sequence[nn.Linear], weight: Tensor) -> Iterator[None]:
-    """While open, layers of one input have the rows of `weight` (out, in), one after another."""
-    full = [layer.weight for layer in layers]
-    parts = weight.split([layer.out_features for layer in layers])
+def _with_group(
+    block: Block, number: int, quantized: Tensor, activations: Activations, config: QuantConfig
+) -> Block:
+    """The block with one group quantized, and with what the run does about that.
+
+    The output layer of the group's branch is corrected for the error of its input, as
+    `solver.layer` does it. Without it the sensitivity of q, k and v would be three times too high:
+    most of what they lose is an error of v, which the output layer can take back.
+    activations: at the group's input.
+    """
+    group = block.spec.groups[number]
+    shared = {id(weight): weight for weight in block.module.parameters()}
+    other = replace(block, module=copy.deepcopy(block.module, shared))
+    layers = [other.linear(name) for name in group.layers]
+    parts = quantized.split([layer.out_features for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
         layer.weight = nn.Parameter(part, requires_grad=False)
-    try:
-        yield
-    finally:
-        for layer, original in zip(layers, full, strict=True):
-            layer.weight = original
+    if group.writes_residual or not (config.feeds_back and config.true_sequential):
+        return other
+    inputs = advance(activations.copy("ahead"), other, number + 1)
+    full = advance_past(activations.copy("behind"), block, number + 1)
+    hessian = accumulate_hessian(inputs, full, HELD_OUT, config.residual_feedback)
+    assert hessian is not None
+    assert hessian.held_out is not None
+    output, damp = other.linear(group.branch.output), config.percdamp
+    if config.adapts_damp:
+        damp = choose_damping(hessian.H, hessian.held_out, config)
+    error = hessian.target_error(output.weight)
+    corrected = compensate(output.weight, hessian.H, error, config.error_feedback, damp)
+    output.weight = nn.Parameter(corrected.to(output.weight.dtype), requires_grad=False)
+    return other
 
 
 def _branch_off(probe: Activations, changed: Activations, block: Block) -> None:
