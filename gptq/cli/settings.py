@@ -47,15 +47,17 @@ def _options(setting: Setting, default: object) -> dict[str, Any]:
 
 def _bits(text: str) -> int | float:
     """Bits of all layers, or with a decimal point of a weight on average."""
-    if "." in text:
-        average = float(text)
-        if not BITS[0] < average <= FULL_MODEL:
+    try:
+        bits = float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits") from None
+    if isinstance(bits, float):
+        if not BITS[0] < bits <= FULL_MODEL:
             raise argparse.ArgumentTypeError(
                 f"{text} is not possible: give more than {BITS[0]} bits a weight, at most "
                 f"{FULL_MODEL}"
             )
-        return average
-    bits = int(text)
+        return bits
     if bits not in (*BITS, FULL_MODEL):
         choices = ", ".join(map(str, (*BITS, FULL_MODEL)))
         raise argparse.ArgumentTypeError(

@@ -261,7 +261,7 @@ def stopped_at_the_end(llama_dir, text_file, monkeypatch, **outputs) -> None:
         raise UserError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gptq.api, "write", refuse)
+        patch.setattr("gptq.quantization.write", refuse)
         with pytest.raises(UserError, match="the disk is full"):
             gptq.quantize(llama_dir, text_file, **outputs, **RUN)
 

@@ -155,7 +155,7 @@ def test_importing_gptq_loads_nothing_heavy():
 
 def test_public_names():
     code = "import gptq; print([getattr(gptq, n).__name__ for n in gptq.__all__])"
-    assert run(code) == "['QuantConfig', 'QuantLinear', 'load', 'quantize']\n"
+    assert run(code) == "['QuantConfig', 'QuantLinear', 'Width', 'load', 'quantize']\n"
 
 
 def test_importing_changes_no_torch_settings():
