@@ -46,7 +46,8 @@ def commands() -> list[str]:
 
 def smaller(words: list[str]) -> list[str]:
     """Flags that keep a line short on the tiny models; a flag given later overrides an earlier."""
-    flags = {"--wbits": ["--nsamples", "4", "--seqlen", "64"], "--eval": ["--seqlen", "64"]}
+    calibration = ["--nsamples", "4", "--seqlen", "64"]
+    flags = {"--wbits": calibration, "--size": calibration, "--eval": ["--seqlen", "64"]}
     if "--nearest" in words or "16" in words:
         flags["--wbits"] = []
     tokens = ["--max-new-tokens", "4"]
