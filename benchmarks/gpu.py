@@ -1,6 +1,8 @@
 """Kernels, decoding and quantization on the GPU of this machine; run by benchmarks/gpu.sh.
 
     python -m benchmarks.gpu check [ENGINE]    products against float64, for compute-sanitizer
+    python -m benchmarks.gpu check variants    those of every variant that a tuned table may choose
+    python -m benchmarks.gpu tune [--shapes ...] [--rows ...]    writes that table for this GPU
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
     python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, if that is installed
 
@@ -26,6 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quant_cuda
+from benchmarks import gpu_tune
+from benchmarks.common.gpu_facts import facts
 from benchmarks.gpu_models import (
     GROUP_SIZE,
     WIDTHS,
@@ -186,6 +190,22 @@ def check(engines: list[str]) -> None:
     print("products agree with float64")
 
 
+def check_variants() -> None:
+    """A few products of each variant against float64; raises AssertionError if one is wrong."""
+    for bits, inputs, outputs in ((4, 1184, 200), (8, 592, 200)):
+        weight = random_weight(bits, inputs, outputs, "cuda")
+        exact, prepared = reference.dequantize(weight, torch.float64), layout.prepare(weight)
+        for rows in (5, 40, 150):
+            x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
+            truth = gpu_tune.truth_of(x, exact)
+            for name in gpu_tune.names(rows, prepared, cuda.current(x).wgmma):
+                run = partial(cuda.matmul, x, prepared, kernel=name)
+                reason = gpu_tune.reason_against(run, truth)
+                assert reason is None, (name, bits, rows, reason)
+    torch.cuda.synchronize()
+    print("variants agree with float64")
+
+
 def result_path() -> Path:
     name = torch.cuda.get_device_properties(0).name.lower()
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
@@ -204,18 +224,19 @@ def read_results() -> dict[str, Any]:
 
 def measure(console: Console, wanted: list[str]) -> bool:
     """Print and write each part that is wanted; whether none failed."""
-    properties = torch.cuda.get_device_properties(0)
     rates = limits()
-    result = read_results() | {
-        "gpu": properties.name,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "shape": SHAPE,
-        "group_size": GROUP_SIZE,
-        "limits": rates,
-    }
+    about = facts()
+    result = (
+        read_results()
+        | about
+        | {
+            "shape": SHAPE,
+            "group_size": GROUP_SIZE,
+            "limits": rates,
+        }
+    )
     RESULTS.mkdir(exist_ok=True)
-    console.print(f"{properties.name}: copy {rates['copy'] / 1e9:.0f} GB/s, ", end="")
+    console.print(f"{about['gpu']}: copy {rates['copy'] / 1e9:.0f} GB/s, ", end="")
     console.print(f"cuBLAS float16 {rates['matrix'] / 1e12:.0f} TFLOP/s")
     good = True
     for name in wanted:
@@ -290,7 +311,12 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["check"] and set(arguments[1:]) <= set(operator.engines()):
         check(arguments[1:] or list(operator.engines()))
         return 0
+    if arguments == ["check", "variants"]:
+        check_variants()
+        return 0
     console = Console(width=160)
+    if arguments[:1] == ["tune"]:
+        return gpu_tune.main(arguments[1:], console)
     if arguments == ["marlin"]:
         add_marlin(console)
         return 0
@@ -299,7 +325,7 @@ def main(arguments: list[str]) -> int:
         console.print(f"written to {result_path()}")
         return 0 if good else 1
     print(
-        f"error: say check, marlin, or measure with some of {', '.join(PARTS)}: "
+        f"error: say check, tune, marlin, or measure with some of {', '.join(PARTS)}: "
         "python -m benchmarks.gpu measure kernels",
         file=sys.stderr,
     )

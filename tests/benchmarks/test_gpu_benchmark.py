@@ -104,7 +104,7 @@ def test_a_part_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is an NVIDIA GPU here")
-    for part in ("check", "measure", "marlin"):
+    for part in ("check", "tune", "measure", "marlin"):
         assert gpu.main([part]) == 2
         assert capsys.readouterr().err == f"{NO_GPU}\n"
     done = subprocess.run(

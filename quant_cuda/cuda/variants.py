@@ -1,0 +1,91 @@
+"""Variants of the tensor-core kernels: tiles and pipelines that a tuned table may choose.
+
+Without a table (`tuned`) none of them is used. To add one, instantiate it in csrc/cuda and add it
+to `TILES`.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+from quant_cuda.cuda.launches import Kernel, Product, tiled
+from quant_cuda.cuda.layout import Tiled
+
+SPLITS = (1, 2, 3, 4, 6, 8)
+
+
+class Variant(NamedTuple):
+    """One instance of a kernel's template, and how it is launched."""
+
+    kernel: str
+    """Of csrc/cuda."""
+    rows: int
+    """Of x in a thread block; at most eight thread blocks lie along the rows."""
+    columns: int
+    """In a thread block."""
+    stages: int
+    """Of the pipeline through shared memory."""
+    blocks: int
+    """Thread blocks that a multiprocessor holds."""
+    splits: int
+    """Thread blocks that share the inputs; no more than the weight has blocks of inputs."""
+
+    @property
+    def name(self) -> str:
+        """As gemm-64x128-stages3-splits2."""
+        tile = f"{self.rows}x{self.columns}"
+        return f"{self.kernel}-{tile}-stages{self.stages}-splits{self.splits}"
+
+    @property
+    def needs_wgmma(self) -> bool:
+        return self.kernel != "gemm"
+
+    def takes(self, product: Product) -> bool:
+        """Whether it is meant for so many rows, and runs there."""
+        if not isinstance(product.weight, Tiled) or not product.is_tiled:
+            return False
+        fits = product.wgmma or not self.needs_wgmma
+        blocks = product.weight.words.shape[1]
+        few = self.rows // 2 if self.rows > SMALLEST[self.kernel] else 0
+        return fits and self.splits <= blocks and few < product.rows <= 8 * self.rows
+
+
+# Kernel, rows, columns, stages, thread blocks of a multiprocessor.
+TILES = (
+    *(("gemm", rows, 128, 3, 1) for rows in (16, 32, 64)),
+    *(("wgmma", 128, columns, 4, 1) for columns in (128, 256)),
+)
+SMALLEST = {kernel: min(tile[1] for tile in TILES if tile[0] == kernel) for kernel, *_ in TILES}
+
+
+def variants() -> Iterator[Variant]:
+    """Every tile with every number of splits."""
+    for tile in TILES:
+        yield from (Variant(*tile, splits=splits) for splits in SPLITS)
+
+
+# The last C arguments of each launcher.
+_ARGUMENTS = {
+    "gemm": lambda variant: (variant.rows,),
+    "wgmma": lambda variant: (variant.columns,),
+}
+
+
+def _grid(
+    variant: Variant, rows: int, weight: Tiled, processors: int
+) -> tuple[int, tuple[int, ...]]:
+    return variant.splits, _ARGUMENTS[variant.kernel](variant)
+
+
+def _kernel(variant: Variant) -> Kernel:
+    arguments = "i" * (6 + len(_ARGUMENTS[variant.kernel](variant)))
+    return Kernel(
+        name=variant.name,
+        launcher=variant.kernel,
+        signature=f"ii pppppp {arguments} p",
+        takes=variant.takes,
+        launch=tiled(partial(_grid, variant)),
+    )
+
+
+VARIANTS = {variant.name: _kernel(variant) for variant in variants()}
