@@ -62,6 +62,12 @@ def matmul(
         return launch_matmul(launch, x, weight, bias, kernel)
 
 
+def chosen_for(x: Tensor, weight: KernelWeight) -> Kernel:
+    """The kernel that `matmul` launches for x (rows, in) on its GPU."""
+    launch = _launch_on(x, weight)
+    return kernel_for(len(x), x.dtype, weight, launch.wgmma, launch.tuned)
+
+
 def dequantize(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     """The dequantized weight: float16, bfloat16 or float32 (in, out), on its GPU."""
     words = packed_words(weight)

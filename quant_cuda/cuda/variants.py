@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
     @property
     def needs_wgmma(self) -> bool:
-        return self.kernel != "gemm"
+        return self.kernel in ("wgmma", "bulk")
 
     def takes(self, product: Product) -> bool:
         """Whether it is meant for so many rows, and runs there."""
@@ -53,7 +53,16 @@ class Variant(NamedTuple):
 # Kernel, rows, columns, stages, thread blocks of a multiprocessor.
 TILES = (
     *(("gemm", rows, 128, 3, 1) for rows in (16, 32, 64)),
+    *(("gemm_deep", *tile, 1) for tile in ((16, 128, 4), (32, 128, 3), (32, 128, 4), (64, 128, 3))),
     *(("wgmma", 128, columns, 4, 1) for columns in (128, 256)),
+    *(("bulk", 16, 128, stages, 2) for stages in (4, 8)),
+    *(("bulk", 32, 128, stages, 2) for stages in (4, 6)),
+    *(("bulk", rows, 256, stages, 1) for rows in (16, 32) for stages in (4, 8)),
+    *(("bulk", 64, 128, stages, blocks) for stages, blocks in ((4, 2), (8, 1))),
+    *(("bulk", 64, 256, stages, 1) for stages in (4, 6)),
+    *(("bulk", 128, 128, stages, 1) for stages in (4, 5)),
+    ("bulk", 128, 256, 4, 1),
+    ("bulk", 176, 128, 4, 1),
 )
 SMALLEST = {kernel: min(tile[1] for tile in TILES if tile[0] == kernel) for kernel, *_ in TILES}
 
@@ -67,7 +76,9 @@ def variants() -> Iterator[Variant]:
 # The last C arguments of each launcher.
 _ARGUMENTS = {
     "gemm": lambda variant: (variant.rows,),
+    "gemm_deep": lambda variant: (variant.rows, variant.stages),
     "wgmma": lambda variant: (variant.columns,),
+    "bulk": lambda variant: (variant.rows, variant.columns, variant.stages),
 }
 
 
@@ -84,7 +95,7 @@ def _kernel(variant: Variant) -> Kernel:
         launcher=variant.kernel,
         signature=f"ii pppppp {arguments} p",
         takes=variant.takes,
-        launch=tiled(partial(_grid, variant)),
+        launch=tiled(partial(_grid, variant), adds=variant.kernel == "bulk"),
     )
 
 

@@ -95,6 +95,18 @@ struct Piece {
       words[half][3] = v.w;
     }
   }
+
+  // `mine`: this lane's 16 bytes of the first column; those of the other are 32 lanes further.
+  __device__ void take(const uint4* mine) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = mine[half * 32];
+      words[half][0] = v.x;
+      words[half][1] = v.y;
+      words[half][2] = v.z;
+      words[half][3] = v.w;
+    }
+  }
 };
 
 // The two A operands of one run of 32 inputs, for its first and its last 16.
