@@ -20,7 +20,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,6 +38,7 @@ from benchmarks.gpu_models import (
     random_weight,
     released,
 )
+from benchmarks.gpu_peers import torch_int4
 from gptq.config import QuantConfig
 from gptq.files.atomic import whole_file
 from gptq.solver.hessian import Hessian
@@ -56,7 +57,7 @@ OURS = {"gemv": 32, "gemm": 512, "wgmma": 8192, "dense": 8192}
 # Settings that some blocks are quantized with, and whether activations are in the machine's memory;
 # the first is taken twice, since it also takes what is done once in a process.
 BLOCKS = (("fast", False), ("fast", False), ("fast", True), ("default", False), ("default", True))
-WAYS = (*OURS, "triton", "legacy_style", "cublas_fp16")
+WAYS = (*OURS, "triton", "legacy_style", "torch_int4", "cublas_fp16")
 
 
 def time_graph(calls: list[Callable[[], Any]]) -> float:
@@ -106,7 +107,8 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
     del weights
     for rows in ROWS:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
-        row: dict[str, Any] = {"bits": bits, "rows": rows}
+        chosen = cuda.chosen_for(x, tiled[0]).name
+        row: dict[str, Any] = {"bits": bits, "rows": rows, "chosen": chosen}
         for name, calls in _ways(x, tiled, plain, dense).items():
             row[name] = time_graph(calls)
         row["bytes"] = stored + x.nbytes + 2 * rows * outputs
@@ -118,19 +120,28 @@ def _ways(
     x: Tensor, tiled: list[layout.KernelWeight], plain: list[layout.Plain], dense: list[Tensor]
 ) -> dict[str, list[Callable[[], Tensor]]]:
     """Calls for each way of taking the product, as far as it is meant for so many rows."""
-    ways = {"cublas_fp16": [partial(nn.functional.linear, x, w) for w in dense]}
+    ways: dict[str, list[Any]] = {
+        "cublas_fp16": [partial(nn.functional.linear, x, w) for w in dense]
+    }
+    chosen = cuda.chosen_for(x, tiled[0]).name
+    if chosen not in OURS:
+        ways[chosen] = [partial(cuda.matmul, x, w, kernel=chosen) for w in tiled]
     for name, most in OURS.items():
         here = name != "wgmma" or cuda.current(x).wgmma
         if len(x) <= most and here:
             weights = tiled[:8] if name == "dense" else tiled
             ways[name] = [partial(cuda.matmul, x, w, kernel=name) for w in weights]
+    weight = tiled[0]
+    if weight.bits == 4:
+        calls = torch_int4(x, weight.in_features, weight.out_features, len(tiled))
+        ways |= {"torch_int4": calls} if calls else {}
     if len(x) <= 8:
         ways["legacy_style"] = [partial(cuda.matmul, x, w) for w in plain]
     if "triton" in operator.engines() and len(x) <= 256:
         from quant_cuda.cuda import triton
 
         ways["triton"] = [partial(triton.matmul, x, w) for w in tiled[:8]]
-    return cast(dict[str, list[Callable[[], Tensor]]], ways)
+    return ways
 
 
 def solving() -> Iterator[dict[str, Any]]:
@@ -264,7 +275,9 @@ PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
     "decode": decode,
     "blocks": lambda: (quantization(setting, 4, host) for setting, host in BLOCKS),
     "solving": solving,
-    "quantization": lambda: (quantization(setting, 32) for setting in ("fast", "default")),
+    "quantization": lambda: (
+        quantization(setting, 32, host) for setting in ("fast", "default") for host in (False, True)
+    ),
 }
 
 
@@ -291,13 +304,22 @@ def table(name: str, rows: list[dict[str, Any]], rates: dict[str, float]) -> Tab
         for row in rows:
             made.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
         return made
-    for key in ("bits", "rows", *(f"{way} us" for way in WAYS), "copy rate", "matrix rate"):
+    for key in (
+        "bits",
+        "rows",
+        *(f"{way} us" for way in WAYS),
+        "chosen",
+        "copy rate",
+        "matrix rate",
+    ):
         made.add_column(key)
     for row in rows:
         times = [f"{1e6 * row[way]:.1f}" if way in row else "" for way in WAYS]
-        best = min(row[way] for way in OURS if way in row)
+        best = min(row[way] for way in (*OURS, row["chosen"]) if way in row)
         shares = (row["bytes"] / best / rates["copy"], row["flop"] / best / rates["matrix"])
-        made.add_row(str(row["bits"]), str(row["rows"]), *times, *(f"{s:.0%}" for s in shares))
+        chosen = f"{row['chosen']} {1e6 * row[row['chosen']]:.1f} us"
+        shown = (str(row["bits"]), str(row["rows"]), *times, chosen)
+        made.add_row(*shown, *(f"{s:.0%}" for s in shares))
     return made
 
 
