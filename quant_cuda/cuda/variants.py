@@ -4,7 +4,7 @@ Without a table (`tuned`) none of them is used. To add one, instantiate it in cs
 to `TILES`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Variant(NamedTuple):
     """One instance of a kernel's template, and how it is launched."""
 
     kernel: str
-    """Of csrc/cuda."""
+    """A key of `_LAUNCHERS`."""
     rows: int
     """Of x in a thread block; at most eight thread blocks lie along the rows."""
     columns: int
@@ -38,7 +38,12 @@ class Variant(NamedTuple):
 
     @property
     def needs_wgmma(self) -> bool:
-        return self.kernel in ("wgmma", "bulk")
+        return self.kernel in ("wgmma", "bulk", "bulk_pairs")
+
+    @property
+    def most_splits(self) -> int:
+        """A cluster is at most eight thread blocks."""
+        return 4 if self.kernel == "bulk_pairs" else 8
 
     def takes(self, product: Product) -> bool:
         """Whether it is meant for so many rows, and runs there."""
@@ -63,6 +68,8 @@ TILES = (
     *(("bulk", 128, 128, stages, 1) for stages in (4, 5)),
     ("bulk", 128, 256, 4, 1),
     ("bulk", 176, 128, 4, 1),
+    *(("bulk_pairs", rows, 256, 4, 1) for rows in (32, 64, 128)),
+    ("bulk_pairs", 176, 128, 4, 1),
 )
 SMALLEST = {kernel: min(tile[1] for tile in TILES if tile[0] == kernel) for kernel, *_ in TILES}
 
@@ -70,32 +77,36 @@ SMALLEST = {kernel: min(tile[1] for tile in TILES if tile[0] == kernel) for kern
 def variants() -> Iterator[Variant]:
     """Every tile with every number of splits."""
     for tile in TILES:
-        yield from (Variant(*tile, splits=splits) for splits in SPLITS)
+        every = (Variant(*tile, splits=splits) for splits in SPLITS)
+        yield from (variant for variant in every if variant.splits <= variant.most_splits)
 
 
-# The last C arguments of each launcher.
-_ARGUMENTS = {
-    "gemm": lambda variant: (variant.rows,),
-    "gemm_deep": lambda variant: (variant.rows, variant.stages),
-    "wgmma": lambda variant: (variant.columns,),
-    "bulk": lambda variant: (variant.rows, variant.columns, variant.stages),
+_Arguments = Callable[[Variant], tuple[int, ...]]
+# The launcher in csrc/cuda of each kernel, and its last C arguments.
+_LAUNCHERS: dict[str, tuple[str, _Arguments]] = {
+    "gemm": ("gemm", lambda variant: (variant.rows,)),
+    "gemm_deep": ("gemm_deep", lambda variant: (variant.rows, variant.stages)),
+    "wgmma": ("wgmma", lambda variant: (variant.columns,)),
+    "bulk": ("bulk", lambda variant: (variant.rows, variant.columns, variant.stages, 0)),
+    "bulk_pairs": ("bulk", lambda variant: (variant.rows, variant.columns, variant.stages, 1)),
 }
 
 
 def _grid(
     variant: Variant, rows: int, weight: Tiled, processors: int
 ) -> tuple[int, tuple[int, ...]]:
-    return variant.splits, _ARGUMENTS[variant.kernel](variant)
+    return variant.splits, _LAUNCHERS[variant.kernel][1](variant)
 
 
 def _kernel(variant: Variant) -> Kernel:
-    arguments = "i" * (6 + len(_ARGUMENTS[variant.kernel](variant)))
+    launcher, arguments = _LAUNCHERS[variant.kernel]
+    sizes = "i" * (6 + len(arguments(variant)))
     return Kernel(
         name=variant.name,
-        launcher=variant.kernel,
-        signature=f"ii pppppp {arguments} p",
+        launcher=launcher,
+        signature=f"ii pppppp {sizes} p",
         takes=variant.takes,
-        launch=tiled(partial(_grid, variant), adds=variant.kernel == "bulk"),
+        launch=tiled(partial(_grid, variant), adds=launcher == "bulk"),
     )
 
 

@@ -382,9 +382,9 @@ inline void run_cluster(const std::vector<dim3>& places, dim3 block) {
 
 inline dim3 grid_size, block_size;
 
-// cluster: whether all thread blocks along z are one.
+// wide: thread blocks of a cluster along y, which has all along z; 0 for none.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
-                   bool cluster = false) {
+                   int wide = 0) {
   const int threads = block.x * block.y * block.z;
   if (!machine.error.empty()) return;
   if (threads % WARP || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
@@ -396,13 +396,13 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     machine.error = "more shared memory than the kernel was allowed";
     return;
   }
-  if (cluster && grid.z > 8) {
-    machine.error = "a cluster of more than eight thread blocks";
+  const unsigned high = wide ? wide : 1, deep = wide ? grid.z : 1;
+  if (high * deep > 8 || grid.y % high) {
+    machine.error = "a cluster of more than eight thread blocks, or one that does not divide the grid";
     return;
   }
-  const int deep = cluster ? grid.z : 1;
-  while (static_cast<int>(machine.fibers.size()) != deep * threads)
-    if (static_cast<int>(machine.fibers.size()) < deep * threads)
+  while (machine.fibers.size() != high * deep * threads)
+    if (machine.fibers.size() < high * deep * threads)
       machine.fibers.emplace_back(new Fiber);
     else
       machine.fibers.pop_back();
@@ -411,10 +411,11 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
   grid_size = grid;
   block_size = block;
   for (unsigned z = 0; z < grid.z; z += deep)
-    for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned y = 0; y < grid.y; y += high)
       for (unsigned x = 0; x < grid.x; ++x) {
         std::vector<dim3> places;
-        for (int i = 0; i < deep; ++i) places.emplace_back(x, y, z + i);
+        for (unsigned i = 0; i < deep; ++i)
+          for (unsigned j = 0; j < high; ++j) places.emplace_back(x, y + j, z + i);
         run_cluster(places, block);
         if (!machine.error.empty()) return;
       }

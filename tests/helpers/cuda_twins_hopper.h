@@ -21,12 +21,34 @@ inline void barrier_expect(barrier_t* barrier, int bytes) {
 
 inline void barrier_fence() {}
 
+namespace emulation {
+
+// The same place in the dynamic shared memory of another thread block of the cluster.
+inline char* place_in(int rank, const void* mine) {
+  const auto offset = static_cast<const char*>(mine) - static_cast<const char*>(dynamic_memory());
+  for (auto& [name, memory] : machine.blocks[rank].named)
+    if (std::string(name) == "dynamic") return static_cast<char*>(memory) + offset;
+  if (machine.error.empty())
+    machine.error = "shared memory of a thread block that has not started";
+  return static_cast<char*>(dynamic_memory()) + offset;
+}
+
+}  // namespace emulation
+
+inline void barrier_arrive_at(barrier_t* barrier, int rank) {
+  if (emulation::machine.blocks[rank].running == 0 && emulation::machine.error.empty())
+    emulation::machine.error = "a barrier of a thread block that has ended";
+  barrier_arrive(reinterpret_cast<barrier_t*>(emulation::place_in(rank, barrier)));
+}
+
 inline void barrier_wait(barrier_t* barrier, int parity) {
   emulation::Fiber& fiber = *emulation::machine.current;
   fiber.barrier = barrier;
   fiber.parity = parity;
   if (!emulation::runnable(fiber)) emulation::to_scheduler(false);
 }
+
+inline void barrier_wait_cluster(barrier_t* barrier, int parity) { barrier_wait(barrier, parity); }
 
 // The stores land when this thread makes them visible to `wgmma`.
 inline void fence_async() {
@@ -112,26 +134,26 @@ inline void copy_box(void* shared, const tensor_map_t* map, int input, int row,
   if (emulation::machine.eager_copies) emulation::land_transfer(true);
 }
 
+inline void copy_box_to_two(void* shared, const tensor_map_t* map, int input, int row,
+                            barrier_t* barrier, int rank) {
+  for (int r = rank; r < rank + 2; ++r)
+    copy_box(emulation::place_in(r, shared), map, input, row,
+             reinterpret_cast<barrier_t*>(emulation::place_in(r, barrier)));
+}
+
 // --- clusters ---
 
 inline void cluster_sync() { emulation::barrier(emulation::CLUSTER); }
 
 template <typename T>
 const T* cluster_shared(const T* shared, int rank) {
-  const auto offset = reinterpret_cast<const char*>(shared) -
-                      static_cast<const char*>(emulation::dynamic_memory());
-  for (auto& [name, memory] : emulation::machine.blocks[rank].named)
-    if (std::string(name) == "dynamic")
-      return reinterpret_cast<const T*>(static_cast<const char*>(memory) + offset);
-  if (emulation::machine.error.empty())
-    emulation::machine.error = "shared memory of a thread block that has not started";
-  return shared;
+  return reinterpret_cast<const T*>(emulation::place_in(rank, shared));
 }
 
 template <typename... Formal, typename... Actual>
-cudaError_t launch_cluster(void (*kernel)(Formal...), dim3 grid, int threads, size_t bytes,
-                           cudaStream_t, Actual... actual) {
-  emulation::launch(grid, threads, bytes, [=] { kernel(actual...); }, true);
+cudaError_t launch_cluster(void (*kernel)(Formal...), dim3 grid, int wide, int threads,
+                           size_t bytes, cudaStream_t, Actual... actual) {
+  emulation::launch(grid, threads, bytes, [=] { kernel(actual...); }, wide);
   return cudaSuccess;
 }
 

@@ -19,16 +19,14 @@ SHAPES = [
     (288, 33, 96),  # groups of no power of two
     (40, 1, 128),  # a part of a run
 ]
-INSTANCES = sorted({(rows, columns) for kernel, rows, columns, *_ in TILES if kernel == "bulk"})
+PAIRS = "bulk_pairs"
+INSTANCES = sorted({tile[:3] for tile in TILES if tile[0].startswith("bulk")})
 
 
-def name(rows: int, columns: int, splits: int = 1) -> str:
+def name(rows: int, columns: int, splits: int = 1, kernel: str = "bulk") -> str:
     """The variant of this tile with the fewest stages."""
-    return next(
-        variant
-        for variant in VARIANTS
-        if variant.startswith(f"bulk-{rows}x{columns}-") and variant.endswith(f"splits{splits}")
-    )
+    start, end = f"{kernel}-{rows}x{columns}-", f"-splits{splits}"
+    return next(name for name in VARIANTS if name.startswith(start) and name.endswith(end))
 
 
 @pytest.fixture(params=["emulated", "gpu"])
@@ -53,19 +51,19 @@ def multiply(kernels, x, prepared, kernel, bias=None):
 def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
     weight, matrix = packed(bits, n_in, n_out, group_size)
     prepared = ready(kernels, weight)
-    for rows in (1, 21):
+    # Of the pair the second thread block has no columns.
+    for rows, variant in ((1, name(16, 128)), (21, name(16, 128)), (40, name(32, 256, 1, PAIRS))):
         x = activations(rows, n_in, dtype=dtype)
-        y = multiply(kernels, x, prepared, name(16, 128))
-        assert_as_good_as_naive(y, x, matrix)
+        assert_as_good_as_naive(multiply(kernels, x, prepared, variant), x, matrix)
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("rows", "columns"), INSTANCES)
-def test_every_instance(kernels, bits, rows, columns):
+@pytest.mark.parametrize(("kernel", "rows", "columns"), INSTANCES)
+def test_every_instance(kernels, bits, kernel, rows, columns):
     """More than one thread block along the rows and along the columns; inputs in another order."""
     weight, matrix = packed(bits, 160, columns + 20, 32, g_idx=True)
     x = activations(rows + 3, 160, dtype=torch.float16)
-    y = multiply(kernels, x, ready(kernels, weight), name(rows, columns, 2))
+    y = multiply(kernels, x, ready(kernels, weight), name(rows, columns, 2, kernel))
     assert_as_good_as_naive(y, x, matrix)
 
 
@@ -104,18 +102,21 @@ def test_bias_and_zero_points(kernels, splits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("tile", [(16, 128), (64, 256)])
-def test_order_of_threads_and_copies_changes_nothing(kernels, bits, tile):
+@pytest.mark.parametrize(
+    ("n_out", "tile"),
+    [(128, (16, 128, 2)), (128, (64, 256, 2)), (264, (32, 256, 2, PAIRS))],
+)
+def test_order_of_threads_and_copies_changes_nothing(kernels, bits, n_out, tile):
     """Nor whether products and copies happen at once or as late as they may."""
     n_in = 128 * 48 // bits  # more blocks of inputs than stages
-    weight, _ = packed(bits, n_in, 128, 64)
-    x = activations(9, n_in, dtype=torch.bfloat16)
+    weight, _ = packed(bits, n_in, n_out, 64)
+    x = activations(20, n_in, dtype=torch.bfloat16)
     prepared = ready(kernels, weight)
-    first = multiply(kernels, x, prepared, name(*tile, 2))
+    first = multiply(kernels, x, prepared, name(*tile))
     for order in (0, 1, 2, 3, 4):
         for eager in (0, 1):
             kernels.settle(order, eager)
-            assert torch.equal(multiply(kernels, x, prepared, name(*tile, 2)), first)
+            assert torch.equal(multiply(kernels, x, prepared, name(*tile)), first)
 
 
 def test_errors(kernels):
@@ -128,6 +129,6 @@ def test_errors(kernels):
         (4, 1, (16, 128), 1),
         (4, 1, (128, 256), 40),
     ):
-        sizes = (2, 96, 24, 32, 5, splits, *tile, stages)
+        sizes = (2, 96, 24, 32, 5, splits, *tile, stages, 0)
         with pytest.raises(RuntimeError, match=r"^bulk failed: invalid argument$"):
             cuda.named(name(16, 128))(kernels.launch(), bits, 0, *tensors, *sizes)

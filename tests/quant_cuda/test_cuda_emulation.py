@@ -92,7 +92,7 @@ def traps(tmp_path_factory) -> ctypes.CDLL:
     kernels = "".join(
         f"__global__ void trap{i}(float* y) {{ (void)y; {body} }}\n"
         f"EXPORT const char* run{i}(float* y) {{\n"
-        f"  launch_cluster(trap{i}, dim3(1, 1, 2), 64, 4096, nullptr, y);\n"
+        f"  launch_cluster(trap{i}, dim3(1, 1, 2), 1, 64, 4096, nullptr, y);\n"
         '  const int code = cudaGetLastError(); return code ? cudaGetErrorString(code) : "";\n}\n'
         for i, body in bodies
     )

@@ -54,7 +54,7 @@ def test_order_of_threads_and_copies_changes_nothing(kernels, bits, name):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tile", [tile for tile in TILES if tile[0] == "bulk"])
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile[0].startswith("bulk")])
 def test_a_multiprocessor_holds_so_many_thread_blocks(bits, tile):
     """Their rings fit the shared memory: x, words, and a row of the table for groups of 128."""
     _, rows, columns, stages, blocks = tile

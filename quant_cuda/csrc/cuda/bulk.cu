@@ -10,6 +10,9 @@
 // eights: each lane reads those of its four neighbours too, which is one access for all four, and takes
 // its pair of each.
 //
+// Pairs of thread blocks beside each other along the columns may share x: each brings half of its rows to
+// both, and a stage is free once both have read it.
+//
 // Thread blocks that share the inputs are a cluster. Each leaves its sums in its shared memory, and all of
 // them add up a part of the results, in the order of the thread blocks.
 
@@ -61,9 +64,10 @@ struct Sizes {
   }
 };
 
-// The work of a thread block: blocks of inputs first .. last - 1.
+// The work of a thread block: blocks of inputs first .. last - 1. Of a pair, the lower's rank in the
+// cluster, and whether this is the upper.
 struct Work {
-  int inputs, columns, shift, first_row, first_tile, first, last;
+  int inputs, columns, shift, first_row, first_tile, first, last, lower, upper;
 };
 
 // A ring's stage, and the parity of the phase of its barriers.
@@ -87,14 +91,15 @@ struct Ring {
 };
 
 // The last warp: starts the copies of each stage as soon as it is free.
-template <typename Size>
+template <typename Size, bool PAIRS>
 __device__ __forceinline__ void bring(const Ring& ring, const tensor_map_t* map,
                                       const uint32_t* words, const Grid* table, const Work& work) {
   const int lane = threadIdx.x % 32;
   const int blocks = (work.inputs + Size::BLOCK - 1) / Size::BLOCK;
   const int units = ((work.inputs - 1) >> work.shift) + 1;
   const int left = work.columns / layout::TILE - work.first_tile;
-  const int most = Size::COLUMNS / layout::TILE, tiles = left < most ? left : most;
+  // The upper one of the last pair may have no columns.
+  const int most = Size::COLUMNS / layout::TILE, tiles = left < 0 ? 0 : left < most ? left : most;
   if (lane == 0) prefetch_map(map);
   Turn turn;
   for (int block = work.first; block < work.last; ++block) {
@@ -102,15 +107,24 @@ __device__ __forceinline__ void bring(const Ring& ring, const tensor_map_t* map,
     const int needed = Size::table_rows(work.shift), table_rows = there < needed ? there : needed;
     barrier_t* full = &ring.full[turn.stage];
     // The first time a stage is free: a barrier counts the phase before its first as complete.
-    barrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
+    if (PAIRS)
+      barrier_wait_cluster(&ring.empty[turn.stage], turn.parity ^ 1);
+    else
+      barrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
     if (lane == 0)
       barrier_expect(full, Size::BOXES * Size::BOX + tiles * layout::BLOCK_WORDS * 4 +
                                table_rows * tiles * layout::TILE * 4);
     __syncwarp();
     char* to = ring.at(turn);
-    if (lane < Size::BOXES)
-      copy_box(to + lane * Size::BOX, map, block * Size::BLOCK + lane * BOX_INPUTS, work.first_row,
-               full);
+    if (lane < Size::BOXES) {
+      const int input = block * Size::BLOCK + lane * BOX_INPUTS;
+      char* box = to + lane * Size::BOX;
+      if (PAIRS)
+        copy_box_to_two(box + work.upper * Size::BOX / 2, map, input,
+                        work.first_row + work.upper * (Size::BOX / BOX_PITCH / 2), full, work.lower);
+      else
+        copy_box(box, map, input, work.first_row, full);
+    }
     to += Size::BOXES * Size::BOX;
     if (lane < tiles) {
       const size_t from = static_cast<size_t>(work.first_tile + lane) * blocks + block;
@@ -118,7 +132,7 @@ __device__ __forceinline__ void bring(const Ring& ring, const tensor_map_t* map,
                 layout::BLOCK_WORDS * 4, full);
     }
     to += Size::WORDS;
-    if (lane < table_rows) {
+    if (lane < table_rows && tiles > 0) {
       const size_t from = static_cast<size_t>(first_unit + lane) * work.columns +
                           work.first_tile * layout::TILE;
       copy_bulk(to + lane * Size::COLUMNS * 4, table + from, tiles * layout::TILE * 4, full);
@@ -127,48 +141,8 @@ __device__ __forceinline__ void bring(const Ring& ring, const tensor_map_t* map,
   }
 }
 
-// A word whose lowest pair, in the order of `Expander`, is inputs 2t and 2t + 1 of these eight.
-template <int BITS>
-__device__ __forceinline__ uint32_t pair_of(const uint32_t (&eight)[4], int run, int t) {
-  if (BITS == 4) return eight[run] >> (4 * t);
-  return pick_bytes(eight[2 * run % 4], eight[(2 * run + 1) % 4], 2 * t | (2 * t + 1) << 4);
-}
-
-// 16 columns of a block of inputs, of which a lane needs two: (column, eights of four lanes, words).
-struct Tile {
-  uint32_t words[2][4][4];
-
-  __device__ void load(const char* block, int g) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int eight = 0; eight < 4; ++eight) {
-        const uint4 v = reinterpret_cast<const uint4*>(block)[half * layout::LANES + 4 * g + eight];
-        words[half][eight][0] = v.x;
-        words[half][eight][1] = v.y;
-        words[half][eight][2] = v.z;
-        words[half][eight][3] = v.w;
-      }
-  }
-
-  // The dequantized values of a run of 32 inputs as A operands, for its first and its last 16.
-  template <int BITS, typename T>
-  __device__ void expand(int run, int t, const Grid (&grid)[2], uint32_t (&a)[2][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Expander<BITS, T> expander(grid[half].zero());
-#pragma unroll
-      for (int eight = 0; eight < 4; ++eight) {
-        uint32_t pair, unused;
-        expander(pair_of<BITS>(words[half][eight], run, t), pair, unused);
-        a[eight / 2][half + eight % 2 * 2] = scale_pair(pair, grid[half], T());
-      }
-    }
-  }
-};
-
 // The first warpgroups: sum[i] += W x for each of TILES products of 64 columns.
-template <int BITS, typename T, typename Size, int ROWS, int TILES>
+template <int BITS, typename T, typename Size, int ROWS, int TILES, bool PAIRS>
 __device__ __forceinline__ void multiply(const Ring& ring, const Work& work,
                                          float (&sum)[TILES][ROWS / 2]) {
   constexpr int RUNS = Size::BLOCK / layout::RUN, STEPS = BOX_INPUTS / 16;
@@ -185,7 +159,7 @@ __device__ __forceinline__ void multiply(const Ring& ring, const Work& work,
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       const int tile = first_tile + 4 * i;
-      Tile weight;
+      WholeTile weight;
       weight.load(words + tile * layout::BLOCK_WORDS * 4, g);
       Grid grid[2];
 #pragma unroll
@@ -212,7 +186,9 @@ __device__ __forceinline__ void multiply(const Ring& ring, const Work& work,
         // All products before this run's are done, and with them those of the stage before this one.
         if (i == 0 && run == 0 && block > work.first) {
           __syncwarp();
-          if (lane == 0) barrier_arrive(&ring.empty[before.stage]);
+          barrier_t* empty = &ring.empty[before.stage];
+          if (!PAIRS && lane == 0) barrier_arrive(empty);
+          if (PAIRS && lane < 2) barrier_arrive_at(empty, work.lower + lane);
         }
       }
     }
@@ -226,14 +202,15 @@ __device__ __forceinline__ void multiply(const Ring& ring, const Work& work,
 
 // y: the sums of all thread blocks of the cluster, (row, column) of PITCH, in their order. Each adds up a
 // part of the results.
-template <typename T, typename Size, int ROWS>
+template <typename T, typename Size, int ROWS, bool PAIRS>
 __device__ __forceinline__ void add_up(const float* sums, const float* bias, T* y, const Work& work,
                                        int rows, int outputs) {
   const int splits = gridDim.z, left = rows - work.first_row;
   const int count = (left < ROWS ? left : ROWS) * Size::COLUMNS;
   const float* of[MOST_SPLITS];
 #pragma unroll
-  for (int s = 0; s < MOST_SPLITS; ++s) of[s] = s < splits ? cluster_shared(sums, s) : nullptr;
+  for (int s = 0; s < MOST_SPLITS; ++s)
+    of[s] = s < splits ? cluster_shared(sums, PAIRS ? 2 * s + work.upper : s) : nullptr;
   for (int i = blockIdx.z * Size::WORKING + threadIdx.x; i < count; i += splits * Size::WORKING) {
     const int row = i / Size::COLUMNS, in_tile = i % Size::COLUMNS;
     const int column = work.first_tile * layout::TILE + in_tile;
@@ -247,10 +224,11 @@ __device__ __forceinline__ void add_up(const float* sums, const float* bias, T* 
   }
 }
 
-// map: of x, (rows, inputs), in boxes of ROWS rows. words: (tiles, blocks, 256). table: (units, columns), one row
+// map: of x, (rows, inputs), in boxes of ROWS rows, or half as many if PAIRS. words: (tiles, blocks, 256). table: (units, columns), one row
 // for each 2**shift inputs. bias: (outputs,) or NULL. y: (rows, outputs).
-// Thread blocks: (rows / ROWS, columns / COLUMNS, splits of the inputs), a cluster along the last.
-template <int BITS, typename T, int ROWS, int WORKERS, int TILES, int BLOCKS>
+// Thread blocks: (rows / ROWS, columns / COLUMNS, splits of the inputs), a cluster along the last, and of
+// 2 along the columns if PAIRS.
+template <int BITS, typename T, int ROWS, int WORKERS, int TILES, int BLOCKS, bool PAIRS>
 __global__ void __launch_bounds__(Sizes<BITS, ROWS, WORKERS, TILES>::THREADS, BLOCKS)
     bulk_gemm(const GRID_CONSTANT tensor_map_t map, const uint32_t* __restrict__ words,
               const Grid* __restrict__ table, const float* __restrict__ bias, T* __restrict__ y,
@@ -271,24 +249,30 @@ __global__ void __launch_bounds__(Sizes<BITS, ROWS, WORKERS, TILES>::THREADS, BL
                      static_cast<int>(blockIdx.x) * ROWS,
                      static_cast<int>(blockIdx.y) * Size::COLUMNS / layout::TILE,
                      blocks * split / splits,
-                     blocks * (split + 1) / splits};
+                     blocks * (split + 1) / splits,
+                     2 * split,
+                     static_cast<int>(blockIdx.y % 2)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
       barrier_start(&ring.full[i], 1);
-      barrier_start(&ring.empty[i], Size::WORKING / 32);
+      barrier_start(&ring.empty[i], (PAIRS ? 2 : 1) * Size::WORKING / 32);
     }
     barrier_start(all_read, Size::WORKING / 32);
     barrier_fence();
   }
-  __syncthreads();
+  // The other one of a pair arrives at these barriers too.
+  if (PAIRS)
+    cluster_sync();
+  else
+    __syncthreads();
 
   if (threadIdx.x >= Size::WORKING) {
     if (Size::MOVES_REGISTERS) lower_registers<BRINGER_REGISTERS>();
-    if (threadIdx.x < Size::WORKING + 32) bring<Size>(ring, &map, words, table, work);
+    if (threadIdx.x < Size::WORKING + 32) bring<Size, PAIRS>(ring, &map, words, table, work);
   } else {
     if (Size::MOVES_REGISTERS) raise_registers<WORKER_REGISTERS>();
     float sum[TILES][ROWS / 2];
-    multiply<BITS, T, Size, ROWS, TILES>(ring, work, sum);
+    multiply<BITS, T, Size, ROWS, TILES, PAIRS>(ring, work, sum);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_tile = threadIdx.x / GROUP * TILES * 4 + threadIdx.x % GROUP / 32;
     __syncwarp();
@@ -302,27 +286,30 @@ __global__ void __launch_bounds__(Sizes<BITS, ROWS, WORKERS, TILES>::THREADS, BL
         sums[(j / 4 * 8 + 2 * t + j % 2) * Size::PITCH + (first_tile + 4 * i) * layout::TILE + g +
              j % 4 / 2 * 8] = sum[i][j];
     cluster_sync();  // the warps that bring have ended and are not waited for
-    add_up<T, Size, ROWS>(sums, bias, y, work, rows, outputs);
+    add_up<T, Size, ROWS, PAIRS>(sums, bias, y, work, rows, outputs);
     cluster_sync();  // nobody leaves while its sums are read
   }
 #endif
 }
 
-template <int BITS, typename T, int ROWS, int WORKERS, int TILES, int BLOCKS>
+template <int BITS, typename T, int ROWS, int WORKERS, int TILES, int BLOCKS, bool PAIRS = false>
 int launch(const void* x, const void* words, const void* table, const float* bias, void* y, int rows,
            int inputs, int outputs, int columns, int shift, int splits, int stages,
            cudaStream_t stream) {
   using Size = Sizes<BITS, ROWS, WORKERS, TILES>;
+  static_assert(!PAIRS || Size::BOX / 2 % ALIGNMENT == 0);
   const int bytes = Size::bytes(shift, stages);
-  const auto kernel = bulk_gemm<BITS, T, ROWS, WORKERS, TILES, BLOCKS>;
+  const auto kernel = bulk_gemm<BITS, T, ROWS, WORKERS, TILES, BLOCKS, PAIRS>;
+  constexpr int wide = PAIRS ? 2 : 1;
+  if (splits * wide > MOST_SPLITS) return cudaErrorInvalidValue;
   cudaError_t code =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (code != cudaSuccess) return code;
   tensor_map_t map;
-  code = map_rows(&map, x, rows, inputs, ROWS);
+  code = map_rows(&map, x, rows, inputs, ROWS / wide);
   if (code != cudaSuccess) return code;
-  const dim3 grid(ceil_div(rows, ROWS), ceil_div(columns, Size::COLUMNS), splits);
-  code = launch_cluster(kernel, grid, Size::THREADS, bytes, stream, map,
+  const dim3 grid(ceil_div(rows, ROWS), wide * ceil_div(columns, wide * Size::COLUMNS), splits);
+  code = launch_cluster(kernel, grid, wide, Size::THREADS, bytes, stream, map,
                         static_cast<const uint32_t*>(words), static_cast<const Grid*>(table), bias,
                         static_cast<T*>(y), rows, inputs, outputs, columns, shift, stages);
   return code != cudaSuccess ? code : cudaGetLastError();
@@ -330,8 +317,12 @@ int launch(const void* x, const void* words, const void* table, const float* bia
 
 // The instances: quant_cuda/cuda/variants.py has the same list.
 template <int BITS, typename T, typename... Rest>
-int launch_tile(int rows, int columns, Rest... rest) {
-  switch (rows * 1000 + columns) {
+int launch_tile(int pairs, int rows, int columns, Rest... rest) {
+  switch (pairs * 1000000 + rows * 1000 + columns) {
+    case 1032256: return launch<BITS, T, 32, 2, 2, 1, true>(rest...);
+    case 1064256: return launch<BITS, T, 64, 2, 2, 1, true>(rest...);
+    case 1128256: return launch<BITS, T, 128, 2, 2, 1, true>(rest...);
+    case 1176128: return launch<BITS, T, 176, 2, 1, 1, true>(rest...);
     case 16128: return launch<BITS, T, 16, 1, 2, 2>(rest...);
     case 32128: return launch<BITS, T, 32, 1, 2, 2>(rest...);
     case 16256: return launch<BITS, T, 16, 2, 2, 1>(rest...);
@@ -358,16 +349,17 @@ int launch_type(int bits, int type, Rest... rest) {
 
 // As quant_cuda_gemv, for any number of rows, in thread blocks of row_tile rows and column_tile columns,
 // see launch_tile. splits: 1 .. 8 thread blocks share the inputs, and `partial` is not needed: NULL.
-// stages: of the ring, 2 and more, as many as shared memory has room for.
+// stages: of the ring, 2 and more, as many as shared memory has room for. pairs: 1 for thread blocks
+// that share x by two, with at most 4 splits; else 0.
 // For GPUs of compute capability 9.0, in a library that was built for sm_90a.
 EXPORT int quant_cuda_bulk(int bits, int type, const void* x, const void* words, const void* table,
                            const float* bias, void* y, const float* partial, int rows, int inputs,
                            int outputs, int columns, int shift, int splits, int row_tile,
-                           int column_tile, int stages, cudaStream_t stream) {
+                           int column_tile, int stages, int pairs, cudaStream_t stream) {
   const int blocks = bits == 4 ? layout::block_count<4>(inputs) : layout::block_count<8>(inputs);
   if (rows < 1 || inputs < 8 || inputs % 8 || columns % (2 * layout::TILE) || shift < 5 || partial ||
       splits < 1 || splits > MOST_SPLITS || splits > blocks || stages < 2)
     return cudaErrorInvalidValue;
-  return launch_type(bits, type, row_tile, column_tile, x, words, table, bias, y, rows, inputs,
+  return launch_type(bits, type, pairs, row_tile, column_tile, x, words, table, bias, y, rows, inputs,
                      outputs, columns, shift, splits, stages, stream);
 }

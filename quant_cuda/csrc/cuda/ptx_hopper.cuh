@@ -43,6 +43,31 @@ __device__ __forceinline__ void barrier_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Arrive at the barrier in the same place of another thread block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(barrier_t* barrier, int rank) {
+  asm volatile(
+      "{.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// `barrier_wait` where other thread blocks of the cluster arrive too.
+__device__ __forceinline__ void barrier_wait_cluster(barrier_t* barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
 // Wait until the phase of this parity is complete; the first has parity 0.
 __device__ __forceinline__ void barrier_wait(barrier_t* barrier, int parity) {
   uint32_t done;
@@ -131,6 +156,18 @@ __device__ __forceinline__ void copy_box(void* shared, const tensor_map_t* map, 
       : "memory");
 }
 
+// The same, to the same place of two thread blocks of the cluster, `rank` and the next; the barrier of
+// each expects the bytes.
+__device__ __forceinline__ void copy_box_to_two(void* shared, const tensor_map_t* map, int input,
+                                                int row, barrier_t* barrier, int rank) {
+  const uint16_t mask = static_cast<uint16_t>(3 << rank);
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(input), "r"(row), "h"(mask)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const tensor_map_t* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -160,7 +197,7 @@ inline cudaError_t map_rows(tensor_map_t* map, const void* x, int rows, int inpu
   return code == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// --- clusters of thread blocks along z ---
+// --- clusters of thread blocks ---
 
 // Waits for all threads of the cluster; what they have written to shared memory is visible then.
 __device__ __forceinline__ void cluster_sync() {
@@ -176,13 +213,15 @@ __device__ __forceinline__ const T* cluster_shared(const T* shared, int rank) {
   return reinterpret_cast<const T*>(there);
 }
 
-// Launch with all thread blocks along z as one cluster; 1 to 8 of them.
+// Launch with `wide` thread blocks along y and all those along z as a cluster, of 8 at most. Their
+// ranks count along y first.
 template <typename... Formal, typename... Actual>
-cudaError_t launch_cluster(void (*kernel)(Formal...), dim3 grid, int threads, size_t bytes,
-                           cudaStream_t stream, Actual... actual) {
+cudaError_t launch_cluster(void (*kernel)(Formal...), dim3 grid, int wide, int threads,
+                           size_t bytes, cudaStream_t stream, Actual... actual) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.x = 1;
+  attribute.val.clusterDim.y = wide;
   attribute.val.clusterDim.z = grid.z;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
