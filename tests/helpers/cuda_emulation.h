@@ -361,6 +361,8 @@ inline void run_cluster(const std::vector<dim3>& places, dim3 block) {
       if (runnable(fiber)) {
         to_fiber(fiber);
         ran = true;
+        // One block of a cluster may get as far ahead of the others as it may.
+        if (!in_turn && fiber.waits_at && fiber.waits_at != CLUSTER) release();
         // Nobody may read the shared memory of a thread block that has ended.
         if (fiber.done && --fiber.block->running == 0)
           for (auto& [memory, bytes] : fiber.block->sizes) std::memset(memory, 0xFF, bytes);
