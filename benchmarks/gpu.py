@@ -1,6 +1,8 @@
 """Kernels, decoding and quantization on the GPU of this machine; run by benchmarks/gpu.sh.
 
     python -m benchmarks.gpu check [ENGINE]    products against float64, for compute-sanitizer
+    python -m benchmarks.gpu check variants    those of every variant that a tuned table may choose
+    python -m benchmarks.gpu tune [--shapes ...] [--rows ...]    writes that table for this GPU
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
     python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, if that is installed
 
@@ -18,7 +20,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quant_cuda
+from benchmarks import gpu_tune
+from benchmarks.common.gpu_facts import facts
 from benchmarks.gpu_models import (
     GROUP_SIZE,
     WIDTHS,
@@ -34,6 +38,7 @@ from benchmarks.gpu_models import (
     random_weight,
     released,
 )
+from benchmarks.gpu_peers import torch_int4
 from gptq.config import QuantConfig
 from gptq.files.atomic import whole_file
 from gptq.solver.hessian import Hessian
@@ -52,7 +57,7 @@ OURS = {"gemv": 32, "gemm": 512, "wgmma": 8192, "dense": 8192}
 # Settings that some blocks are quantized with, and whether activations are in the machine's memory;
 # the first is taken twice, since it also takes what is done once in a process.
 BLOCKS = (("fast", False), ("fast", False), ("fast", True), ("default", False), ("default", True))
-WAYS = (*OURS, "triton", "legacy_style", "cublas_fp16")
+WAYS = (*OURS, "triton", "legacy_style", "torch_int4", "cublas_fp16")
 
 
 def time_graph(calls: list[Callable[[], Any]]) -> float:
@@ -102,7 +107,8 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
     del weights
     for rows in ROWS:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
-        row: dict[str, Any] = {"bits": bits, "rows": rows}
+        chosen = cuda.chosen_for(x, tiled[0]).name
+        row: dict[str, Any] = {"bits": bits, "rows": rows, "chosen": chosen}
         for name, calls in _ways(x, tiled, plain, dense).items():
             row[name] = time_graph(calls)
         row["bytes"] = stored + x.nbytes + 2 * rows * outputs
@@ -114,19 +120,28 @@ def _ways(
     x: Tensor, tiled: list[layout.KernelWeight], plain: list[layout.Plain], dense: list[Tensor]
 ) -> dict[str, list[Callable[[], Tensor]]]:
     """Calls for each way of taking the product, as far as it is meant for so many rows."""
-    ways = {"cublas_fp16": [partial(nn.functional.linear, x, w) for w in dense]}
+    ways: dict[str, list[Any]] = {
+        "cublas_fp16": [partial(nn.functional.linear, x, w) for w in dense]
+    }
+    chosen = cuda.chosen_for(x, tiled[0]).name
+    if chosen not in OURS:
+        ways[chosen] = [partial(cuda.matmul, x, w, kernel=chosen) for w in tiled]
     for name, most in OURS.items():
         here = name != "wgmma" or cuda.current(x).wgmma
         if len(x) <= most and here:
             weights = tiled[:8] if name == "dense" else tiled
             ways[name] = [partial(cuda.matmul, x, w, kernel=name) for w in weights]
+    weight = tiled[0]
+    if weight.bits == 4:
+        calls = torch_int4(x, weight.in_features, weight.out_features, len(tiled))
+        ways |= {"torch_int4": calls} if calls else {}
     if len(x) <= 8:
         ways["legacy_style"] = [partial(cuda.matmul, x, w) for w in plain]
     if "triton" in operator.engines() and len(x) <= 256:
         from quant_cuda.cuda import triton
 
         ways["triton"] = [partial(triton.matmul, x, w) for w in tiled[:8]]
-    return cast(dict[str, list[Callable[[], Tensor]]], ways)
+    return ways
 
 
 def solving() -> Iterator[dict[str, Any]]:
@@ -186,6 +201,22 @@ def check(engines: list[str]) -> None:
     print("products agree with float64")
 
 
+def check_variants() -> None:
+    """A few products of each variant against float64; raises AssertionError if one is wrong."""
+    for bits, inputs, outputs in ((4, 1184, 200), (8, 592, 200)):
+        weight = random_weight(bits, inputs, outputs, "cuda")
+        exact, prepared = reference.dequantize(weight, torch.float64), layout.prepare(weight)
+        for rows in (5, 40, 150):
+            x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
+            truth = gpu_tune.truth_of(x, exact)
+            for name in gpu_tune.names(rows, prepared, cuda.current(x).wgmma):
+                run = partial(cuda.matmul, x, prepared, kernel=name)
+                reason = gpu_tune.reason_against(run, truth)
+                assert reason is None, (name, bits, rows, reason)
+    torch.cuda.synchronize()
+    print("variants agree with float64")
+
+
 def result_path() -> Path:
     name = torch.cuda.get_device_properties(0).name.lower()
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
@@ -204,18 +235,19 @@ def read_results() -> dict[str, Any]:
 
 def measure(console: Console, wanted: list[str]) -> bool:
     """Print and write each part that is wanted; whether none failed."""
-    properties = torch.cuda.get_device_properties(0)
     rates = limits()
-    result = read_results() | {
-        "gpu": properties.name,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "shape": SHAPE,
-        "group_size": GROUP_SIZE,
-        "limits": rates,
-    }
+    about = facts()
+    result = (
+        read_results()
+        | about
+        | {
+            "shape": SHAPE,
+            "group_size": GROUP_SIZE,
+            "limits": rates,
+        }
+    )
     RESULTS.mkdir(exist_ok=True)
-    console.print(f"{properties.name}: copy {rates['copy'] / 1e9:.0f} GB/s, ", end="")
+    console.print(f"{about['gpu']}: copy {rates['copy'] / 1e9:.0f} GB/s, ", end="")
     console.print(f"cuBLAS float16 {rates['matrix'] / 1e12:.0f} TFLOP/s")
     good = True
     for name in wanted:
@@ -243,7 +275,9 @@ PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
     "decode": decode,
     "blocks": lambda: (quantization(setting, 4, host) for setting, host in BLOCKS),
     "solving": solving,
-    "quantization": lambda: (quantization(setting, 32) for setting in ("fast", "default")),
+    "quantization": lambda: (
+        quantization(setting, 32, host) for setting in ("fast", "default") for host in (False, True)
+    ),
 }
 
 
@@ -270,13 +304,22 @@ def table(name: str, rows: list[dict[str, Any]], rates: dict[str, float]) -> Tab
         for row in rows:
             made.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
         return made
-    for key in ("bits", "rows", *(f"{way} us" for way in WAYS), "copy rate", "matrix rate"):
+    for key in (
+        "bits",
+        "rows",
+        *(f"{way} us" for way in WAYS),
+        "chosen",
+        "copy rate",
+        "matrix rate",
+    ):
         made.add_column(key)
     for row in rows:
         times = [f"{1e6 * row[way]:.1f}" if way in row else "" for way in WAYS]
-        best = min(row[way] for way in OURS if way in row)
+        best = min(row[way] for way in (*OURS, row["chosen"]) if way in row)
         shares = (row["bytes"] / best / rates["copy"], row["flop"] / best / rates["matrix"])
-        made.add_row(str(row["bits"]), str(row["rows"]), *times, *(f"{s:.0%}" for s in shares))
+        chosen = f"{row['chosen']} {1e6 * row[row['chosen']]:.1f} us"
+        shown = (str(row["bits"]), str(row["rows"]), *times, chosen)
+        made.add_row(*shown, *(f"{s:.0%}" for s in shares))
     return made
 
 
@@ -290,7 +333,12 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["check"] and set(arguments[1:]) <= set(operator.engines()):
         check(arguments[1:] or list(operator.engines()))
         return 0
+    if arguments == ["check", "variants"]:
+        check_variants()
+        return 0
     console = Console(width=160)
+    if arguments[:1] == ["tune"]:
+        return gpu_tune.main(arguments[1:], console)
     if arguments == ["marlin"]:
         add_marlin(console)
         return 0
@@ -299,7 +347,7 @@ def main(arguments: list[str]) -> int:
         console.print(f"written to {result_path()}")
         return 0 if good else 1
     print(
-        f"error: say check, marlin, or measure with some of {', '.join(PARTS)}: "
+        f"error: say check, tune, marlin, or measure with some of {', '.join(PARTS)}: "
         "python -m benchmarks.gpu measure kernels",
         file=sys.stderr,
     )

@@ -1,22 +1,39 @@
 #!/usr/bin/env bash
-# What this package does on the GPU of this machine: builds the kernels, tests them on the device,
-# runs compute-sanitizer over a few products, and times kernels, decoding and quantization, and
-# GPTQModel's Marlin kernel where that is installed.
-# Prints tables and writes benchmarks/results/<gpu>.json. Eight minutes at most: each step has a
-# limit of its own, and none goes past the whole's.
+# What this package does on the GPU of this machine, in parts of at most nine minutes each:
+#
+#   build         builds the kernels for this GPU and runs the tests that need one
+#   sanitize      compute-sanitizer's memcheck, racecheck and synccheck over every kernel and variant
+#   tune          times every variant and writes quant_cuda/cuda/tuned/<gpu>.json
+#   kernels       times the kernels, and GPTQModel's Marlin kernel where that is installed
+#   decode        times decoding
+#   quantization  times the quantization of a layer, of two blocks and of a whole model
+#
+#   benchmarks/gpu.sh tune kernels      these; all of them, in this order, if none is named
+#
+# The last three write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that into
+# docs/cuda.md. Tuning before timing, because a table changes what is chosen.
 #
 # Needs nvcc (in PATH or CUDA_HOME) and a Python that has torch with CUDA and this package's
 # requirements; the package itself need not be installed.
 #
 # PYTHON=python3.12   the interpreter to use
+# OUT=folder          a folder that gets a copy of both files after each part
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.
 [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null || export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
-LIMIT=470
+PARTS="build sanitize tune kernels decode quantization"
+LIMIT=530
 
-# step SECONDS COMMAND...: within its own limit and what is left of the whole
+for part in "$@"; do
+  [[ " $PARTS " == *" $part "* ]] || { echo "error: no part $part; name some of: $PARTS"; exit 2; }
+done
+
+$PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null ||
+  { echo "error: torch finds no GPU here; run this where there is one"; exit 2; }
+
+# step SECONDS COMMAND...: within its own limit and what is left of the part's
 step() {
   local own=$1 left=$((LIMIT - SECONDS))
   shift
@@ -24,36 +41,55 @@ step() {
   timeout $((own < left ? own : left)) "$@"
 }
 
-$PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null ||
-  { echo "error: torch finds no GPU here; run this where there is one"; exit 2; }
+build() {
+  CUDA_TARGETS=$($PYTHON -c "import torch; print('sm_%d%d' % torch.cuda.get_device_capability())")
+  export CUDA_TARGETS
+  step 300 $PYTHON setup.py --quiet build_ext --inplace ||
+    { echo "error: the build failed, or took more than 300 seconds"; exit 2; }
+  test -e quant_cuda/cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; exit 2; }
+  step 200 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" \
+    tests/quant_cuda/test_cuda_kernels.py tests/quant_cuda/test_cuda_wgmma.py \
+    tests/quant_cuda/test_cuda_bulk.py tests/quant_cuda/test_cuda_variants.py \
+    tests/quant_cuda/test_cuda_sweep.py tests/quant_cuda/test_cuda_refine.py \
+    tests/quant_cuda/test_cuda_operator.py tests/quant_cuda/test_cuda_triton.py \
+    tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
+    tests/blockwise/test_activation_cache.py || return 1
+}
 
-echo "building"
-CUDA_TARGETS=$($PYTHON -c "import torch; print('sm_%d%d' % torch.cuda.get_device_capability())")
-export CUDA_TARGETS
-step 150 $PYTHON setup.py --quiet build_ext --inplace ||
-  { echo "error: the build failed, or took more than 150 seconds"; exit 2; }
-test -e quant_cuda/cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; exit 2; }
+sanitize() {
+  local failed=0 tool checked
+  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not here: not run"; return 0; }
+  for tool in memcheck racecheck synccheck; do
+    for checked in cuda variants; do
+      echo "compute-sanitizer $tool, $checked"
+      step 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        $PYTHON -m benchmarks.gpu check "$checked" || { echo "FAILED: $tool, $checked"; failed=1; }
+    done
+  done
+  return $failed
+}
+
+tune() { step 520 $PYTHON -m benchmarks.gpu tune; }
+
+kernels() {
+  step 300 $PYTHON -m benchmarks.gpu measure kernels || return 1
+  # Last, since GPTQModel may compile it first.
+  step 200 $PYTHON -m benchmarks.gpu marlin || echo "Marlin was not timed"
+}
+
+decode() { step 520 $PYTHON -m benchmarks.gpu measure decode; }
+
+quantization() { step 520 $PYTHON -m benchmarks.gpu measure solving blocks quantization; }
 
 status=0
-echo "tests on the device"
-step 90 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" \
-  tests/quant_cuda/test_cuda_kernels.py tests/quant_cuda/test_cuda_wgmma.py \
-  tests/quant_cuda/test_cuda_sweep.py tests/quant_cuda/test_cuda_refine.py \
-  tests/quant_cuda/test_cuda_operator.py tests/quant_cuda/test_cuda_triton.py \
-  tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
-  tests/blockwise/test_activation_cache.py || { echo "FAILED: tests on the device"; status=1; }
-
-for tool in memcheck racecheck; do
-  echo "compute-sanitizer $tool"
-  if command -v compute-sanitizer > /dev/null; then
-    step 40 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      $PYTHON -m benchmarks.gpu check cuda || { echo "FAILED: $tool"; status=1; }
-  else
-    echo "compute-sanitizer is not here: not run"
+for part in ${*:-$PARTS}; do
+  echo "== $part"
+  SECONDS=0
+  "$part" || { echo "FAILED: $part"; status=1; }
+  if [ -n "${OUT:-}" ]; then
+    mkdir -p "$OUT"
+    cp -p benchmarks/results/nvidia-*.json "$OUT"/ 2> /dev/null || true
+    mkdir -p "$OUT/tuned" && cp -p quant_cuda/cuda/tuned/*.json "$OUT/tuned"/ 2> /dev/null || true
   fi
 done
-
-step 300 $PYTHON -m benchmarks.gpu measure || { echo "FAILED: measure"; status=1; }
-# Last, since GPTQModel may compile it first.
-step 120 $PYTHON -m benchmarks.gpu marlin || echo "Marlin was not timed"
 exit $status

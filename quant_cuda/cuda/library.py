@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant_cuda import sources
+from quant_cuda.cuda.tuned import Table, table_for
 
 __all__ = ["LIBRARY", "SIGNATURES", "Launch", "available", "current", "load"]
 
@@ -62,7 +63,9 @@ class Launch:
     processors: int
     """Multiprocessors of the device."""
     wgmma: bool = False
-    """Whether it runs the kernel for compute capability 9.0."""
+    """Whether it runs the kernels for compute capability 9.0."""
+    tuned: Table | None = None
+    """What was measured on this kind of GPU."""
 
     def __call__(
         self, name: str, *arguments: int | Tensor | None, signature: str | None = None
@@ -96,14 +99,15 @@ def current(x: Tensor) -> Launch:
     if library is None:
         raise RuntimeError("no CUDA kernels were built from these sources: pip install . with nvcc")
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    processors, wgmma = _capabilities(x.device)
-    return Launch(library, stream, processors, wgmma)
+    processors, wgmma, tuned = _capabilities(x.device)
+    return Launch(library, stream, processors, wgmma, tuned)
 
 
 @functools.cache
-def _capabilities(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors of a GPU, and whether it runs the kernel for compute capability 9.0."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+def _capabilities(device: torch.device) -> tuple[int, bool, Table | None]:
+    """The processors, wgmma and tuned of a `Launch` on this GPU."""
+    properties = torch.cuda.get_device_properties(device)
     library = _library()
     has_wgmma = library is not None and bool(library.quant_cuda_has_wgmma())
-    return processors, has_wgmma and torch.cuda.get_device_capability(device) == (9, 0)
+    wgmma = has_wgmma and torch.cuda.get_device_capability(device) == (9, 0)
+    return properties.multi_processor_count, wgmma, table_for(properties.name)

@@ -70,10 +70,12 @@ def test_every_released_model_has_its_row():
 
 def test_tables_name_every_column():
     known = {"copy": 3e12, "matrix": 7e14}
-    row = {"bits": 4, "rows": 1, "gemv": 2e-5, "dense": 4e-5, "bytes": 3e7, "flop": 1e8}
+    row = {"bits": 4, "rows": 1, "gemv": 3e-5, "dense": 4e-5, "bytes": 3e7, "flop": 1e8}
+    row |= {"chosen": "bulk-16x128-stages4-splits2", "bulk-16x128-stages4-splits2": 2e-5}
     made = gpu.table("kernels", [row], known)
     cells = {str(c.header): next(iter(c.cells)) for c in made.columns}
-    assert cells["gemv us"] == "20.0"
+    assert cells["gemv us"] == "30.0"
+    assert cells["chosen"] == "bulk-16x128-stages4-splits2 20.0 us"
     assert cells["copy rate"] == "50%"
     assert cells["triton us"] == ""
     other = gpu.table("decode", [{"model": "llama", "tokens_per_second": 123.456}], known)
@@ -104,7 +106,7 @@ def test_a_part_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is an NVIDIA GPU here")
-    for part in ("check", "measure", "marlin"):
+    for part in ("check", "tune", "measure", "marlin"):
         assert gpu.main([part]) == 2
         assert capsys.readouterr().err == f"{NO_GPU}\n"
     done = subprocess.run(

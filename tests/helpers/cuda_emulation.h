@@ -3,8 +3,9 @@
 //
 // What goes wrong on a GPU only sometimes goes wrong here always: shared memory is filled with NaN
 // when a block starts, asynchronous copies land as late as they are allowed to (or at once, if
-// `emulation_settings` says so), fibers run in an order of choice, and a barrier or warp-wide
-// operation that only some threads reach ends the launch with an error. With AddressSanitizer, an
+// `emulation_settings` says so), what the copy engine writes is NaN until all threads wait for it,
+// thread blocks of a cluster run at once, fibers run in an order of choice, and a barrier or
+// warp-wide operation that only some threads reach ends the launch with an error. With AddressSanitizer, an
 // access outside a shared or global array ends the program.
 #pragma once
 
@@ -58,10 +59,11 @@ constexpr cudaError_t cudaErrorInvalidValue = 1;
 constexpr cudaError_t emulation_error = 999;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
-// Twin of ptx.cuh's.
+// Twin of ptx_hopper.cuh's: threads that have arrived, and bytes that its phase still waits for.
 struct alignas(8) barrier_t {
-  uint16_t count, arrived;
-  uint32_t phase;
+  uint8_t count, arrived;
+  uint16_t phase;
+  int32_t bytes;
 };
 
 namespace emulation {
@@ -91,12 +93,39 @@ struct Product {
   float a[2][16];
   const char* b;
   size_t along, across;
-  bool add;
+  bool add, swizzle;
+  int columns;
   float (*number)(uint16_t bits);
+};
+
+// Rows that the copy engine is about to write, each from memory or zeros.
+struct Transfer {
+  struct Row {
+    char* to;
+    const char* from;
+    size_t bytes;
+  };
+  std::vector<Row> rows;
+  barrier_t* barrier;
+  int bytes;
+};
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// A thread block, of those of a cluster.
+struct Block {
+  dim3 at;
+  std::deque<std::unique_ptr<void, Free>> shared;
+  std::vector<std::pair<const char*, void*>> named;
+  std::vector<std::pair<void*, size_t>> sizes;
+  int running = 0;
 };
 
 struct Fiber {
   ucontext_t context;
+  Block* block = nullptr;
   std::unique_ptr<char[]> stack;
   dim3 thread;
   int rank;
@@ -133,8 +162,8 @@ struct Machine {
   std::string error;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
-  std::deque<std::unique_ptr<char[]>> shared;
-  std::vector<std::pair<const char*, void*>> named;
+  std::vector<Block> blocks;
+  std::deque<Transfer> transfers;
   size_t dynamic_bytes = 0;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
@@ -180,13 +209,44 @@ inline void fiber_main() {
 
 // Memory of a block, alike for all its threads; NaN and large numbers at first.
 inline void* shared_memory(const char* name, size_t bytes) {
-  for (auto& [known, memory] : machine.named)
+  Block& block = *machine.current->block;
+  for (auto& [known, memory] : block.named)
     if (known == name) return memory;
-  machine.shared.emplace_back(new char[bytes]);
-  void* memory = machine.shared.back().get();
+  // Alike in all thread blocks of a cluster, to the last bit that boxes are swizzled by.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, bytes)) std::abort();
+  block.shared.emplace_back(memory);
   std::memset(memory, 0xFF, bytes);
-  machine.named.emplace_back(name, memory);
+  block.named.emplace_back(name, memory);
+  block.sizes.emplace_back(memory, bytes);
   return memory;
+}
+
+inline const char* const CLUSTER = "all threads of a cluster";
+
+inline void complete(barrier_t& barrier) {
+  if (barrier.arrived < barrier.count || barrier.bytes) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+}
+
+// What a transfer writes is unknown from its start on.
+inline void begin(Transfer transfer) {
+  for (const Transfer::Row& row : transfer.rows) std::memset(row.to, 0xFF, row.bytes);
+  machine.transfers.push_back(std::move(transfer));
+}
+
+// Complete the transfer that was started last, or first.
+inline void land_transfer(bool last) {
+  const Transfer transfer = std::move(last ? machine.transfers.back() : machine.transfers.front());
+  last ? machine.transfers.pop_back() : machine.transfers.pop_front();
+  for (const Transfer::Row& row : transfer.rows)
+    if (row.from)
+      std::memcpy(row.to, row.from, row.bytes);
+    else
+      std::memset(row.to, 0, row.bytes);
+  transfer.barrier->bytes -= transfer.bytes;
+  complete(*transfer.barrier);
 }
 
 inline void barrier(const char* site) {
@@ -224,27 +284,52 @@ inline bool runnable(Fiber& fiber) {
   return true;
 }
 
-// What keeps a block in which no thread can run from going on; empty once all are released.
+// Releases blocks, or the cluster, all of whose threads wait at one barrier; whether there were any.
+inline bool release() {
+  bool released = false;
+  size_t at_cluster = 0;
+  const size_t threads = machine.fibers.size() / machine.blocks.size();
+  for (size_t first = 0; first < machine.fibers.size(); first += threads) {
+    const char* site = machine.fibers[first]->waits_at;
+    const auto begin = machine.fibers.begin() + first;
+    // Threads that have ended are not waited for by a cluster.
+    const bool all = std::all_of(begin, begin + threads, [&](auto& f) {
+      return f->waits_at == site || (f->done && site == CLUSTER);
+    });
+    if (site == nullptr || !all) continue;
+    at_cluster += site == CLUSTER;
+    if (site == CLUSTER) continue;
+    std::for_each(begin, begin + threads, [](auto& f) { f->waits_at = nullptr; });
+    released = true;
+  }
+  if (at_cluster < machine.blocks.size()) return released;
+  for (auto& fiber : machine.fibers) fiber->waits_at = nullptr;
+  return true;
+}
+
+// What keeps a cluster in which no thread can run, and nothing is released, from going on.
 inline std::string stuck() {
   const char* site = nullptr;
-  int waiting = 0;
   for (auto& fiber : machine.fibers) {
     if (fiber->awaited) return "a warp-wide operation was reached by only some lanes of a warp";
     if (fiber->barrier) return "a barrier in shared memory is never completed";
-    if (!fiber->waits_at) continue;
-    if (site && site != fiber->waits_at) return "threads of a block wait at two barriers";
-    site = fiber->waits_at;
-    ++waiting;
   }
-  if (waiting < static_cast<int>(machine.fibers.size()))
-    return std::string("a barrier was reached by only some threads: ") + site;
-  for (auto& fiber : machine.fibers) fiber->waits_at = nullptr;
-  return "";
+  const Block* block = nullptr;
+  for (auto& fiber : machine.fibers) {
+    if (!fiber->waits_at) continue;
+    if (site && site != fiber->waits_at && block == fiber->block)
+      return "threads of a block wait at two barriers";
+    site = fiber->waits_at;
+    block = fiber->block;
+  }
+  return std::string("a barrier was reached by only some threads: ") + site;
 }
 
-inline void run_block(int threads, dim3 block) {
-  machine.shared.clear();
-  machine.named.clear();
+// Runs thread blocks of `block` threads each at once: those at `places`.
+inline void run_cluster(const std::vector<dim3>& places, dim3 block) {
+  const int size = block.x * block.y * block.z, threads = places.size() * size;
+  machine.transfers.clear();
+  machine.blocks = std::vector<Block>(places.size());
   machine.warps.assign(threads / WARP, {});
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = *machine.fibers[i];
@@ -252,7 +337,11 @@ inline void run_block(int threads, dim3 block) {
     fiber = Fiber{};
     fiber.stack = stack ? std::move(stack) : std::unique_ptr<char[]>(new char[STACK]);
     fiber.rank = i;
-    fiber.thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+    fiber.block = &machine.blocks[i / size];
+    fiber.block->at = places[i / size];
+    ++fiber.block->running;
+    const unsigned r = i % size;
+    fiber.thread = dim3(r % block.x, r / block.x % block.y, r / (block.x * block.y));
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = STACK;
@@ -272,6 +361,11 @@ inline void run_block(int threads, dim3 block) {
       if (runnable(fiber)) {
         to_fiber(fiber);
         ran = true;
+        // One block of a cluster may get as far ahead of the others as it may.
+        if (!in_turn && fiber.waits_at && fiber.waits_at != CLUSTER) release();
+        // Nobody may read the shared memory of a thread block that has ended.
+        if (fiber.done && --fiber.block->running == 0)
+          for (auto& [memory, bytes] : fiber.block->sizes) std::memset(memory, 0xFF, bytes);
       }
       if (!machine.error.empty()) return;
       alive = alive || !fiber.done;
@@ -279,14 +373,20 @@ inline void run_block(int threads, dim3 block) {
     }
     if (ran) continue;
     if (!alive) return;
-    machine.error = stuck();
-    if (!machine.error.empty()) return;
+    if (release()) continue;
+    if (machine.transfers.empty()) {
+      machine.error = stuck();
+      return;
+    }
+    land_transfer(backward);
   }
 }
 
-inline dim3 grid_size, block_size, block_at;
+inline dim3 grid_size, block_size;
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+// wide: thread blocks of a cluster along y, which has all along z; 0 for none.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
+                   int wide = 0) {
   const int threads = block.x * block.y * block.z;
   if (!machine.error.empty()) return;
   if (threads % WARP || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
@@ -298,8 +398,13 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     machine.error = "more shared memory than the kernel was allowed";
     return;
   }
-  while (static_cast<int>(machine.fibers.size()) != threads)
-    if (static_cast<int>(machine.fibers.size()) < threads)
+  const unsigned high = wide ? wide : 1, deep = wide ? grid.z : 1;
+  if (high * deep > 8 || grid.y % high) {
+    machine.error = "a cluster of more than eight thread blocks, or one that does not divide the grid";
+    return;
+  }
+  while (machine.fibers.size() != high * deep * threads)
+    if (machine.fibers.size() < high * deep * threads)
       machine.fibers.emplace_back(new Fiber);
     else
       machine.fibers.pop_back();
@@ -307,14 +412,16 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
   machine.dynamic_bytes = shared_bytes;
   grid_size = grid;
   block_size = block;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
+  for (unsigned z = 0; z < grid.z; z += deep)
+    for (unsigned y = 0; y < grid.y; y += high)
       for (unsigned x = 0; x < grid.x; ++x) {
-        block_at = dim3(x, y, z);
-        run_block(threads, block);
+        std::vector<dim3> places;
+        for (unsigned i = 0; i < deep; ++i)
+          for (unsigned j = 0; j < high; ++j) places.emplace_back(x, y + j, z + i);
+        run_cluster(places, block);
         if (!machine.error.empty()) return;
       }
-  machine.shared.clear();
+  machine.blocks.clear();
   machine.shared_limit = 0;
 }
 
@@ -338,7 +445,7 @@ inline void land(std::vector<Copy>& copies) {
 }  // namespace emulation
 
 #define threadIdx (emulation::machine.current->thread)
-#define blockIdx (emulation::block_at)
+#define blockIdx (emulation::machine.current->block->at)
 #define blockDim (emulation::block_size)
 #define gridDim (emulation::grid_size)
 
@@ -385,3 +492,4 @@ extern "C" inline __attribute__((visibility("default"), used)) void emulation_se
 }
 
 #include "cuda_twins.h"
+#include "cuda_twins_hopper.h"

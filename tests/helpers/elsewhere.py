@@ -1,4 +1,5 @@
-"""A second device that computes on the CPU: what mixes it with the first is found without a GPU."""
+"""A second device that the CPU plays. It refuses calls that mix it with the first, and those whose
+results vary from run to run on a GPU."""
 
 from typing import Any
 
@@ -13,7 +14,8 @@ DEVICE = torch.device("cuda")
 class Elsewhere(TorchFunctionMode):
     """While it is entered tensors can be on DEVICE: they say so, and every call that takes some of
     there and some of the CPU's raises RuntimeError, as one of a GPU does. A CPU's tensor without
-    dimensions, or an index, may go with either."""
+    dimensions, or an index, may go with either. A call whose result varies from run to run on a GPU
+    raises RuntimeError too."""
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -39,6 +41,8 @@ class Elsewhere(TorchFunctionMode):
             apart = there and not is_there(tensor) and tensor.dim() and not tensor.is_meta
             if apart and not (name == "copy_" or indexing):
                 raise RuntimeError(f"{name}: tensors of two devices")
+        if there and varies(name, args, kwargs):
+            raise RuntimeError(f"{name}: does not give the same bits in each run on a GPU")
         if kwargs.get("device") is not None:
             wanted = torch.device(kwargs["device"])
             there = wanted == DEVICE
@@ -47,6 +51,32 @@ class Elsewhere(TorchFunctionMode):
         if there and not (name == "copy_" and not is_there(args[0])):
             pytree.tree_map_only(Tensor, _put_there, made)
         return made
+
+
+# Sums in the order in which a GPU's threads come, and writes of which the last one stays.
+_VARYING = {
+    *("index_add", "index_copy", "index_reduce", "put", "scatter", "scatter_add", "histc"),
+    *("index_put", "kthvalue", "grid_sample", "interpolate", "embedding_bag"),
+}
+
+
+def varies(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether torch calls this call not deterministic on a GPU (use_deterministic_algorithms).
+
+    Largest and smallest values do not depend on an order, nor do counts, nor sums of integers.
+    """
+    function = name.rstrip("_")
+    if function == "scatter_reduce":
+        return not any(
+            isinstance(v, str) and v in ("amax", "amin") for v in (*args, *kwargs.values())
+        )
+    if function == "bincount":
+        return len(args) > 1 or kwargs.get("weights") is not None
+    if function == "cumsum":
+        return args[0].is_floating_point()
+    if function == "median":
+        return len(args) > 1 or "dim" in kwargs
+    return function in _VARYING
 
 
 def _moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

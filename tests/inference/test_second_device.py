@@ -1,10 +1,12 @@
 """Quantizing keeps to the device it is given; checked on one that the CPU plays."""
 
+import re
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers.elsewhere import DEVICE, Elsewhere, is_there
 
 from benchmarks.common.stopwatch import SETTINGS
@@ -31,6 +33,41 @@ def test_what_it_refuses():
             there.numpy()
 
 
+VARYING = {
+    "index_add_": lambda a, i: a.index_add_(0, i, a + 1),
+    "scatter_add": lambda a, i: a.scatter_add(0, i, a),
+    "index_put_": lambda a, i: a.index_put_((i,), a + 1, accumulate=True),
+    "scatter_reduce": lambda a, i: a.scatter_reduce(0, i, a, "sum"),
+    "bincount": lambda a, i: torch.bincount(i, weights=a),
+    "cumsum": lambda a, i: a.cumsum(0),
+    "median": lambda a, i: a.median(0),
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_calls_that_vary_from_run_to_run(name):
+    with Elsewhere():
+        a, i = torch.ones(3, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        VARYING[name](a.cpu(), i.cpu())
+        with pytest.raises(RuntimeError, match=f"^{name}: does not give the same bits"):
+            VARYING[name](a, i)
+
+
+def test_calls_that_do_not():
+    with Elsewhere():
+        a, i = torch.ones(3, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        assert int(torch.bincount(i).cumsum(0)) == 3
+        assert a.scatter_reduce(0, i, 2 * a, "amax")[0] == 2
+
+
+def test_no_kernel_adds_atomically():
+    sources = [*(ROOT / "quant_cuda/csrc/cuda").iterdir(), ROOT / "quant_cuda/cuda/triton.py"]
+    code = {path.name: re.sub(r"(//|#(?!include)).*", "", path.read_text()) for path in sources}
+    assert {"gemm.cu", "sweep.cu", "triton.py"} <= set(code)
+    found = r"\b(atomic\w*|red\.\w+|multimem\w*)\b"
+    assert [name for name, text in code.items() if re.search(found, text)] == []
+
+
 SOLVES = {
     **SETTINGS,
     "best": {"sweeps": 2, "refine": 1},
@@ -44,6 +81,7 @@ SOLVES = {
     ("kind", "name"), [*(("llama", name) for name in SOLVES), ("bloom", "default")]
 )
 def test_a_model_quantized_there(kind, name, request):
+    """No call mixes devices, or would give other bits in the next run on a GPU."""
     config = QuantConfig(group_size=32, **SOLVES[name])
     source = open_model(request.getfixturevalue(f"{kind}_dir"))
     windows = torch.randint(2, 300, (4, 32), generator=torch.Generator().manual_seed(1))

@@ -31,6 +31,24 @@ TRAPS = {
     "sums are read before all products are done": """
         float d[64]; const uint32_t a[4] = {};
         wgmma_fence(); wgmma(d, a, 0, 0, half_t()); wgmma_commit(); wgmma_settle(d);""",
+    "a barrier in shared memory is never completed (bytes)": """
+        DYNAMIC_SHARED(uint4, s); SHARED(barrier_t, b, [1]);
+        if (threadIdx.x == 0) {
+          barrier_start(b, 1); barrier_expect(b, 32); copy_bulk(s, y, 16, b);
+        }
+        __syncthreads(); barrier_wait(b, 0);""",
+    "a bulk copy whose addresses or size are no multiples of 16": """
+        DYNAMIC_SHARED(uint4, s); SHARED(barrier_t, b, [1]);
+        if (threadIdx.x == 0) { barrier_start(b, 1); copy_bulk(s, y + 1, 16, b); }""",
+    "a box whose place is no multiple of 1024": """
+        DYNAMIC_SHARED(uint4, s); SHARED(barrier_t, b, [1]); tensor_map_t map;
+        map_rows(&map, y, 2, 8, 8);
+        if (threadIdx.x == 0) { barrier_start(b, 1); copy_box(s + 8, &map, 0, 0, b); }""",
+    "threads of a block wait at two barriers (one of a cluster)": """
+        if (threadIdx.x < 32) cluster_sync(); else __syncthreads();""",
+    "shared memory of a thread block that has not started": """
+        DYNAMIC_SHARED(float, s);
+        if (blockIdx.z == 0) y[threadIdx.x] = cluster_shared(s, 1)[0];""",
 }
 STALE = {
     "no barrier between writing and reading": """
@@ -46,6 +64,22 @@ STALE = {
         store_matrices(&s[threadIdx.x], uint4{0, 0, 0, 0});
         __syncthreads();
         y[threadIdx.x] = reinterpret_cast<float*>(s)[threadIdx.x];""",
+    "no wait for a bulk copy": """
+        DYNAMIC_SHARED(float, s); SHARED(barrier_t, b, [1]);
+        s[threadIdx.x] = 1;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+          barrier_start(b, 1); barrier_expect(b, 256); copy_bulk(s, y, 256, b);
+        }
+        __syncthreads();
+        if (blockIdx.z == 0) y[threadIdx.x] = s[threadIdx.x];""",
+    "a thread block ends while its shared memory is read": """
+        DYNAMIC_SHARED(float, s);
+        s[threadIdx.x] = 1;
+        cluster_sync();
+        if (blockIdx.z == 1) return;
+        for (int i = 0; i < 9; ++i) __syncthreads();
+        y[threadIdx.x] = cluster_shared(s, 1)[threadIdx.x];""",
 }
 
 
@@ -58,7 +92,7 @@ def traps(tmp_path_factory) -> ctypes.CDLL:
     kernels = "".join(
         f"__global__ void trap{i}(float* y) {{ (void)y; {body} }}\n"
         f"EXPORT const char* run{i}(float* y) {{\n"
-        f"  LAUNCH(trap{i}, 1, 64, 4096, nullptr, y);\n"
+        f"  launch_cluster(trap{i}, dim3(1, 1, 2), 1, 64, 4096, nullptr, y);\n"
         '  const int code = cudaGetLastError(); return code ? cudaGetErrorString(code) : "";\n}\n'
         for i, body in bodies
     )
@@ -77,7 +111,7 @@ def run_trap(traps: ctypes.CDLL, index: int) -> tuple[str, np.ndarray]:
 
 @pytest.mark.parametrize("message", TRAPS)
 def test_threads_that_part_are_caught(traps, message):
-    assert message in run_trap(traps, list(TRAPS).index(message))[0]
+    assert message.partition(" (")[0] in run_trap(traps, list(TRAPS).index(message))[0]
 
 
 @pytest.mark.parametrize("name", STALE)
@@ -94,6 +128,7 @@ import torch
 from helpers import emulated
 from helpers.products import activations, packed
 from quant_cuda.cuda import layout
+VARIANTS = [f"{tile}-splits2" for tile in ("bulk-16x128-stages4", "gemm_deep-16x128-stages4")]
 kernels = emulated.emulated(Path(sys.argv[1]))
 for bits in (2, 3, 4, 8):
     for n_in, n_out, group_size, g_idx in ((160, 5, 32, True), (576, 40, 128, False)):
@@ -102,7 +137,8 @@ for bits in (2, 3, 4, 8):
             kernels.matmul(activations(rows, n_in, dtype=torch.float16), weight, 2 * rows)
         if bits in (4, 8):
             x = activations(5, n_in, dtype=torch.float16)
-            kernels.matmul(x, weight, 12, kernel="wgmma")
+            for kernel in ("wgmma", *VARIANTS):
+                kernels.matmul(x, weight, 12, kernel=kernel)
         kernels.dequantize(weight, torch.bfloat16)
 print("clean")
 x = activations(1, 576, dtype=torch.float16)

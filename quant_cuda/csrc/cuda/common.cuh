@@ -26,6 +26,7 @@ using bfloat_t = __nv_bfloat16;
 
 #include "../layout.h"
 #include "ptx.cuh"
+#include "ptx_hopper.cuh"
 
 #if defined(__GNUC__)
 #define EXPORT extern "C" __attribute__((visibility("default")))

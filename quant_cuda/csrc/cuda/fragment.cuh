@@ -95,6 +95,18 @@ struct Piece {
       words[half][3] = v.w;
     }
   }
+
+  // `mine`: this lane's 16 bytes of the first column; those of the other are 32 lanes further.
+  __device__ void take(const uint4* mine) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = mine[half * 32];
+      words[half][0] = v.x;
+      words[half][1] = v.y;
+      words[half][2] = v.z;
+      words[half][3] = v.w;
+    }
+  }
 };
 
 // The two A operands of one run of 32 inputs, for its first and its last 16.
@@ -130,3 +142,44 @@ __device__ __forceinline__ void add_scaled(float (&d)[4], const float (&s)[4], c
   d[2] = __fmaf_rn(grid[1].scale(), s[2], d[2]);
   d[3] = __fmaf_rn(grid[1].scale(), s[3], d[3]);
 }
+
+// A word whose lowest pair, in the order of `Expander`, is inputs 2t and 2t + 1 of these eight.
+template <int BITS>
+__device__ __forceinline__ uint32_t pair_of(const uint32_t (&eight)[4], int run, int t) {
+  if (BITS == 4) return eight[run] >> (4 * t);
+  return pick_bytes(eight[2 * run % 4], eight[(2 * run + 1) % 4], 2 * t | (2 * t + 1) << 4);
+}
+
+// All words of a lane's two columns of a block in shared memory, those of the four lanes that have them:
+// (column, lane, word). For x in its natural order.
+struct WholeTile {
+  uint32_t words[2][4][4];
+
+  __device__ void load(const char* block, int g) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int eight = 0; eight < 4; ++eight) {
+        const uint4 v = reinterpret_cast<const uint4*>(block)[half * layout::LANES + 4 * g + eight];
+        words[half][eight][0] = v.x;
+        words[half][eight][1] = v.y;
+        words[half][eight][2] = v.z;
+        words[half][eight][3] = v.w;
+      }
+  }
+
+  // The dequantized values of a run of 32 inputs as A operands, for its first and its last 16.
+  template <int BITS, typename T>
+  __device__ void expand(int run, int t, const Grid (&grid)[2], uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Expander<BITS, T> expander(grid[half].zero());
+#pragma unroll
+      for (int eight = 0; eight < 4; ++eight) {
+        uint32_t pair, unused;
+        expander(pair_of<BITS>(words[half][eight], run, t), pair, unused);
+        a[eight / 2][half + eight % 2 * 2] = scale_pair(pair, grid[half], T());
+      }
+    }
+  }
+};
