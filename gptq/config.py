@@ -19,6 +19,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"error_feedback": 0.0, "adaptive_damp": False, "refine": 0},
     "default": {},
     "best": {"sweeps": 7},
+    "tune": {"tune_tokens": 65536},
 }
 
 
@@ -172,6 +173,16 @@ class QuantConfig:
     """Rounds in which a solved layer's integers and scales are improved one by one."""
     sweeps: int = _setting(1, None, low=1, high=1000, advice="give {low} to {high}")
     """How often a layer is swept: after the first time in other orders, on the grids so far."""
+    tune_tokens: int = _setting(
+        0,
+        "--tune-tokens",
+        help="tokens on which scales and norms are trained after the solve",
+        default_text=f"{QUALITIES['tune']['tune_tokens']} with --quality tune, else none",
+        low=0,
+        high=10**9,
+        advice="give a number of tokens, or 0 for no training",
+    )
+    """Tokens on which scales and norms are trained after the solve; 0: they are not trained."""
     method: str = _setting(
         "gptq",
         None,
@@ -207,7 +218,11 @@ class QuantConfig:
         )
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """By name. Files say of training only if there was some, as before there was any."""
+        settings = asdict(self)
+        if not self.tune_tokens:
+            del settings["tune_tokens"]
+        return settings
 
     @property
     def feeds_back(self) -> bool:

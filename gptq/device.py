@@ -150,6 +150,15 @@ def has_matrix_units() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """Of matrix products in a training: bfloat16 if the device multiplies it fast, or float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = has_matrix_units()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def half_dtype(stored: object) -> torch.dtype:
     """The 16-bit dtype that a model is stored in; float16 if it is stored in another dtype."""
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16

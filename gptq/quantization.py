@@ -36,8 +36,12 @@ from gptq.pipeline.memory import FIXED, Needs, fits, needs
 from gptq.pipeline.report import LayerReport, Report
 from gptq.pipeline.team import Team
 from gptq.pipeline.team import team as open_team
+from gptq.pipeline.training import Show, train_model
+from gptq.pipeline.training_memory import check_training_fits, with_training
 from gptq.pipeline.widths import check_layers as check_widths
 from gptq.pipeline.widths import complete_widths
+from gptq.tuned_text import identity_of, tuned_text
+from gptq.tuning.streams import TuneWindows, open_streams
 
 DEFAULT_SEQLEN = 2048
 TOKENS_PER_INPUT = 2
@@ -49,10 +53,12 @@ def run(
     job: Job,
     progress: Callable[[LayerReport, int], None] | None = None,
     measuring: Callable[[int, int], None] | None = None,
+    training: Show | None = None,
 ) -> Report:
     """`api.quantize` for a model that is open.
 
     measuring: called with (blocks done, blocks in all) while the widths are chosen.
+    training: called at each look at the held-out windows.
     """
     started = perf_counter()
     config, choice = job.config, _checked_choice(model, job)
@@ -61,8 +67,9 @@ def run(
     for text in noticed if torchrun.rank() == 0 else ():
         warnings.warn(text, stacklevel=3)
     stages = [("reading the calibration text", perf_counter() - started)]
-    calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
-    needed, in_memory = _needs(model, job, windows, choice)
+    tuned_on = tuned_text(model, job, windows)
+    calibration = _fingerprints(windows, tuned_on)
+    needed, in_memory = _needs(model, job, windows, choice, tuned_on)
     total = len(model.spec.linears) * model.block_count
     layers = []
     own_identity = identity(model, config, job.widths, **calibration, **_asked(choice))
@@ -78,10 +85,17 @@ def run(
             begun = perf_counter()
             widths = _chosen_widths(model, windows, job, choice, (journal, cache, team), measuring)
             stages.append(("choosing widths", perf_counter() - begun))
-        for layer in quantize_blocks(model, windows, config, journal, cache, team, widths=widths):
+        streams = None if tuned_on is None else open_streams(model, tuned_on, cache)
+        for layer in quantize_blocks(
+            model, windows, config, journal, cache, team, widths=widths, streams=streams
+        ):
             layers.append(layer)
             if progress is not None:
                 progress(layer, total)
+        if streams is not None:
+            begun = perf_counter()
+            train_model(model, journal, streams, training)
+            stages.append(("training scales and norms", perf_counter() - begun))
         # The others may still be reading what the first would write on, and remove.
         team.wait()
         writing_started = perf_counter()
@@ -121,7 +135,11 @@ def _checked_choice(model: BlockwiseModel, job: Job) -> Choice | None:
 
 
 def _needs(
-    model: BlockwiseModel, job: Job, windows: Tensor | None, choice: Choice | None
+    model: BlockwiseModel,
+    job: Job,
+    windows: Tensor | None,
+    choice: Choice | None,
+    tuned_on: TuneWindows | None,
 ) -> tuple[Needs, bool]:
     """What the run takes of memory, and whether activations can stay in it."""
     limit = None if job.max_memory is None else parse_size(job.max_memory)
@@ -130,8 +148,16 @@ def _needs(
     if choice is not None:
         more = probe_bytes(model)
         needed = replace(needed, activations=needed.activations + more)
+    needed = with_training(needed, model, job.config, tuned_on, widths)
     memory = available_memory(model.device) if limit is None else limit
+    check_training_fits(needed, memory, job.max_memory)
     return needed, fits(needed, memory, job.max_memory)
+
+
+def _fingerprints(windows: Tensor | None, tuned_on: TuneWindows | None) -> dict[str, object]:
+    """What tells the texts of a run from others."""
+    calibration = {} if windows is None else {"calibration": text_fingerprint(windows)}
+    return {**calibration, **identity_of(tuned_on)}
 
 
 def _asked(choice: Choice | None) -> dict[str, object]:

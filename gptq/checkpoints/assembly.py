@@ -36,7 +36,8 @@ def from_blocks(
     """From the finished blocks of a run.
 
     module: the model without weights. packed: tensors of its packed layers, with zero points of
-    format "gptq". widths: of layers that do not have the bits and group size of `settings`.
+        format "gptq", and those that replace the model's own because they were trained.
+    widths: of layers that do not have the bits and group size of `settings`.
     """
     base = Width(settings.bits, settings.group_size)
     layers, modules = [], {}
@@ -51,7 +52,11 @@ def from_blocks(
         own["qzeros"] = own["qzeros"]._replace(read=partial(_zeros, packed, layer, 1))
         layers.append(layer)
         modules[name] = own
-    unpacked = _unpacked(source, module, source.folder, source.tensors, modules)
+    trained = {
+        name: packed.entry(name) for name in packed if name.rpartition(".")[0] not in modules
+    }
+    stored = source.tensors.changed(trained)
+    unpacked = _unpacked(source, module, source.folder, stored, modules)
     tensors = with_modules(unpacked, modules)
     settings = describe(settings, layers, source.spec)
     return Canonical(source, source.folder, tensors, tuple(layers), settings)

@@ -93,11 +93,18 @@ def distinct_tokens(windows: Tensor) -> int:
     Counted as different runs of RUN tokens: text that is repeated counts once, whether the windows
     overlap, begin at the same token, or the text itself repeats.
     """
+    return len(torch.unique(run_numbers(windows)))
+
+
+def run_numbers(windows: Tensor) -> Tensor:
+    """A number for each run of RUN tokens, int64 (n, runs), of windows (n, seqlen).
+
+    Two runs can have the same one, but of a million hardly any do: the factors are odd, and the sum
+    wraps around at 64 bits. Sorting rows of tokens would take seconds.
+    """
     runs = windows.unfold(1, min(RUN, windows.shape[1]), 1)
-    # One number for each run, since sorting rows takes seconds. Two runs can have the same one, but
-    # of a million hardly any do: the factors are odd, and the sum wraps around at 64 bits.
     factors = torch.tensor([pow(_FACTOR, power, 1 << 62) for power in range(runs.shape[-1])])
-    return len(torch.unique((runs * factors).sum(-1)))
+    return (runs * factors).sum(-1)
 
 
 def text_fingerprint(windows: Tensor) -> str:

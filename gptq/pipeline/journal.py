@@ -32,6 +32,9 @@ from gptq.pipeline.team import Team
 _PARTS = "block-*.safetensors"
 _WIDTHS = "widths.json"
 LOCK = "lock"
+TRAINING = "training.safetensors"
+# What the names of tensors that are to be written begin with in that file.
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,29 @@ class Journal:
             raise UserError(f"{part}: is damaged; delete it, and --resume solves its block again")
         return tensors, record["layers"]
 
-    def tensors(self) -> LazyTensors:
+    @property
+    def training(self) -> Path:
+        """The file of a training of the whole model, after all blocks."""
+        return self.folder / TRAINING
+
+    def write_training(self, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
+        """Make the state of a training durable in place of the one before."""
+        metadata = {"record": json.dumps(record), "hash": _hash(tensors)}
+        with whole_file(self.training) as temporary:
+            write_tensors(temporary, as_lazy(tensors), list(tensors), metadata)
+
+    def read_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was written last; None if nothing was, or if it is damaged."""
+        if not self.training.exists():
+            return None
+        with contextlib.suppress(UserError, ValueError, KeyError):
+            opened = open_tensors([self.training])
+            tensors = dict(opened)
+            if opened.metadata["hash"] == _hash(tensors):
+                return tensors, json.loads(opened.metadata["record"])
+        return None
+
+    def solved(self) -> LazyTensors:
         """The packed tensors of all blocks, read when asked for."""
         return open_tensors(sorted(self.folder.glob(_PARTS)))
 
@@ -88,6 +113,16 @@ class Journal:
         """What `keep_widths` kept; None if it kept nothing."""
         file = self.folder / _WIDTHS
         return json.loads(file.read_text()) if file.exists() else None
+
+    def tensors(self) -> LazyTensors:
+        """As `solved`; scales and norms that were trained replace or join them."""
+        solved = self.solved()
+        if not self.training.exists():
+            return solved
+        trained = open_tensors([self.training])
+        first = f"{BEST}."
+        best = {name: trained.entry(name) for name in trained if name.startswith(first)}
+        return solved.changed({name[len(first) :]: entry for name, entry in best.items()})
 
     def remove(self) -> None:
         """Remove the blocks, once the output is whole. Killed meanwhile, it leaves fewer.
@@ -257,6 +292,8 @@ def _take_up(folder: Path, identity: str, resume: bool) -> None:
         left.unlink()
     file = folder / "run.json"
     if not _holds_work(folder):
+        # It may be of a run that was another one.
+        (folder / TRAINING).unlink(missing_ok=True)
         with whole_file(file) as temporary:
             temporary.write_text(identity)
         sync_folder(folder.parent)

@@ -25,6 +25,8 @@ class Needs:
     """With everything but the activations."""
     activations: int
     """Of all windows, between two groups of layers."""
+    training: int = 0
+    """With everything but the activations, if the run trains after the solve."""
 
 
 def needs(

@@ -25,13 +25,18 @@ OURS: dict[str, tuple[str, ...]] = {
     "gptq.solver": ("gptq.config", "quant_cuda"),
 }
 OURS["gptq.blockwise"] = (*BASE, "gptq.files", "gptq.nn", "gptq.solver")
-OURS["gptq.pipeline"] = (*OURS["gptq.blockwise"], "gptq.blockwise", "gptq.config", "quant_cuda")
+OURS["gptq.tuning"] = (*BASE, "gptq.files", "gptq.blockwise", "quant_cuda")
+OURS["gptq.pipeline"] = (
+    *OURS["gptq.blockwise"],
+    *("gptq.blockwise", "gptq.config", "gptq.tuning", "quant_cuda"),
+)
 OURS["gptq.checkpoints"] = (*OURS["gptq.pipeline"], "gptq.device", "gptq.data")
 OURS["gptq.inference"] = (*OURS["gptq.checkpoints"], "gptq.checkpoints")
 OURS["gptq.allocation"] = (*OURS["gptq.pipeline"], "gptq.pipeline")
 OURS["gptq.fitting"] = (*OURS["gptq.inference"], "gptq.pipeline", "gptq.allocation")
 OURS["gptq.job"] = OURS["gptq.fitting"]
-OURS["gptq.quantization"] = (*OURS["gptq.fitting"], "gptq.fitting", "gptq.job")
+OURS["gptq.tuned_text"] = (*OURS["gptq.job"], "gptq.job")
+OURS["gptq.quantization"] = (*OURS["gptq.tuned_text"], "gptq.fitting", "gptq.tuned_text")
 OURS["gptq.api"] = (*OURS["gptq.quantization"], "gptq.quantization", "gptq.inference")
 OURS["gptq.hf"] = OURS["gptq.api"]
 OURS["gptq.cli"] = (*OURS["gptq.api"], "gptq.api", "gptq.hf")
@@ -56,12 +61,14 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "gptq.nn": ("torch",),
     "gptq.solver": ("torch",),
     "gptq.blockwise": ("torch", "transformers", "huggingface_hub", "gguf", "numpy"),
+    "gptq.tuning": ("torch",),
     "gptq.pipeline": ("torch", "transformers"),
     "gptq.checkpoints": ("torch", "transformers", "gguf"),
     "gptq.inference": ("torch", "transformers"),
     "gptq.allocation": ("torch",),
     "gptq.fitting": ("torch",),
     "gptq.job": (),
+    "gptq.tuned_text": ("torch",),
     "gptq.quantization": ("torch",),
     "gptq.api": ("torch", "transformers"),
     "gptq.hf": ("torch", "transformers", "peft"),

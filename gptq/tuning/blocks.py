@@ -1,0 +1,74 @@
+"""Training the scales of one block, so that its output comes closest to the full model's.
+
+Block-wise training as in EfficientQAT (Chen et al. 2024, arXiv 2407.11062, section 3.2), but with
+fixed integers, and from a solved block instead of a rounded one.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gptq.blockwise.model import Block
+from gptq.tuning.streams import Streams, autocast, shuffled
+from gptq.tuning.trainable import TrainableLinear, trainable_block, trainable_layers
+
+EPOCHS = 4
+RATE = 5e-3
+"""Of Adam at the beginning, in shares of a scale; it falls with a cosine to 0."""
+BETAS = (0.9, 0.95)
+
+
+def tune_block(block: Block, tensors: Mapping[str, Tensor], streams: Streams) -> dict[str, Tensor]:
+    """Train the scales of a solved block.
+
+    tensors: the packed tensors of its layers, by their names in the model.
+    streams: `quantized` before the block, `full` after it; neither is changed.
+    Returns new scales, float16 (groups, out) by their names in the model: those of the epoch after
+    which the loss of held-out windows was least, maybe the solve's own.
+    """
+    device = next(block.module.parameters()).device
+    module = trainable_block(block, tensors, device)
+    layers = dict(trainable_layers(module))
+    best, least = _scales(layers), _held_out_loss(block, module, streams)
+    optimizer = torch.optim.Adam((it.factors for it in layers.values()), RATE, BETAS)
+    steps = EPOCHS * len(streams.training)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
+    for epoch in range(EPOCHS):
+        for number in shuffled(streams.training, 1000 * block.index + epoch):
+            optimizer.zero_grad()
+            _loss(block, module, streams, number).backward()
+            optimizer.step()
+            schedule.step()
+        loss = _held_out_loss(block, module, streams)
+        if loss >= least:
+            break
+        best, least = _scales(layers), loss
+    return {f"{block.name}.{name}.scales": scales.cpu() for name, scales in best.items()}
+
+
+def cosine(step: int, steps: int) -> float:
+    """The share of a rate at a step of `steps`: from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+
+
+def _scales(layers: Mapping[str, TrainableLinear]) -> dict[str, Tensor]:
+    return {name: layer.rounded_scales() for name, layer in layers.items()}
+
+
+def _loss(block: Block, module: nn.Module, streams: Streams, number: int) -> Tensor:
+    """The squared error of the block's output as a share of the target's square."""
+    (hidden,), (target,) = streams.quantized.hidden.get(number), streams.full.hidden.get(number)
+    arguments = streams.quantized.arguments[len(hidden)][block.index]
+    with autocast(hidden.device, streams.compute):
+        output = module(hidden, **arguments)
+    output = output[0] if isinstance(output, tuple) else output
+    error = (output.float() - target.float()).square().mean()
+    return error / target.float().square().mean()
+
+
+@torch.no_grad()
+def _held_out_loss(block: Block, module: nn.Module, streams: Streams) -> float:
+    losses = [float(_loss(block, module, streams, number)) for number in streams.held_out]
+    return sum(losses) / len(losses)
