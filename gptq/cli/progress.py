@@ -112,6 +112,11 @@ def quantization_progress(layers: int) -> Iterator[Callable[[LayerReport, int], 
     yield log
 
 
+def show_training(step: int, steps: int, loss: float) -> None:
+    """Write a line about a training after the blocks. loss: of held-out windows, nats a token."""
+    _print_line(f"training: step {step} of {steps}, held-out divergence {loss:.4f}")
+
+
 @contextlib.contextmanager
 def _bar(title: str, console: Console, first: int = 0) -> Iterator[Callable[..., None]]:
     columns = (

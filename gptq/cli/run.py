@@ -167,7 +167,7 @@ def _quantize(
     scratch: where the model is written if the arguments name no output.
     """
     from gptq import api
-    from gptq.cli.progress import run_progress
+    from gptq.cli.progress import run_progress, show_training
 
     paths = _paths(arguments, model.source.name, config)
     journal = next(filter(None, paths.values()), None)
@@ -202,7 +202,7 @@ def _quantize(
                 show(layer, total)
 
         try:
-            result = api.run(model, job, step, measured)
+            result = api.run(model, job, step, measured, show_training)
         except (KeyboardInterrupt, Exception) as stop:
             hint = _resume_hint(journal) if done and leader else None
             message = input_error(stop)

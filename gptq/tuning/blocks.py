@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq.blockwise.model import Block
-from gptq.tuning.streams import Streams, autocast, shuffled
+from gptq.tuning.streams import Streams, autocast
 from gptq.tuning.trainable import TrainableLinear, trainable_block, trainable_layers
 
-EPOCHS = 4
-RATE = 5e-3
+STEPS = 16
+"""At most, each on another batch."""
+RATE = 1e-2
 """Of Adam at the beginning, in shares of a scale; it falls with a cosine to 0."""
 BETAS = (0.9, 0.95)
 
@@ -25,27 +26,26 @@ def tune_block(block: Block, tensors: Mapping[str, Tensor], streams: Streams) ->
 
     tensors: the packed tensors of its layers, by their names in the model.
     streams: `quantized` before the block, `full` after it; neither is changed.
-    Returns new scales, float16 (groups, out) by their names in the model: those of the epoch after
-    which the loss of held-out windows was least, maybe the solve's own.
+    Returns new scales, float16 (groups, out) by their names in the model: the trained ones if they
+    have a lower loss on the held-out windows, otherwise the solve's own.
     """
     device = next(block.module.parameters()).device
     module = trainable_block(block, tensors, device)
     layers = dict(trainable_layers(module))
-    best, least = _scales(layers), _held_out_loss(block, module, streams)
-    optimizer = torch.optim.Adam((it.factors for it in layers.values()), RATE, BETAS)
-    steps = EPOCHS * len(streams.training)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
-    for epoch in range(EPOCHS):
-        for number in shuffled(streams.training, 1000 * block.index + epoch):
-            optimizer.zero_grad()
-            _loss(block, module, streams, number).backward()
-            optimizer.step()
-            schedule.step()
-        loss = _held_out_loss(block, module, streams)
-        if loss >= least:
-            break
-        best, least = _scales(layers), loss
-    return {f"{block.name}.{name}.scales": scales.cpu() for name, scales in best.items()}
+    optimizer = torch.optim.Adam((it.factors for it in layers.values()), betas=BETAS)
+    solved, before = _scales(layers), _held_out_loss(block, module, streams)
+    numbers = streams.training[:STEPS]
+    for step, number in enumerate(numbers):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * cosine(step, len(numbers))
+        _loss(block, module, streams, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer in layers.values():
+        layer.round()
+    better = _held_out_loss(block, module, streams) < before
+    scales = _scales(layers) if better else solved
+    return {f"{block.name}.{name}.scales": it.cpu() for name, it in scales.items()}
 
 
 def cosine(step: int, steps: int) -> float:

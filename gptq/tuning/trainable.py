@@ -66,6 +66,11 @@ class TrainableLinear(nn.Module):
         """float16 (groups, out): the trained scales as they are stored."""
         return stored_scales(self.scales[:, 0], self.factors[:, 0])
 
+    @torch.no_grad()
+    def round(self) -> None:
+        """Make the factors those of the scales as they are stored."""
+        self.factors.copy_(self.rounded_scales()[:, None].float() / self.scales)
+
 
 def stored_scales(scales: Tensor, factors: Tensor) -> Tensor:
     """float16 products of scales and what they were trained to be multiplied by.
