@@ -7,6 +7,7 @@ A forward keeps what each block is given; the backward runs block after block on
 last to the first. So one block and its gradients are in memory, however deep the model is.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,8 +23,10 @@ from gptq.tuning.streams import Streams, autocast, shuffled
 from gptq.tuning.trainable import trainable_block
 
 EPOCHS = 2
-RATE = 1e-3
-"""Of Adam at the beginning: a share of each scale, or of the mean size of a norm's weights."""
+RATE = 2.5e-3
+"""Of Adam at the beginning, for a divergence of 1 before the training: a share of each scale, or of
+the mean size of a norm's weights. It grows with the root of the divergence, as the distance to the
+minimum of a quadratic does, and falls with a cosine to 0."""
 CHECK = 8
 """Steps between two looks at the held-out windows."""
 PATIENCE = 2
@@ -41,6 +44,8 @@ class State:
     loss: float
     """Mean divergence of the held-out windows, nats a token."""
     least: float
+    first: float
+    """The loss before the training."""
     worse: int
     """Looks in a row without a lower loss."""
     optimizer: Mapping[str, Tensor] = field(repr=False)
@@ -75,7 +80,7 @@ def tune_model(
             loss = passes.held_out_loss()
             steps = EPOCHS * len(streams.training)
             kept = {"optimizer": parameters.state(), "best": parameters.as_stored()}
-            state = State(0, steps, loss, least=loss, worse=0, **kept)
+            state = State(0, steps, loss, least=loss, first=loss, worse=0, **kept)
             yield state
         else:
             parameters.restore(state.optimizer, state.step)
@@ -84,7 +89,7 @@ def tune_model(
             for step in range(state.step, stop):
                 epoch, place = divmod(step, len(streams.training))
                 passes.gradients(list(shuffled(streams.training, epoch))[place])
-                parameters.step(RATE * cosine(step, state.steps))
+                parameters.step(RATE * math.sqrt(state.first) * cosine(step, state.steps))
             state = _look(state, stop, passes.held_out_loss(), parameters)
             yield state
 
@@ -96,6 +101,7 @@ def _look(before: State, step: int, loss: float, parameters: Parameters) -> Stat
         steps=before.steps,
         loss=loss,
         least=min(loss, before.least),
+        first=before.first,
         worse=0 if better else before.worse + 1,
         optimizer=parameters.state(),
         best=parameters.as_stored() if better else before.best,

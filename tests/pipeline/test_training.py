@@ -24,6 +24,8 @@ def several_steps(monkeypatch):
     """A look after every second step, of two windows each; no other kind of product."""
     monkeypatch.setattr("gptq.tuning.streams.STEP_TOKENS", 4 * SEQLEN)
     monkeypatch.setattr(end_to_end, "CHECK", 2)
+    # Random models give much the same output, however they are rounded.
+    monkeypatch.setattr(end_to_end, "RATE", 0.03)
     monkeypatch.setattr("gptq.tuned_text.training_dtype", lambda _: torch.float32)
 
 
@@ -63,7 +65,9 @@ def test_the_file_has_what_training_reported(model_dir, text_file, tmp_path, cha
     run(model_dir, text_file, config, show=lambda *look: losses.append(look[2]), **outputs)
     assert min(losses) < losses[0]
     for path in outputs.values():
-        assert divergence(model_dir, path, text_file) == pytest.approx(min(losses), rel=2e-3)
+        assert divergence(model_dir, path, text_file) == pytest.approx(
+            min(losses), rel=2e-3, abs=1e-6
+        )
 
 
 def test_trained_norms_are_in_a_gguf_file(llama_dir, text_file, tmp_path):

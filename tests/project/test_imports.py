@@ -25,7 +25,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "gptq.solver": ("gptq.config", "quant_cuda"),
 }
 OURS["gptq.blockwise"] = (*BASE, "gptq.files", "gptq.nn", "gptq.solver")
-OURS["gptq.tuning"] = (*BASE, "gptq.files", "gptq.blockwise", "quant_cuda")
+OURS["gptq.tuning"] = (*OURS["gptq.blockwise"], "gptq.blockwise", "quant_cuda")
 OURS["gptq.pipeline"] = (
     *OURS["gptq.blockwise"],
     *("gptq.blockwise", "gptq.config", "gptq.tuning", "quant_cuda"),
