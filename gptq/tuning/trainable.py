@@ -25,7 +25,7 @@ class TrainableLinear(nn.Module):
     """
 
     levels: Tensor
-    """q - zero, float32 (groups, inputs of a group, out); zeros fill a short last group."""
+    """q - zero, float32 (groups, inputs of a group, out); shorter groups have rows without use."""
     scales: Tensor
     """float32 (groups, 1, out)."""
     place: Tensor | None
@@ -42,10 +42,11 @@ class TrainableLinear(nn.Module):
             groups = natural_groups(packed.in_features, packed.group_size, q.device)
         groups = groups.long()
         place, size = _places(groups, len(packed.scales))
-        levels = q.new_zeros((len(packed.scales) * size, q.shape[1]), dtype=torch.float32)
-        levels[place] = q.float() - zeros[groups].float()
+        joined = q.new_zeros((len(packed.scales) * size, q.shape[1]))
+        joined[place] = q
+        levels = joined.view(-1, size, q.shape[1]).float().sub_(zeros[:, None])
         in_order = bool((place == torch.arange(len(place), device=place.device)).all())
-        self.register_buffer("levels", levels.view(-1, size, q.shape[1]))
+        self.register_buffer("levels", levels)
         self.register_buffer("scales", packed.scales.float()[:, None])
         self.register_buffer("place", None if in_order else place)
         self.register_buffer("bias", bias)
