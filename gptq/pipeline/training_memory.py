@@ -46,7 +46,7 @@ def with_training(
         # While a group is solved, the solved layers of its block are kept.
         least=needed.least + itemsize * weights,
         most=max(needed.most + itemsize * weights, training),
-        # Of the windows to calibrate on, those before the block are kept too: half a stream at most.
+        # The calibration activations before the block are kept too: half a stream at most.
         activations=needed.activations * 3 // 2 + 3 * windows.tokens * hidden * itemsize + borders,
         training=training,
     )
