@@ -19,6 +19,9 @@ STEPS = 16
 RATE = 1e-2
 """Of Adam at the beginning, in shares of a scale; it falls with a cosine to 0."""
 BETAS = (0.9, 0.95)
+LEAST_GAIN = 0.06
+"""Share by which the held-out loss must fall for trained scales to be kept: on so few tokens less
+does not carry over to other text (docs/algorithm.md)."""
 
 
 def tune_block(block: Block, tensors: Mapping[str, Tensor], streams: Streams) -> dict[str, Tensor]:
@@ -26,8 +29,8 @@ def tune_block(block: Block, tensors: Mapping[str, Tensor], streams: Streams) ->
 
     tensors: the packed tensors of its layers, by their names in the model.
     streams: `quantized` before the block, `full` after it; neither is changed.
-    Returns new scales, float16 (groups, out) by their names in the model: the trained ones if they
-    have a lower loss on the held-out windows, otherwise the solve's own.
+    Returns new scales, float16 (groups, out) by their names in the model: the trained ones if their
+    loss on the held-out windows is lower by LEAST_GAIN, otherwise the solve's own.
     """
     device = next(block.module.parameters()).device
     module = trainable_block(block, tensors, device)
@@ -43,7 +46,7 @@ def tune_block(block: Block, tensors: Mapping[str, Tensor], streams: Streams) ->
         optimizer.zero_grad()
     for layer in layers.values():
         layer.round()
-    better = _held_out_loss(block, module, streams) < before
+    better = _held_out_loss(block, module, streams) < (1 - LEAST_GAIN) * before
     scales = _scales(layers) if better else solved
     return {f"{block.name}.{name}.scales": it.cpu() for name, it in scales.items()}
 

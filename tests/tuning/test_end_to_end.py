@@ -152,11 +152,14 @@ def test_the_loss_is_that_of_the_model_a_file_would_hold(llama_dir, monkeypatch)
     assert last.least < first.loss
 
 
-@pytest.mark.parametrize(("rate", "improves"), [(1e-2, True), (3.0, False)])
+@pytest.mark.parametrize(
+    ("rate", "least_gain", "improves"), [(1e-2, 0, True), (1e-2, 0.9, False), (3.0, 0, False)]
+)
 def test_a_block_keeps_its_scales_unless_held_out_windows_gain(
-    llama_dir, monkeypatch, rate, improves
+    llama_dir, monkeypatch, rate, least_gain, improves
 ):
     monkeypatch.setattr("gptq.tuning.blocks.RATE", rate)
+    monkeypatch.setattr("gptq.tuning.blocks.LEAST_GAIN", least_gain)
     model = opened(llama_dir)
     tensors = rounded(model, QuantConfig(bits=2, group_size=32))
     streams = open_streams(model, TuneWindows(TRAINING, HELD_OUT, FLOAT, torch.float16), None)
