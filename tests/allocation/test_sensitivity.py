@@ -35,7 +35,7 @@ def measured(folder, windows, config=DEFAULT, **more):
 def naive(folder, spec, windows, number, share):
     """The divergence with group `number` in the reference width, and the output layer of its branch
     corrected for `share` of the error, all else as it is."""
-    windows, probe = windows[:6], windows[6:]
+    windows, probe = windows[:7], windows[7:]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     full = model(probe).logits.log_softmax(-1)
     block, place = divmod(number, len(spec.groups))
