@@ -26,7 +26,10 @@ else:
 PACKAGES = {
     *("gptq", "quant_cuda", "quant_cuda.cpu", "quant_cuda.cuda"),
     *(f"gptq.{name}" for name in ("allocation", "blockwise", "checkpoints", "cli", "data")),
-    *(f"gptq.{name}" for name in ("files", "inference", "models", "pipeline", "serving", "solver")),
+    *(
+        f"gptq.{name}"
+        for name in ("files", "inference", "models", "pipeline", "serving", "solver", "tuning")
+    ),
     *("belle", "belle.compare", "belle.finetune", "belle.generation", "belle.release"),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
