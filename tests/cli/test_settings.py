@@ -29,6 +29,7 @@ VALID = {
     "refine": 7,
     "method": "rtn",
     "embedding_bits": 4,
+    "tune_tokens": 4096,
 }
 
 
@@ -39,7 +40,9 @@ def parse(line):
 def test_a_setting_is_on_the_command_line_or_known_not_to_be():
     bare = {field for field, s in SETTINGS.items() if s.flag is None and s.shorthand is None}
     assert bare == WITHOUT_A_FLAG
-    assert set(SETTINGS) == set(DEFAULTS) == set(QuantConfig().to_dict())
+    # Without tuning it is as if there were no such setting.
+    assert set(QuantConfig().to_dict()) == set(SETTINGS) - {"tune_tokens"}
+    assert set(SETTINGS) == set(DEFAULTS) == set(QuantConfig(tune_tokens=1).to_dict())
     assert set(VALID) == set(SETTINGS) - WITHOUT_A_FLAG
     assert all(set(changes) <= set(SETTINGS) for changes in QUALITIES.values())
 
