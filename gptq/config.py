@@ -264,8 +264,11 @@ their input have one width, because vLLM and SGLang fuse them."""
 def config_of_layer(config: QuantConfig, widths: Widths | None, name: str) -> QuantConfig:
     """The settings of one layer: those of the run, in the layer's own width if it has one."""
     width = None if widths is None else widths.get(name)
-    if width is None:
-        return config
+    return config if width is None else with_width(config, width)
+
+
+def with_width(config: QuantConfig, width: Width) -> QuantConfig:
+    """The same settings in another width."""
     return replace(config, bits=width.bits, group_size=width.group_size)
 
 

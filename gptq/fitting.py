@@ -1,7 +1,7 @@
 """A quantization that has to fit a size: which widths its outputs can hold, and which it takes."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.formats import FORMATS
 from gptq.checkpoints.preflight import planned_layers
 from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes
-from gptq.config import QuantConfig, Width, Widths, is_packable
+from gptq.config import QuantConfig, Width, Widths, is_packable, with_width
 from gptq.errors import UserError
 from gptq.pipeline.team import Team
 
@@ -52,7 +52,7 @@ def choice_of(
     """Raises UserError if no width can be written, or if none is small enough."""
     sizes, weights, refused = {}, 0, ""
     for width in target.widths:
-        facts = planned_layers(model, _of_width(config, width), 16)
+        facts = planned_layers(model, with_width(config, width), 16)
         reason = _refusal(facts, outputs)
         refused = refused or reason or ""
         if reason is None:
@@ -112,10 +112,6 @@ def _refusal(facts: Sequence[LayerFacts], outputs: Collection[Output]) -> str | 
             if reason is not None:
                 return f"--format {output.format}: {layer.name} {reason}"
     return None
-
-
-def _of_width(config: QuantConfig, width: Width) -> QuantConfig:
-    return replace(config, bits=width.bits, group_size=width.group_size)
 
 
 def _mib(size: int) -> str:

@@ -21,11 +21,6 @@ class Option:
     loss: float
 
 
-def least_size(items: Sequence[Sequence[Option]]) -> int:
-    """Bytes of the smallest choice."""
-    return sum(min(option.size for option in options) for options in items)
-
-
 def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """For each item the index of an option, so that the losses' sum is least and the sizes' sum is
     at most `budget` bytes.

@@ -20,7 +20,8 @@ from gptq.blockwise.activations import Activations, batches, embed, run_block
 from gptq.blockwise.logits import output_layers
 from gptq.blockwise.model import Block, BlockwiseModel, free
 from gptq.blockwise.steps import advance, advance_past, finish
-from gptq.config import QuantConfig, Width
+from gptq.config import QuantConfig, Width, with_width
+from gptq.pipeline.blocks import HELD_OUT
 from gptq.pipeline.team import ALONE, Team
 from gptq.solver.compensation import compensate
 from gptq.solver.damping import choose_damping
@@ -33,8 +34,6 @@ PROBE_TOKENS, PROBE_SHARE = 2048, 1 / 16
 ROWS = 128
 # Calibration tokens that the Hessians of this measurement are made of, at most.
 HESSIAN_TOKENS = 2**15
-# Share of them that chooses the damping.
-HELD_OUT = 0.25
 # Tokens of a window whose logits are in memory at once.
 LOGIT_TOKENS = 256
 
@@ -129,7 +128,7 @@ def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
 def _solve(weight: Tensor, hessian: Hessian, config: QuantConfig, width: Width) -> Tensor:
     """weight (out, in) in one width, dequantized. What changes a solution little is left out."""
     quick = replace(config, error_feedback=0.0, sweeps=1, refine=min(config.refine, 1))
-    solution = solve_layer(weight, hessian, _of_width(quick, width))
+    solution = solve_layer(weight, hessian, with_width(quick, width))
     return solution.dequantize(weight.dtype)
 
 
@@ -150,7 +149,7 @@ def _relative_errors(
     def share(width: Width) -> float:
         for each in (width, reference):
             if each not in losses:
-                solution = round_to_nearest(sample, H, _of_width(config, each))
+                solution = round_to_nearest(sample, H, with_width(config, each))
                 losses[each] = float(solution.loss.sum())
         return losses[width] / max(losses[reference], torch.finfo(torch.float32).tiny)
 
@@ -159,10 +158,6 @@ def _relative_errors(
         * share(Width(reference.bits, width.group_size))
         for width in widths
     ]
-
-
-def _of_width(config: QuantConfig, width: Width) -> QuantConfig:
-    return replace(config, bits=width.bits, group_size=width.group_size)
 
 
 def _with_group(

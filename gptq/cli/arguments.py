@@ -119,8 +119,8 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     add(
         "--quality",
         choices=QUALITIES,
-        help="fast: less than half the time; best: a closer model in a few times the time; tune: a "
-        "much closer one at 2 and 3 bits, trained for longer than that",
+        help="fast: less than half the time; best: a closer model in a few times the time; tune: "
+        "scales and norms are trained after the solve, for 2 bits",
     )
     add(
         "--size",
