@@ -29,7 +29,8 @@ from benchmarks.common.assets import DEFAULT_CACHE
 from benchmarks.common.measures import machine, version
 from benchmarks.common.stopwatch import SETTINGS, Stopwatch
 from benchmarks.limits import Rates, measured_rates, operations
-from benchmarks.quality import PEERS, Subject, log_perplexities, subject, windows_of
+from benchmarks.quality.making import PEERS
+from benchmarks.quality.subjects import Subject, log_perplexities, subject, windows_of
 from gptq import QuantConfig, api
 from gptq.errors import UserError
 

@@ -10,8 +10,11 @@ from conftest import llama_config, make_model
 from rich.console import Console
 
 import gptq
-from benchmarks import quality
 from benchmarks.common.measures import machine, version
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import making
+from benchmarks.quality.results import RESULTS, Result, read_results, table
+from benchmarks.quality.subjects import Subject
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def tiny(monkeypatch, tmp_path, text_file):
 
     def subject(name, _cache):
         heldout = {"words": text_file}
-        return quality.Subject(name, folder, text_file, heldout, nsamples=4, seqlen=32)
+        return Subject(name, folder, text_file, heldout, nsamples=4, seqlen=32)
 
     monkeypatch.setattr(quality, "subject", subject)
     return tmp_path / "results" / "quality.jsonl"
@@ -65,26 +68,26 @@ def test_a_peer_that_fails_is_named(tiny, capsys):
 def test_a_result_is_made_again_when_asked(tiny, monkeypatch, capsys):
     words = ["--models", "llama-tiny", "--settings", "W4 g32 asym", "--methods", "rounding"]
     words += ["--results", str(tiny)]
-    monkeypatch.setattr(quality, "version", lambda: "0.1+older")
+    monkeypatch.setattr(making, "version", lambda: "0.1+older")
     assert quality.main(words) == 0
-    monkeypatch.setattr(quality, "version", lambda: "0.2+newer")
+    monkeypatch.setattr(making, "version", lambda: "0.2+newer")
     assert quality.main(words) == 0
-    rows = quality.read_results(tiny)
+    rows = read_results(tiny)
     assert [row.version for row in rows] == ["0.1+older"]
     assert quality.main([*words, "--fresh"]) == 0
     assert len(tiny.read_text().splitlines()) == 2
-    (row,) = quality.read_results(tiny)
+    (row,) = read_results(tiny)
     assert (row.version, row.machine) == ("0.2+newer", machine())
     capsys.readouterr()
 
 
-ROW = quality.Result("m", "W4 g64 asym", "default", {"wiki": 0.5}, 4.36, 7.0, 1, "0.2+abc", "a CPU")
+ROW = Result("m", "W4 g64 asym", "default", {"wiki": 0.5}, 4.36, 7.0, 1, "0.2+abc", "a CPU")
 
 
 def shown(rows, model) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(quality.table(rows, model))
+        console.print(table(rows, model))
     return capture.get()
 
 
@@ -106,22 +109,22 @@ def test_results_from_before_versions_were_kept(tmp_path):
     for name in ("version", "machine"):
         del old[name]
     path.write_text(json.dumps(old) + "\n")
-    (row,) = quality.read_results(path)
+    (row,) = read_results(path)
     assert row.version == row.machine == "not recorded"
     assert "not recorded" in shown([row], "m")
 
 
 def test_the_results_in_the_repository_can_be_read():
-    rows = quality.read_results(quality.RESULTS)
+    rows = read_results(RESULTS)
     assert len({row.key for row in rows}) == len(rows) > 0
 
 
 def test_which_code_a_method_is():
-    assert quality.toolkit_version("default", {}) == version()
+    assert making.toolkit_version("default", {}) == version()
     assert version().startswith(gptq.__version__)
     # There is no such package in this environment.
     pythons = {"gptqmodel": sys.executable}
-    found = quality.toolkit_version("GPTQModel, its defaults", pythons)
+    found = making.toolkit_version("GPTQModel, its defaults", pythons)
     assert found == "gptqmodel not recorded"
 
 

@@ -10,7 +10,7 @@ from conftest import llama_config
 from benchmarks import quantize
 from benchmarks.common.stopwatch import STAGES, Stopwatch
 from benchmarks.limits import PLAIN, Group, groups_of, main, operations
-from benchmarks.quality import Subject
+from benchmarks.quality.subjects import Subject
 from benchmarks.quantize import run_ours
 from gptq import QuantConfig
 

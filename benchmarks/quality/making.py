@@ -1,0 +1,107 @@
+"""One quantized model, by this package or by another toolkit in its own environment."""
+
+import json
+import resource
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.common.measures import bits_per_weight, version
+from benchmarks.quality.methods import METHODS, OURS, PACKAGES, SETTINGS, Method, Setting
+from benchmarks.quality.results import UNKNOWN
+from benchmarks.quality.subjects import Subject
+from gptq import QuantConfig, api
+from gptq.errors import UserError
+
+PEERS = Path(__file__).parents[1] / "peers"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A quantized model in files."""
+
+    checkpoint: Path
+    cpu_seconds: float
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """What all methods quantize one model from, and with."""
+
+    subject: Subject
+    calibration: Tensor
+    """int64 (nsamples, seqlen)."""
+    pythons: Mapping[str, str | None]
+    """Of the environments of other toolkits, by the keys of PACKAGES."""
+
+    def make(self, method: str, setting: str, out: Path) -> Made:
+        """Quantize, with files under `out`. Raises UserError if that fails."""
+        how, what = METHODS[method], SETTINGS[setting]
+        if how.toolkit == OURS:
+            checkpoint, seconds = self._ours(how, what, out)
+        else:
+            checkpoint, seconds = self._peers(method, how, what, out)
+        opened = api.open_weights(self.subject.folder, checkpoint)
+        return Made(checkpoint, seconds, bits_per_weight(opened))
+
+    def _ours(self, method: Method, setting: Setting, out: Path) -> tuple[Path, float]:
+        # Other toolkits leave embeddings and heads as they are; what packing them costs is measured
+        # by benchmarks/embeddings.py.
+        options: dict[str, Any] = {**setting.config, **method.options, "embedding_bits": 16}
+        path, started = out / "model.pt", process_time()
+        api.quantize(
+            self.subject.folder,
+            self.subject.calibration,
+            QuantConfig(**options),
+            save=path,
+            nsamples=self.subject.nsamples,
+            seqlen=self.subject.seqlen,
+            dtype="float32",
+        )
+        return path, process_time() - started
+
+    def _peers(self, name: str, method: Method, setting: Setting, out: Path) -> tuple[Path, float]:
+        tokens = out / "tokens.json"
+        tokens.write_text(json.dumps(self.calibration.tolist()))
+        script = PEERS / f"{method.toolkit}_run.py"
+        settings = json.dumps({**setting.config, **method.options})
+        files = (self.subject.folder, tokens, out / "peer")
+        python = self.pythons[method.toolkit]
+        before = _children_seconds()
+        done = subprocess.run(
+            [str(word) for word in (python, script, *files, settings)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+        # This includes starting Python and reading the model, which take little of it.
+        return _checkpoint_folder(out / "peer"), _children_seconds() - before
+
+
+def _checkpoint_folder(out: Path) -> Path:
+    """The folder with a peer's files: its output folder or one inside."""
+    return next(path.parent for path in sorted(out.rglob("*.safetensors")))
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def toolkit_version(method: str, pythons: Mapping[str, str | None]) -> str:
+    """Which code a method is: this package's version, or another toolkit's in its environment."""
+    toolkit = METHODS[method].toolkit
+    if toolkit == OURS:
+        return version()
+    script = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    argv = [str(pythons[toolkit]), "-c", script, PACKAGES[toolkit]]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return f"{toolkit} {done.stdout.strip() or UNKNOWN}"

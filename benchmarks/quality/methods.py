@@ -1,0 +1,64 @@
+"""What is compared: methods and settings by their names, and which fit each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.limits import PLAIN
+from gptq.config import QUALITIES
+
+OURS = "gptq"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A toolkit and what it is told besides the setting."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    toolkit: str = OURS
+    """OURS or a key of PACKAGES."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is asked for."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Bits, group size and symmetry, by their names in QuantConfig."""
+
+
+# The distribution that says which version a toolkit is.
+PACKAGES = {"gptqmodel": "gptqmodel", "autoround": "auto-round"}
+METHODS: dict[str, Method] = {
+    # Each of ours after the second adds one idea to the one before it.
+    "rounding": Method({"method": "rtn", "scale_search": "minmax"}),
+    "plain GPTQ": Method(PLAIN),
+    "act-order": Method({**PLAIN, "order": "act", "static_groups": True}),
+    "group-aware order": Method({**PLAIN, "order": "gar"}),
+    "+ Hessian-aware grids": Method(QUALITIES["fast"]),
+    "+ damping by held-out loss": Method({"error_feedback": 0.0, "refine": 0}),
+    "+ input feedback": Method({"residual_feedback": False, "refine": 0}),
+    "+ residual feedback": Method({"refine": 0}),
+    "default": Method(),
+    "best": Method(QUALITIES["best"]),
+    "GPTQModel, its defaults": Method(toolkit="gptqmodel"),
+    "GPTQModel, its best": Method(
+        {"desc_act": True, "act_group_aware": False, "mse": 2.4, "damp_percent": 0.01},
+        "gptqmodel",
+    ),
+    "AutoRound, 50 steps": Method({"iters": 50}, "autoround"),
+    "AutoRound, 200 steps": Method({"iters": 200}, "autoround"),
+}
+GRIDS = {
+    "W4 g128": (4, 128),
+    "W4 g64": (4, 64),
+    "W4 g32": (4, 32),
+    "W3 g128": (3, 128),
+    "W2 g64": (2, 64),
+    "W8 g128": (8, 128),
+}
+SETTINGS: dict[str, Setting] = {
+    f"{name} {kind}": Setting({"bits": bits, "group_size": size, "sym": kind == "sym"})
+    for name, (bits, size) in GRIDS.items()
+    for kind in ("asym", "sym")
+}

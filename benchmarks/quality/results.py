@@ -1,0 +1,106 @@
+"""What was measured: its record, the file of records, a table and a chart."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.quality.methods import METHODS, OURS, SETTINGS
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
+# The version and machine of results from before these were kept.
+UNKNOWN = "not recorded"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantized model measured. Appended to the file as a line of JSON."""
+
+    model: str
+    setting: str
+    method: str
+    gaps: dict[str, float]
+    """Nats a token, by text."""
+    bits_per_weight: float
+    """Of the quantized layers, with scales, zeros and group indices."""
+    cpu_seconds: float
+    """Processor time of quantizing, all threads together."""
+    threads: int
+    version: str = UNKNOWN
+    """Of this package, with its commit; of another toolkit, its name and version."""
+    machine: str = UNKNOWN
+    """The processor and the number of its cores."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a table has one row for."""
+        return self.model, self.setting, self.method
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results in a file, of equal keys only the last; none if there is no file."""
+    if not path.exists():
+        return []
+    rows = [Result(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list({row.key: row for row in rows}.values())
+
+
+def add(path: Path, result: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(result)) + "\n")
+
+
+def table(results: list[Result], model: str) -> Table:
+    """One row a setting and method, best reading order: settings, then methods as listed."""
+    rows = [row for row in results if row.model == model]
+    texts = list(rows[0].gaps)
+    made = Table(
+        title=model,
+        caption="gap: ln perplexity above the full model's, nats a token; both run in float32",
+    )
+    for heading in ("setting", "method"):
+        made.add_column(heading)
+    for heading in (*(f"gap {text}" for text in texts), "bits a weight", "CPU s", "threads"):
+        made.add_column(heading, justify="right")
+    for heading in ("version", "machine"):
+        made.add_column(heading)
+    order = {name: place for place, name in enumerate(METHODS)}
+    places = {name: place for place, name in enumerate(SETTINGS)}
+    for row in sorted(rows, key=lambda row: (places[row.setting], order[row.method])):
+        gaps = [f"{row.gaps[text]:.4f}" for text in texts]
+        costs = f"{row.bits_per_weight:.2f}", f"{row.cpu_seconds:.0f}", str(row.threads)
+        made.add_row(row.setting, row.method, *gaps, *costs, row.version, row.machine)
+    return made
+
+
+def chart(results: list[Result], path: Path) -> None:
+    """Gap against bits a weight, a panel for each model, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row.model for row in results))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        for number, (name, method) in enumerate(METHODS.items()):
+            rows = [
+                row
+                for row in results
+                if (row.model, row.method) == (model, name) and row.setting.endswith("asym")
+            ]
+            points = sorted(
+                (row.bits_per_weight, sum(row.gaps.values()) / len(row.gaps)) for row in rows
+            )
+            if points:
+                colour = pyplot.get_cmap("tab20")(number)
+                marker = "o" if method.toolkit == OURS else "s"
+                axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
+        axis.set(title=model, xlabel="bits a weight", ylabel="gap, nats a token", yscale="log")
+        axis.grid(True, which="both", alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
