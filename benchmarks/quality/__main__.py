@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rich.console import Console
 from benchmarks.common.assets import DEFAULT_CACHE
 from benchmarks.common.measures import machine
 from benchmarks.quality.making import Workshop, toolkit_version
-from benchmarks.quality.methods import METHODS, OURS, PACKAGES, SETTINGS
+from benchmarks.quality.methods import METHODS, OURS, PACKAGES, SETTINGS, refusal
 from benchmarks.quality.results import RESULTS, Result, add, chart, read_results, table
 from benchmarks.quality.subjects import MODELS, log_perplexities, subject, windows_of
 from gptq.errors import UserError
@@ -33,7 +34,7 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
     what is."""
     pythons = {toolkit: getattr(args, toolkit) for toolkit in PACKAGES}
     measured = set() if args.fresh else {row.key for row in read_results(args.results)}
-    pairs = [(setting, method) for setting in args.settings for method in args.methods]
+    pairs = chosen_pairs(args)
     for name in args.models:
         wanted = [pair for pair in pairs if (name, *pair) not in measured]
         if not wanted:
@@ -59,13 +60,31 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
             )
 
 
+def chosen_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(setting, method) of each row that was asked for; a line about those that there cannot be, if
+    both were asked for by name. Raises UserError if there is none."""
+    settings, methods = args.settings or [*SETTINGS], args.methods or args.possible
+    chosen, refused = [], []
+    for pair in product(settings, methods):
+        reason = refusal(*pair)
+        if reason is None:
+            chosen.append(pair)
+        else:
+            refused.append(f"{', '.join(pair)}: {reason}")
+    if not chosen:
+        raise UserError(f"nothing to measure: {refused[0]}; choose other --settings or --methods")
+    for line in refused if args.settings and args.methods else ():
+        print(f"skipped {line}", file=sys.stderr, flush=True)
+    return chosen
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description="What quantization costs, by method, in nats a token on held-out text.",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:3], metavar="NAME")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=None, metavar="NAME")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=None, metavar="NAME")
     for toolkit in PACKAGES:
         parser.add_argument(
@@ -81,11 +100,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for name, method in METHODS.items()
         if method.toolkit != OURS and not getattr(args, method.toolkit)
     }
-    if args.methods is None:
-        args.methods = [name for name in METHODS if name not in missing]
-    for name in args.methods:
+    for name in args.methods or ():
         if name in missing:
             parser.error(f"{name} needs --{missing[name]} PYTHON")
+    args.possible = [name for name in METHODS if name not in missing]
     return args
 
 

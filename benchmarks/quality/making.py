@@ -14,8 +14,11 @@ from torch import Tensor
 from benchmarks.common.measures import bits_per_weight, version
 from benchmarks.quality.methods import METHODS, OURS, PACKAGES, SETTINGS, Method, Setting
 from benchmarks.quality.results import UNKNOWN
-from benchmarks.quality.subjects import Subject
+from benchmarks.quality.subjects import SEED, Subject
 from gptq import QuantConfig, api
+from gptq.cli.progress import show_training
+from gptq.config import QUALITIES
+from gptq.data.tuning_windows import tuning_windows
 from gptq.errors import UserError
 
 PEERS = Path(__file__).parents[1] / "peers"
@@ -60,15 +63,18 @@ class Workshop:
             self.subject.calibration,
             QuantConfig(**options),
             save=path,
-            nsamples=self.subject.nsamples,
+            nsamples=method.nsamples or self.subject.nsamples,
             seqlen=self.subject.seqlen,
             dtype="float32",
+            average_bits=setting.average_bits,
+            training=show_training,
         )
         return path, process_time() - started
 
     def _peers(self, name: str, method: Method, setting: Setting, out: Path) -> tuple[Path, float]:
         tokens = out / "tokens.json"
-        tokens.write_text(json.dumps(self.calibration.tolist()))
+        windows = self._tuning_windows() if method.has_tuning_text else self.calibration
+        tokens.write_text(json.dumps(windows.tolist()))
         script = PEERS / f"{method.toolkit}_run.py"
         settings = json.dumps({**setting.config, **method.options})
         files = (self.subject.folder, tokens, out / "peer")
@@ -84,6 +90,13 @@ class Workshop:
             raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
         # This includes starting Python and reading the model, which take little of it.
         return _checkpoint_folder(out / "peer"), _children_seconds() - before
+
+    def _tuning_windows(self) -> Tensor:
+        """What "tune" is trained on: int64 (n, seqlen); the calibration windows come first."""
+        tokenizer = api.open_model(self.subject.folder, weights=False).tokenizer()
+        tokens = QUALITIES["tune"]["tune_tokens"]
+        text = self.subject.calibration
+        return tuning_windows(text, tokenizer, self.calibration, tokens, SEED)[0]
 
 
 def _checkpoint_folder(out: Path) -> Path:

@@ -17,6 +17,10 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     toolkit: str = OURS
     """OURS or a key of PACKAGES."""
+    nsamples: int | None = None
+    """Calibration windows; None: as many as the model's other methods have."""
+    has_tuning_text: bool = False
+    """Whether its calibration windows are those that "tune" is trained on."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Setting:
 
     config: Mapping[str, Any] = field(default_factory=dict)
     """Bits, group size and symmetry, by their names in QuantConfig."""
+    average_bits: float | None = None
+    """Bits a weight of widths that differ by layer, with scales, zero points and group indices."""
 
 
 # The distribution that says which version a toolkit is.
@@ -41,6 +47,8 @@ METHODS: dict[str, Method] = {
     "+ residual feedback": Method({"refine": 0}),
     "default": Method(),
     "best": Method(QUALITIES["best"]),
+    "default, 64 windows": Method(nsamples=64),
+    "tune": Method(QUALITIES["tune"]),
     "GPTQModel, its defaults": Method(toolkit="gptqmodel"),
     "GPTQModel, its best": Method(
         {"desc_act": True, "act_group_aware": False, "mse": 2.4, "damp_percent": 0.01},
@@ -48,6 +56,10 @@ METHODS: dict[str, Method] = {
     ),
     "AutoRound, 50 steps": Method({"iters": 50}, "autoround"),
     "AutoRound, 200 steps": Method({"iters": 200}, "autoround"),
+    "AutoRound, 50 steps, tokens of tune": Method({"iters": 50}, "autoround", has_tuning_text=True),
+    "AutoRound, 200 steps, tokens of tune": Method(
+        {"iters": 200}, "autoround", has_tuning_text=True
+    ),
 }
 GRIDS = {
     "W4 g128": (4, 128),
@@ -62,3 +74,18 @@ SETTINGS: dict[str, Setting] = {
     for name, (bits, size) in GRIDS.items()
     for kind in ("asym", "sym")
 }
+# W4 g128 takes 4.2144 bits a weight of SmolLM2, whose 576 inputs leave a short last group.
+AVERAGES = {"3.5 bits asym": 3.5, "4.21 bits asym": 4.2144}
+SETTINGS |= {name: Setting({"sym": False}, bits) for name, bits in AVERAGES.items()}
+
+
+def refusal(setting: str, method: str) -> str | None:
+    """Why there is no such row; None if there is."""
+    how, what = METHODS[method], SETTINGS[setting]
+    if what.average_bits is None:
+        return None
+    if how.toolkit != OURS:
+        return "another toolkit does not choose widths"
+    if how.options.get("method") == "rtn":
+        return "rounding has no text to choose widths on"
+    return None

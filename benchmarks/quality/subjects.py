@@ -15,6 +15,7 @@ from gptq.files.atomic import whole_file
 
 MODELS = ("smollm2", "llama-tiny", "bloom-tiny", "llama-small", "bloom-small")
 EVALUATION_WINDOWS = 20
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def windows_of(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
     """Calibration windows, and evaluation windows: int64 (n, seqlen) each."""
     tokenizer = api.open_model(subject.folder).tokenizer()
     calibration = calibration_windows(
-        subject.calibration, tokenizer, subject.nsamples, subject.seqlen, 0
+        subject.calibration, tokenizer, subject.nsamples, subject.seqlen, SEED
     )
     evaluation = {
         name: evaluation_windows(path, tokenizer, subject.seqlen, EVALUATION_WINDOWS)

@@ -12,9 +12,11 @@ from rich.console import Console
 import gptq
 from benchmarks.common.measures import machine, version
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import making
+from benchmarks.quality import making, methods
 from benchmarks.quality.results import RESULTS, Result, read_results, table
 from benchmarks.quality.subjects import Subject
+from gptq import api
+from gptq.config import QUALITIES
 
 
 @pytest.fixture
@@ -79,6 +81,77 @@ def test_a_result_is_made_again_when_asked(tiny, monkeypatch, capsys):
     (row,) = read_results(tiny)
     assert (row.version, row.machine) == ("0.2+newer", machine())
     capsys.readouterr()
+
+
+def test_widths_chosen_for_an_average(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(methods.SETTINGS, "4.9 bits", methods.Setting({"sym": False}, 4.9))
+    words = ["--models", "llama-tiny", "--settings", "W4 g32 asym", "4.9 bits"]
+    words += ["--results", str(tiny), "--methods", "rounding", "+ residual feedback"]
+    assert quality.main(words) == 0
+    rows = {row.key[1:]: row for row in read_results(tiny)}
+    assert rows.keys() == {
+        ("W4 g32 asym", "rounding"),
+        ("W4 g32 asym", "+ residual feedback"),
+        ("4.9 bits", "+ residual feedback"),
+    }
+    assert 4.3 < rows["4.9 bits", "+ residual feedback"].bits_per_weight <= 4.9
+    line = "skipped 4.9 bits, rounding: rounding has no text to choose widths on\n"
+    assert capsys.readouterr().err.count(line) == 1
+
+
+def test_the_average_of_equal_size_is_no_larger():
+    """Of SmolLM2, whose layers are these."""
+    spent = {
+        row.setting: row.bits_per_weight for row in read_results(RESULTS) if row.model == "smollm2"
+    }
+    average = methods.SETTINGS["4.21 bits asym"].average_bits
+    assert 0 <= spent["W4 g128 asym"] - average < 1e-4
+
+
+def test_what_no_method_can_make_is_refused(capsys):
+    assert quality.main(["--settings", "3.5 bits asym", "--methods", "rounding"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: nothing to measure: 3.5 bits asym, rounding: rounding has no text"
+    )
+    assert err.count("\n") == 1
+
+
+def test_more_calibration_text_and_tuning(tiny, monkeypatch, capsys):
+    """Each is calibrated on as much as its name says, and says how the training goes."""
+    asked = []
+    quantize = api.quantize
+
+    def spy(*args, **settings):
+        asked.append((args[2].tune_tokens, settings["nsamples"]))
+        return quantize(*args, **settings)
+
+    monkeypatch.setattr(api, "quantize", spy)
+    monkeypatch.setitem(QUALITIES["tune"], "tune_tokens", 64)
+    words = ["--models", "llama-tiny", "--settings", "W4 g32 asym", "--results", str(tiny)]
+    words += ["--methods", "default", "default, 64 windows", "tune"]
+    assert quality.main(words) == 0
+    assert asked == [(0, 4), (0, 64), (64, 4)]
+    assert "held-out divergence" in capsys.readouterr().err
+
+
+def test_autoround_on_the_tokens_of_tune(tiny, monkeypatch, tmp_path):
+    """A peer that keeps the text it is given."""
+    kept = tmp_path / "tokens.json"
+    peer = tmp_path / "python"
+    peer.write_text(f'#!/bin/sh\ncp "$3" {kept}\nexit 1\n')
+    peer.chmod(0o755)
+    words = ["--models", "llama-tiny", "--settings", "W4 g32 asym", "--results", str(tiny)]
+    windows = {}
+    for name in ("AutoRound, 50 steps", "AutoRound, 50 steps, tokens of tune"):
+        assert quality.main([*words, "--methods", name, "--autoround", str(peer)]) == 2
+        windows[name] = json.loads(kept.read_text())
+    few, many = windows.values()
+    assert len(few) == 4
+    assert len(many) > 4
+    assert {len(window) for window in many} == {32}
+    # Those that overlap held-out windows are not among them.
+    assert sum(window in many for window in few) > 0
 
 
 ROW = Result("m", "W4 g64 asym", "default", {"wiki": 0.5}, 4.36, 7.0, 1, "0.2+abc", "a CPU")
