@@ -150,7 +150,9 @@ def time_ours(model: PreTrainedModel, prompt: int, tokens: int) -> dict[str, Any
 # llama.cpp -----------------------------------------------------------------------------------
 
 
-def in_peer(python: str, threads: int, *argv: str, script: Path | None = None) -> dict[str, Any]:
+def in_peer(
+    python: str, threads: int, *argv: str, script: Path | None = None, flag: str = "--python"
+) -> dict[str, Any]:
     """What a script of `peers` prints. Raises UserError if it fails or cannot be run."""
     try:
         done = subprocess.run(
@@ -162,7 +164,7 @@ def in_peer(python: str, threads: int, *argv: str, script: Path | None = None) -
         )
     except OSError as error:
         raise UserError(
-            f"--python {python}: cannot be run ({error.strerror}); give the interpreter of an "
+            f"{flag} {python}: cannot be run ({error.strerror}); give the interpreter of an "
             "environment with llama-cpp-python and gguf"
         ) from error
     if done.returncode:
@@ -171,7 +173,7 @@ def in_peer(python: str, threads: int, *argv: str, script: Path | None = None) -
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError) as error:
-        raise UserError(f"--python {python}: is no Python, by what it answers") from error
+        raise UserError(f"{flag} {python}: is no Python, by what it answers") from error
 
 
 def peer_config(config: PretrainedConfig) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Quantize and evaluate models with llama.cpp, in an environment with llama-cpp-python and gguf.
 
-    quantize FILE OUT TYPE [IMPORTANCE]  by llama.cpp itself: q4_0, q4_1, q8_0, q4_k_m
-    score FILE WINDOWS.json              natural logarithm of perplexity
-    text FILE REQUEST.json               the greedy continuation of a prompt
+    quantize FILE OUT TYPE EMBEDDING [IMPORTANCE]  by llama.cpp itself
+    score FILE WINDOWS.json                        natural logarithm of perplexity
+    text FILE REQUEST.json                         the greedy continuation of a prompt
 
 The last line of what a task prints is JSON. IMPORTANCE.npz has the mean square of each input of a
-weight, by its name in the file: what llama.cpp calls an importance matrix. The embedding, which is
-the head too, is Q8_0 in every quantized file.
+weight, by its name in the file: what llama.cpp calls an importance matrix. TYPE is a key of TYPES,
+EMBEDDING, the type of the embedding and the head, one of EMBEDDINGS.
 """
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +25,20 @@ TYPES = {
     "q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
     "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q3_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    "q2_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
 }
+EMBEDDINGS = {"q8_0": llama_cpp.GGML_TYPE_Q8_0, "f16": llama_cpp.GGML_TYPE_F16}
 
 
-def quantize(source: str, target: str, kind: str, importance: str | None = None) -> dict:
+def quantize(
+    source: str, target: str, kind: str, embedding: str, importance: str | None = None
+) -> dict:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = TYPES[kind]
-    settings.token_embedding_type = llama_cpp.GGML_TYPE_Q8_0
-    settings.output_tensor_type = llama_cpp.GGML_TYPE_Q8_0
+    settings.token_embedding_type = EMBEDDINGS[embedding]
+    settings.output_tensor_type = EMBEDDINGS[embedding]
+    settings.nthread = int(os.environ.get("OMP_NUM_THREADS", 0))
     if importance is not None:
         kept = {
             name: np.ascontiguousarray(it, np.float32) for name, it in np.load(importance).items()

@@ -6,11 +6,13 @@ The measure is the gap, ln(perplexity quantized) - ln(perplexity full), in nats 
 computed in float32. Every result is appended to a file at once, with the version that made it and
 the machine. What is in the file is not measured again without --fresh; of two results for the same
 model, setting and method the later counts.
-Other toolkits run in environments of their own: --gptqmodel PYTHON, --autoround PYTHON.
+Other toolkits run in environments of their own: --gptqmodel PYTHON, --autoround PYTHON, --llamacpp
+PYTHON. llama.cpp's settings are its types, which the other methods do not have.
 """
 
 import argparse
 import importlib.util
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -46,7 +48,7 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
         for setting, method in wanted:
             with tempfile.TemporaryDirectory(prefix="quality-") as folder:
                 made = workshop.make(method, setting, Path(folder))
-                quantized = log_perplexities(it.folder, made.checkpoint, evaluation)
+                quantized = log_perplexities(made.folder, made.checkpoint, evaluation)
             yield Result(
                 model=name,
                 setting=setting,
@@ -103,6 +105,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in args.methods or ():
         if name in missing:
             parser.error(f"{name} needs --{missing[name]} PYTHON")
+    for toolkit in PACKAGES:
+        python = getattr(args, toolkit)
+        if python is not None and shutil.which(python) is None:
+            parser.error(f"--{toolkit} {python}: no such program")
     args.possible = [name for name in METHODS if name not in missing]
     return args
 

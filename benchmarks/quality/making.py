@@ -9,10 +9,12 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.common.measures import bits_per_weight, version
-from benchmarks.quality.methods import METHODS, OURS, PACKAGES, SETTINGS, Method, Setting
+from benchmarks.llama_cpp_files import Peer, full_file, importance
+from benchmarks.quality.methods import LLAMA_CPP, METHODS, OURS, PACKAGES, SETTINGS, Method, Setting
 from benchmarks.quality.results import UNKNOWN
 from benchmarks.quality.subjects import SEED, Subject
 from gptq import QuantConfig, api
@@ -28,7 +30,9 @@ PEERS = Path(__file__).parents[1] / "peers"
 class Made:
     """A quantized model in files."""
 
-    checkpoint: Path
+    folder: Path
+    """The model's, or a .gguf file that is complete in itself."""
+    checkpoint: Path | None
     cpu_seconds: float
     bits_per_weight: float
 
@@ -46,12 +50,14 @@ class Workshop:
     def make(self, method: str, setting: str, out: Path) -> Made:
         """Quantize, with files under `out`. Raises UserError if that fails."""
         how, what = METHODS[method], SETTINGS[setting]
+        if how.toolkit == LLAMA_CPP:
+            return self._llama_cpp(how, what, out)
         if how.toolkit == OURS:
             checkpoint, seconds = self._ours(how, what, out)
         else:
             checkpoint, seconds = self._peers(method, how, what, out)
         opened = api.open_weights(self.subject.folder, checkpoint)
-        return Made(checkpoint, seconds, bits_per_weight(opened))
+        return Made(self.subject.folder, checkpoint, seconds, bits_per_weight(opened))
 
     def _ours(self, method: Method, setting: Setting, out: Path) -> tuple[Path, float]:
         # Other toolkits leave embeddings and heads as they are; what packing them costs is measured
@@ -91,6 +97,18 @@ class Workshop:
         # This includes starting Python and reading the model, which take little of it.
         return _checkpoint_folder(out / "peer"), _children_seconds() - before
 
+    def _llama_cpp(self, method: Method, setting: Setting, out: Path) -> Made:
+        """A .gguf file whose embedding and head have 16 bits, as in files of the other methods."""
+        full = full_file(self.subject.folder, out / "full.gguf")
+        peer = Peer(str(self.pythons[LLAMA_CPP]), out, torch.get_num_threads(), f"--{LLAMA_CPP}")
+        started, before = process_time(), _children_seconds()
+        argv: list[object] = [full, path := out / "model.gguf", setting.llama_cpp_type, "f16"]
+        if method.options.get("importance"):
+            argv.append(importance(self.subject.folder, self.calibration, out / "importance.npz"))
+        about = peer("quantize", *argv)
+        seconds = process_time() - started + _children_seconds() - before
+        return Made(path, None, seconds, about["bits"])
+
     def _tuning_windows(self) -> Tensor:
         """What "tune" is trained on: int64 (n, seqlen); the calibration windows come first."""
         tokenizer = api.open_model(self.subject.folder, weights=False).tokenizer()
@@ -117,4 +135,4 @@ def toolkit_version(method: str, pythons: Mapping[str, str | None]) -> str:
     script = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
     argv = [str(pythons[toolkit]), "-c", script, PACKAGES[toolkit]]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    return f"{toolkit} {done.stdout.strip() or UNKNOWN}"
+    return f"{PACKAGES[toolkit]} {done.stdout.strip() or UNKNOWN}"

@@ -1,4 +1,9 @@
-"""What is compared: methods and settings by their names, and which fit each other."""
+"""What is compared: methods and settings by their names, and which fit each other.
+
+llama.cpp's settings are its types. A K type holds blocks of 256 inputs. A layer whose inputs do not
+fill whole ones gets a larger type, of blocks of 32: of SmolLM2, with 576 inputs, most layers do.
+The bits a weight that are shown count this.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +13,7 @@ from benchmarks.limits import PLAIN
 from gptq.config import QUALITIES
 
 OURS = "gptq"
+LLAMA_CPP = "llamacpp"
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class Setting:
     """Bits, group size and symmetry, by their names in QuantConfig."""
     average_bits: float | None = None
     """Bits a weight of widths that differ by layer, with scales, zero points and group indices."""
+    llama_cpp_type: str | None = None
+    """For llama.cpp alone: a key of TYPES in peers/llama_cpp_quality.py."""
 
 
 # The distribution that says which version a toolkit is.
-PACKAGES = {"gptqmodel": "gptqmodel", "autoround": "auto-round"}
+PACKAGES = {"gptqmodel": "gptqmodel", "autoround": "auto-round", LLAMA_CPP: "llama-cpp-python"}
 METHODS: dict[str, Method] = {
     # Each of ours after the second adds one idea to the one before it.
     "rounding": Method({"method": "rtn", "scale_search": "minmax"}),
@@ -60,6 +68,8 @@ METHODS: dict[str, Method] = {
     "AutoRound, 200 steps, tokens of tune": Method(
         {"iters": 200}, "autoround", has_tuning_text=True
     ),
+    "llama.cpp": Method(toolkit=LLAMA_CPP),
+    "llama.cpp, importance matrix": Method({"importance": True}, LLAMA_CPP),
 }
 GRIDS = {
     "W4 g128": (4, 128),
@@ -75,13 +85,20 @@ SETTINGS: dict[str, Setting] = {
     for kind in ("asym", "sym")
 }
 # W4 g128 takes 4.2144 bits a weight of SmolLM2, whose 576 inputs leave a short last group.
+LLAMA_CPP_TYPES = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 AVERAGES = {"3.5 bits asym": 3.5, "4.21 bits asym": 4.2144}
 SETTINGS |= {name: Setting({"sym": False}, bits) for name, bits in AVERAGES.items()}
+
+SETTINGS |= {name: Setting(llama_cpp_type=name.lower()) for name in LLAMA_CPP_TYPES}
 
 
 def refusal(setting: str, method: str) -> str | None:
     """Why there is no such row; None if there is."""
     how, what = METHODS[method], SETTINGS[setting]
+    if what.llama_cpp_type is not None:
+        return None if how.toolkit == LLAMA_CPP else "only llama.cpp has this type"
+    if how.toolkit == LLAMA_CPP:
+        return f"llama.cpp has types: {', '.join(LLAMA_CPP_TYPES)}"
     if what.average_bits is None:
         return None
     if how.toolkit != OURS:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -76,7 +77,8 @@ def table(results: list[Result], model: str) -> Table:
 
 
 def chart(results: list[Result], path: Path) -> None:
-    """Gap against bits a weight, a panel for each model, a line for each method."""
+    """Gap against bits a weight, a panel for each model, a line for each method on uniform
+    asymmetric grids, and points for widths that differ by layer and for llama.cpp's types."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,22 +87,33 @@ def chart(results: list[Result], path: Path) -> None:
     models = list(dict.fromkeys(row.model for row in results))
     figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        for number, (name, method) in enumerate(METHODS.items()):
-            rows = [
-                row
-                for row in results
-                if (row.model, row.method) == (model, name) and row.setting.endswith("asym")
-            ]
-            points = sorted(
-                (row.bits_per_weight, sum(row.gaps.values()) / len(row.gaps)) for row in rows
-            )
-            if points:
-                colour = pyplot.get_cmap("tab20")(number)
-                marker = "o" if method.toolkit == OURS else "s"
-                axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
+        for number, name in enumerate(METHODS):
+            rows = [row for row in results if (row.model, row.method) == (model, name)]
+            colour = pyplot.get_cmap("tab20")(number)
+            _draw(axis, name, rows, colour)
         axis.set(title=model, xlabel="bits a weight", ylabel="gap, nats a token", yscale="log")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _draw(axis: Any, method: str, rows: list[Result], colour: Any) -> None:
+    """One method: its rows on uniform asymmetric grids as a line, its others as points."""
+    lines: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for row in rows:
+        setting = SETTINGS[row.setting]
+        uniform = "bits" in setting.config
+        if not uniform or not setting.config["sym"]:
+            mean = sum(row.gaps.values()) / len(row.gaps)
+            lines[uniform].append((row.bits_per_weight, mean))
+    ours = METHODS[method].toolkit == OURS
+    for uniform, style, marker in (
+        (True, "-", "o" if ours else "s"),
+        (False, "", "*" if ours else "D"),
+    ):
+        if points := sorted(lines[uniform]):
+            label = method if uniform or not ours else f"{method}, widths chosen"
+            columns = zip(*points, strict=True)
+            axis.plot(*columns, linestyle=style, marker=marker, color=colour, label=label)

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gguf_quality import full_file, importance, table
+from benchmarks.gguf_quality import table
+from benchmarks.llama_cpp_files import full_file, importance
 from gptq.blockwise.gguf_model import open_gguf
 from gptq.blockwise.source import open_model
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ from conftest import llama_config, make_model
 from rich.console import Console
 
 import gptq
+from benchmarks import llama_cpp_files
 from benchmarks.common.measures import machine, version
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import making, methods
-from benchmarks.quality.results import RESULTS, Result, read_results, table
+from benchmarks.quality.results import RESULTS, Result, chart, read_results, table
 from benchmarks.quality.subjects import Subject
 from gptq import api
 from gptq.config import QUALITIES
@@ -152,6 +154,74 @@ def test_autoround_on_the_tokens_of_tune(tiny, monkeypatch, tmp_path):
     assert {len(window) for window in many} == {32}
     # Those that overlap held-out windows are not among them.
     assert sum(window in many for window in few) > 0
+
+
+def test_llama_cpp_has_settings_of_its_own(capsys):
+    assert quality.main(["--settings", "Q4_0"]) == 2
+    assert "only llama.cpp has this type" in capsys.readouterr().err
+    words = ["--llamacpp", sys.executable, "--methods", "llama.cpp", "--settings", "W4 g64 asym"]
+    assert quality.main(words) == 2
+    assert "llama.cpp has types: Q4_0, Q4_K_M" in capsys.readouterr().err
+    for name, setting in methods.SETTINGS.items():
+        rows = [it for it in methods.METHODS if methods.refusal(name, it) is None]
+        theirs = [it for it in rows if it.startswith("llama.cpp")]
+        assert theirs == (rows if setting.llama_cpp_type else [])
+
+
+def test_llama_cpp_is_measured_like_the_others(tiny, monkeypatch, capsys):
+    """A stand-in that rounds nothing: it only says how many bits it took."""
+    asked = []
+
+    def stand_in(_python, _threads, task, full, out, *words, **_):
+        asked.append((task, *words[:2], len(words)))
+        shutil.copy(full, out)
+        return {"bits": 4.5}
+
+    monkeypatch.setattr(llama_cpp_files, "in_peer", stand_in)
+    words = ["--models", "llama-tiny", "--settings", "Q4_0", "Q2_K", "--results", str(tiny)]
+    assert quality.main([*words, "--llamacpp", sys.executable]) == 0
+    assert asked == [
+        ("quantize", "q4_0", "f16", 2),
+        ("quantize", "q4_0", "f16", 3),
+        ("quantize", "q2_k", "f16", 2),
+        ("quantize", "q2_k", "f16", 3),
+    ]
+    for row in read_results(tiny):
+        assert row.gaps["words"] == pytest.approx(0, abs=1e-5)
+        assert row.bits_per_weight == 4.5
+        assert row.version == "llama-cpp-python not recorded"
+
+
+@pytest.mark.parametrize("toolkit", methods.PACKAGES)
+def test_an_environment_that_is_not_there(toolkit, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quality.main([f"--{toolkit}", "/nowhere/python"])
+    assert stop.value.code == 2
+    assert f"--{toolkit} /nowhere/python: no such program" in capsys.readouterr().err
+
+
+def test_the_chart_has_every_method(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    rows = [
+        replace(ROW, setting=setting, method=method, bits_per_weight=4 + number)
+        for number, setting in enumerate(methods.SETTINGS)
+        for method in methods.METHODS
+        if methods.refusal(setting, method) is None
+    ]
+    close, drawn = pyplot.close, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", drawn.append)
+        chart(rows, tmp_path / "gap.png")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
+    close(drawn[0])
+    assert {name.removesuffix(", widths chosen") for name in lines} == {*methods.METHODS}
+    assert len(lines["llama.cpp"].get_xdata()) == 4
+    assert len(lines["default"].get_xdata()) == 6
+    assert len(lines["default, widths chosen"].get_xdata()) == 2
+    assert [lines[name].get_linestyle() for name in ("llama.cpp", "default")] == ["None", "-"]
+    assert (tmp_path / "gap.png").stat().st_size > 0
 
 
 ROW = Result("m", "W4 g64 asym", "default", {"wiki": 0.5}, 4.36, 7.0, 1, "0.2+abc", "a CPU")
