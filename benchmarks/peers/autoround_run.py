@@ -1,4 +1,4 @@
-"""Quantize with AutoRound, in an environment that has it: MODEL TOKENS.json OUT SETTINGS.json.
+"""Quantize with AutoRound, in an environment that has it: MODEL TOKENS.json OUT SETTINGS [DEVICE].
 
 TOKENS.json: lists of token ids. SETTINGS: bits, group_size, sym, iters. Prints the seconds that
 quantizing and writing took.
@@ -14,7 +14,7 @@ from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(model: str, tokens: str, out: str, settings: str) -> None:
+def main(model: str, tokens: str, out: str, settings: str, device: str = "cpu") -> None:
     windows = json.loads(Path(tokens).read_text())
     ids = [torch.tensor([window]) for window in windows]
     rounding = AutoRound(
@@ -24,10 +24,13 @@ def main(model: str, tokens: str, out: str, settings: str) -> None:
         nsamples=len(windows),
         seqlen=len(windows[0]),
         batch_size=4,
-        device_map="cpu",
+        device_map=device,
         # bfloat16 is slower than float32 on processors without units for it.
-        amp=torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.cpu._is_amx_tile_supported(),
+        amp=device != "cpu"
+        or (
+            torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and torch.cpu._is_amx_tile_supported()
+        ),
         **json.loads(settings),
     )
     started = time.perf_counter()

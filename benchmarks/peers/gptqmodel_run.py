@@ -1,4 +1,4 @@
-"""Quantize with GPTQModel, in an environment that has it: MODEL TOKENS.json OUT SETTINGS.json.
+"""Quantize with GPTQModel, in an environment that has it: MODEL TOKENS.json OUT SETTINGS [DEVICE].
 
 TOKENS.json: lists of token ids. SETTINGS: fields of its GPTQConfig. Prints the seconds that
 quantizing took, reading and writing left out, and the processor seconds of all threads.
@@ -13,10 +13,10 @@ from gptqmodel import GPTQModel
 from gptqmodel.quantization import GPTQConfig
 
 
-def main(model: str, tokens: str, out: str, settings: str) -> None:
+def main(model: str, tokens: str, out: str, settings: str, device: str = "cpu") -> None:
     windows = json.loads(Path(tokens).read_text())
     config = GPTQConfig(**json.loads(settings))
-    loaded = GPTQModel.load(model, config, device="cpu")
+    loaded = GPTQModel.load(model, config, device=device)
     samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows]
     started, cpu_started = time.perf_counter(), time.process_time()
     loaded.quantize(samples, batch_size=1)

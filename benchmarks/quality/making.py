@@ -21,6 +21,7 @@ from gptq import QuantConfig, api
 from gptq.cli.progress import show_training
 from gptq.config import QUALITIES
 from gptq.data.tuning_windows import tuning_windows
+from gptq.device import pick_device
 from gptq.errors import UserError
 
 PEERS = Path(__file__).parents[1] / "peers"
@@ -46,6 +47,8 @@ class Workshop:
     """int64 (nsamples, seqlen)."""
     pythons: Mapping[str, str | None]
     """Of the environments of other toolkits, by the keys of PACKAGES."""
+    device: str | None = None
+    """None: a GPU if there is one. llama.cpp quantizes on the CPU."""
 
     def make(self, method: str, setting: str, out: Path) -> Made:
         """Quantize, with files under `out`. Raises UserError if that fails."""
@@ -56,7 +59,7 @@ class Workshop:
             checkpoint, seconds = self._ours(how, what, out)
         else:
             checkpoint, seconds = self._peers(method, how, what, out)
-        opened = api.open_weights(self.subject.folder, checkpoint)
+        opened = api.open_weights(self.subject.folder, checkpoint, device="cpu")
         return Made(self.subject.folder, checkpoint, seconds, bits_per_weight(opened))
 
     def _ours(self, method: Method, setting: Setting, out: Path) -> tuple[Path, float]:
@@ -71,7 +74,8 @@ class Workshop:
             save=path,
             nsamples=method.nsamples or self.subject.nsamples,
             seqlen=self.subject.seqlen,
-            dtype="float32",
+            device=self.device,
+            dtype=self.subject.dtype,
             average_bits=setting.average_bits,
             training=show_training,
         )
@@ -84,10 +88,10 @@ class Workshop:
         script = PEERS / f"{method.toolkit}_run.py"
         settings = json.dumps({**setting.config, **method.options})
         files = (self.subject.folder, tokens, out / "peer")
-        python = self.pythons[method.toolkit]
+        python, device = self.pythons[method.toolkit], pick_device(self.device)
         before = _children_seconds()
         done = subprocess.run(
-            [str(word) for word in (python, script, *files, settings)],
+            [str(word) for word in (python, script, *files, settings, device)],
             capture_output=True,
             text=True,
             check=False,

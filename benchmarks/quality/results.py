@@ -1,7 +1,8 @@
 """What was measured: its record, the file of records, a table and a chart."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ class Result:
     version: str = UNKNOWN
     """Of this package, with its commit; of another toolkit, its name and version."""
     machine: str = UNKNOWN
-    """The processor and the number of its cores."""
+    """The processor and the number of its cores, and the GPU if it ran on one."""
+    dtype: str = "float32"
+    """Of activations while perplexities were measured."""
+    seconds: float | None = None
+    """Wall time of quantizing."""
+    perplexities: dict[str, float] = field(default_factory=dict)
+    """Of the quantized model, by text."""
+    full_perplexities: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -57,13 +65,12 @@ def table(results: list[Result], model: str) -> Table:
     """One row a setting and method, best reading order: settings, then methods as listed."""
     rows = [row for row in results if row.model == model]
     texts = list(rows[0].gaps)
-    made = Table(
-        title=model,
-        caption="gap: ln perplexity above the full model's, nats a token; both run in float32",
-    )
+    made = Table(title=_title(rows), caption=_caption(rows))
+    shown = [text for text in texts if any(text in row.perplexities for row in rows)]
     for heading in ("setting", "method"):
         made.add_column(heading)
-    for heading in (*(f"gap {text}" for text in texts), "bits a weight", "CPU s", "threads"):
+    measures = (*(f"gap {text}" for text in texts), *(f"perplexity {text}" for text in shown))
+    for heading in (*measures, "bits a weight", "CPU s", "threads"):
         made.add_column(heading, justify="right")
     for heading in ("version", "machine"):
         made.add_column(heading)
@@ -71,9 +78,26 @@ def table(results: list[Result], model: str) -> Table:
     places = {name: place for place, name in enumerate(SETTINGS)}
     for row in sorted(rows, key=lambda row: (places[row.setting], order[row.method])):
         gaps = [f"{row.gaps[text]:.4f}" for text in texts]
+        own = [_perplexity(row.perplexities, text) for text in shown]
         costs = f"{row.bits_per_weight:.2f}", f"{row.cpu_seconds:.0f}", str(row.threads)
-        made.add_row(row.setting, row.method, *gaps, *costs, row.version, row.machine)
+        made.add_row(row.setting, row.method, *gaps, *own, *costs, row.version, row.machine)
     return made
+
+
+def _title(rows: list[Result]) -> str:
+    """The model, and its perplexities if they were kept."""
+    full = next((row.full_perplexities for row in rows if row.full_perplexities), {})
+    parts = [f"{text} {_perplexity(full, text)}" for text in full]
+    return f"{rows[0].model}, full: {', '.join(parts)}" if parts else rows[0].model
+
+
+def _perplexity(perplexities: Mapping[str, float], text: str) -> str:
+    return f"{perplexities[text]:.2f}" if text in perplexities else ""
+
+
+def _caption(rows: list[Result]) -> str:
+    kinds = " or ".join(dict.fromkeys(row.dtype for row in rows))
+    return f"gap: ln perplexity above the full model's, nats a token; both run in {kinds}"
 
 
 def chart(results: list[Result], path: Path) -> None:

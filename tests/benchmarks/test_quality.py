@@ -2,19 +2,24 @@
 
 import importlib.util
 import json
+import math
+import random
 import shutil
 import sys
 from dataclasses import replace
 
+import datasets
 import pytest
-from conftest import llama_config, make_model
+import torch
+from conftest import WORDS, llama_config, make_model
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq
 from benchmarks import llama_cpp_files
 from benchmarks.common.measures import machine, version
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import making, methods
+from benchmarks.quality import making, methods, subjects
 from benchmarks.quality.results import RESULTS, Result, chart, read_results, table
 from benchmarks.quality.subjects import Subject
 from gptq import api
@@ -222,6 +227,54 @@ def test_the_chart_has_every_method(tmp_path):
     assert len(lines["default, widths chosen"].get_xdata()) == 2
     assert [lines[name].get_linestyle() for name in ("llama.cpp", "default")] == ["None", "-"]
     assert (tmp_path / "gap.png").stat().st_size > 0
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The named data sets, with other words for each split."""
+    asked = []
+
+    def load_dataset(path, name=None, data_files=None, split=None, revision=None):
+        asked.append((path, split))
+        rng = random.Random(split)
+        documents = [" ".join(rng.choices(WORDS.split(), k=80)) for _ in range(40)]
+        return datasets.Dataset.from_dict({"text": documents})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_any_model_by_the_protocol_of_published_rows(hub, tmp_path, monkeypatch, capsys):
+    folder = make_model(tmp_path / "some-model", llama_config(max_position_embeddings=40))
+    it = subjects.standard_subject(str(folder))
+    assert (it.nsamples, it.seqlen, it.windows, it.dtype) == (128, 40, None, None)
+    monkeypatch.setattr(subjects, "STANDARD_NSAMPLES", 4)
+    results = tmp_path / "r.jsonl"
+    words = ["--models", str(folder), "--settings", "W4 g32 asym", "--methods", "rounding"]
+    assert quality.main([*words, "--results", str(results), "--device", "cpu"]) == 0
+    wikitext, c4 = "Salesforce/wikitext", "allenai/c4"
+    assert [*dict.fromkeys(hub)] == [(c4, "train"), (wikitext, "test"), (c4, "validation")]
+    (row,) = read_results(results)
+    assert row.key == ("some-model", "W4 g32 asym", "rounding")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "\n\n".join(datasets.load_dataset(wikitext, split="test")["text"])
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    windows = ids[: len(ids) // 40 * 40].view(-1, 40)
+    with torch.no_grad():
+        full = float(model(input_ids=windows, labels=windows).loss)
+    assert row.full_perplexities["wikitext2"] == pytest.approx(math.exp(full), rel=1e-4)
+    for name, gap in row.gaps.items():
+        ratio = row.perplexities[name] / row.full_perplexities[name]
+        assert math.log(ratio) == pytest.approx(gap, abs=1e-9)
+    assert f"wikitext2 {math.exp(full):.2f}" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    assert quality.main(["--models", str(tmp_path / "none"), "--methods", "rounding"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path}/none does not exist")
+    assert err.count("\n") == 1
 
 
 ROW = Result("m", "W4 g64 asym", "default", {"wiki": 0.5}, 4.36, 7.0, 1, "0.2+abc", "a CPU")
