@@ -84,7 +84,8 @@ def their_files(peer: Peer, full: Path, matrix: Path) -> list[Run]:
         for name, extra in (("llama.cpp", ()), ("llama.cpp, imatrix", (matrix,))):
             if takes or not extra:
                 file = f"theirs-{kind}{'-imatrix' if extra else ''}.gguf"
-                path = peer.make(file, "quantize", full, "OUT", kind, EMBEDDING, *extra)
+                task = ("quantize", full, "OUT", kind, EMBEDDING, *extra)
+                path = peer.make(file, *task)
                 runs.append(Run(name, kind, path, ours=False))
     return runs
 

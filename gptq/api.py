@@ -16,7 +16,6 @@ from gptq.inference import perplexity as evaluation
 from gptq.inference.loading import Opened, load_weights, open_weights
 from gptq.job import DEFAULT_NSAMPLES, Job, Outputs
 from gptq.pipeline.report import LayerReport, Report
-from gptq.pipeline.training import Show
 from gptq.quantization import run, window_length
 
 __all__ = [
@@ -57,8 +56,6 @@ def quantize(
     size: str | None = None,
     average_bits: float | None = None,
     progress: Callable[[LayerReport, int], None] | None = None,
-    measuring: Callable[[int, int], None] | None = None,
-    training: Show | None = None,
 ) -> Report:
     """Quantize a model and write it.
 
@@ -83,11 +80,6 @@ def quantize(
         closest to the full one, so that each file (of a folder, its weight files) has at most
         `size`, such as "3.5GiB", or the layers so many bits a weight, with scales and zero points.
     progress: called after each layer with its report and the number of layers in all.
-    measuring: called with (blocks done, blocks in all) while widths for `size` or `average_bits`
-        are chosen.
-    training: called while `config.tune_tokens` are trained on, at each look at held-out windows,
-        with the steps done, the steps in all and their divergence from the full model, in nats a
-        token.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
     job = Job(
@@ -102,7 +94,7 @@ def quantize(
         widths=widths,
         target=_target(size, average_bits, widths),
     )
-    return run(open_full(model, device, dtype), job, progress, measuring, training)
+    return run(open_full(model, device, dtype), job, progress)
 
 
 def _target(size: str | None, bits: float | None, widths: Widths | None) -> Target | None:

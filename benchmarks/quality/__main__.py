@@ -19,6 +19,7 @@ PYTHON. llama.cpp's settings are its types, which the other methods do not have.
 import argparse
 import importlib.util
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,9 @@ from benchmarks.quality.subjects import (
 )
 from gptq.device import pick_device
 from gptq.errors import UserError
+
+WIDTH = 200
+"""Characters of a line of a table in a file."""
 
 
 def measure(args: argparse.Namespace) -> Iterator[Result]:
@@ -96,19 +100,21 @@ def machine_of(device: str | None) -> str:
 
 
 def chosen_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(setting, method) of each row that was asked for; a line about those that there cannot be, if
-    both were asked for by name. Raises UserError if there is none."""
+    """(setting, method) of each row that was asked for; a line for each setting about methods that
+    cannot have it, if both were asked for by name. Raises UserError if there is no row."""
     settings, methods = args.settings or [*SETTINGS], args.methods or args.possible
-    chosen, refused = [], []
-    for pair in product(settings, methods):
-        reason = refusal(*pair)
+    chosen: list[tuple[str, str]] = []
+    refused: dict[tuple[str, str], list[str]] = {}
+    for setting, method in product(settings, methods):
+        reason = refusal(setting, method)
         if reason is None:
-            chosen.append(pair)
+            chosen.append((setting, method))
         else:
-            refused.append(f"{', '.join(pair)}: {reason}")
+            refused.setdefault((setting, reason), []).append(method)
+    lines = [f"{it[0]} by {'; '.join(names)}: {it[1]}" for it, names in refused.items()]
     if not chosen:
-        raise UserError(f"nothing to measure: {refused[0]}; choose other --settings or --methods")
-    for line in refused if args.settings and args.methods else ():
+        raise UserError(f"nothing to measure: {lines[0]}; choose other --settings or --methods")
+    for line in lines if args.settings and args.methods else ():
         print(f"skipped {line}", file=sys.stderr, flush=True)
     return chosen
 
@@ -146,16 +152,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if name in missing:
             parser.error(f"{name} needs --{missing[name]} PYTHON")
     for toolkit in PACKAGES:
-        python = getattr(args, toolkit)
-        if python is not None and shutil.which(python) is None:
-            parser.error(f"--{toolkit} {python}: no such program")
+        if (python := getattr(args, toolkit)) is not None:
+            if (found := shutil.which(python)) is None:
+                parser.error(f"--{toolkit} {python}: no such program")
+            # They run in another folder. A link stays one: by it Python knows its environment.
+            setattr(args, toolkit, os.path.abspath(found))
     args.possible = [name for name in METHODS if name not in missing]
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         if args.chart is not None and importlib.util.find_spec("matplotlib") is None:
             raise UserError("--chart needs matplotlib: pip install '.[report]' first")

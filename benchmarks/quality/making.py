@@ -1,6 +1,7 @@
 """One quantized model, by this package or by another toolkit in its own environment."""
 
 import json
+import os
 import resource
 import subprocess
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from benchmarks.quality.methods import LLAMA_CPP, METHODS, OURS, PACKAGES, SETTI
 from benchmarks.quality.results import UNKNOWN
 from benchmarks.quality.subjects import SEED, Subject
 from gptq import QuantConfig, api
+from gptq.allocation.target import Target
 from gptq.cli.progress import show_training
 from gptq.config import QUALITIES
 from gptq.data.tuning_windows import tuning_windows
@@ -66,19 +68,19 @@ class Workshop:
         # Other toolkits leave embeddings and heads as they are; what packing them costs is measured
         # by benchmarks/embeddings.py.
         options: dict[str, Any] = {**setting.config, **method.options, "embedding_bits": 16}
-        path, started = out / "model.pt", process_time()
-        api.quantize(
-            self.subject.folder,
-            self.subject.calibration,
+        path, bits = out / "model.pt", setting.average_bits
+        job = api.Job(
             QuantConfig(**options),
-            save=path,
+            api.Outputs(path),
+            self.subject.calibration,
             nsamples=method.nsamples or self.subject.nsamples,
             seqlen=self.subject.seqlen,
-            device=self.device,
-            dtype=self.subject.dtype,
-            average_bits=setting.average_bits,
-            training=show_training,
+            seed=SEED,
+            target=None if bits is None else Target(bits=bits),
         )
+        started = process_time()
+        full = api.open_full(self.subject.folder, self.device, self.subject.dtype)
+        api.run(full, job, training=show_training)
         return path, process_time() - started
 
     def _peers(self, name: str, method: Method, setting: Setting, out: Path) -> tuple[Path, float]:
@@ -87,14 +89,17 @@ class Workshop:
         tokens.write_text(json.dumps(windows.tolist()))
         script = PEERS / f"{method.toolkit}_run.py"
         settings = json.dumps({**setting.config, **method.options})
-        files = (self.subject.folder, tokens, out / "peer")
+        files = (self.subject.folder.resolve(), tokens, out / "peer")
         python, device = self.pythons[method.toolkit], pick_device(self.device)
         before = _children_seconds()
+        # With fewer than two workers GPTQModel stops with an error.
         done = subprocess.run(
             [str(word) for word in (python, script, *files, settings, device)],
             capture_output=True,
             text=True,
             check=False,
+            cwd=out,  # they write logs where they run
+            env={**os.environ, "GPTQMODEL_CPU_WORKERS": str(max(2, torch.get_num_threads()))},
         )
         if done.returncode:
             raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -80,7 +80,8 @@ def table(results: list[Result], model: str) -> Table:
         gaps = [f"{row.gaps[text]:.4f}" for text in texts]
         own = [_perplexity(row.perplexities, text) for text in shown]
         costs = f"{row.bits_per_weight:.2f}", f"{row.cpu_seconds:.0f}", str(row.threads)
-        made.add_row(row.setting, row.method, *gaps, *own, *costs, row.version, row.machine)
+        origin = row.version, row.machine
+        made.add_row(row.setting, row.method, *gaps, *own, *costs, *origin)
     return made
 
 

@@ -102,7 +102,7 @@ def test_widths_chosen_for_an_average(tiny, monkeypatch, capsys):
         ("4.9 bits", "+ residual feedback"),
     }
     assert 4.3 < rows["4.9 bits", "+ residual feedback"].bits_per_weight <= 4.9
-    line = "skipped 4.9 bits, rounding: rounding has no text to choose widths on\n"
+    line = "skipped 4.9 bits by rounding: rounding has no text to choose widths on\n"
     assert capsys.readouterr().err.count(line) == 1
 
 
@@ -119,7 +119,7 @@ def test_what_no_method_can_make_is_refused(capsys):
     assert quality.main(["--settings", "3.5 bits asym", "--methods", "rounding"]) == 2
     err = capsys.readouterr().err
     assert err.startswith(
-        "error: nothing to measure: 3.5 bits asym, rounding: rounding has no text"
+        "error: nothing to measure: 3.5 bits asym by rounding: rounding has no text"
     )
     assert err.count("\n") == 1
 
@@ -127,13 +127,13 @@ def test_what_no_method_can_make_is_refused(capsys):
 def test_more_calibration_text_and_tuning(tiny, monkeypatch, capsys):
     """Each is calibrated on as much as its name says, and says how the training goes."""
     asked = []
-    quantize = api.quantize
+    run = api.run
 
-    def spy(*args, **settings):
-        asked.append((args[2].tune_tokens, settings["nsamples"]))
-        return quantize(*args, **settings)
+    def spy(model, job, **shown):
+        asked.append((job.config.tune_tokens, job.nsamples))
+        return run(model, job, **shown)
 
-    monkeypatch.setattr(api, "quantize", spy)
+    monkeypatch.setattr(api, "run", spy)
     monkeypatch.setitem(QUALITIES["tune"], "tune_tokens", 64)
     words = ["--models", "llama-tiny", "--settings", "W4 g32 asym", "--results", str(tiny)]
     words += ["--methods", "default", "default, 64 windows", "tune"]

@@ -70,28 +70,6 @@ def test_the_file_has_what_training_reported(model_dir, text_file, tmp_path, cha
         )
 
 
-def test_the_call_tells_how_far_it_is(llama_dir, text_file, tmp_path):
-    """`quantize` shows what the command line shows: layers, the choice of widths, the training."""
-    layers, measured, looks = [], [], []
-    gptq.quantize(
-        llama_dir,
-        text_file,
-        CONFIG,
-        save=tmp_path / "model.pt",
-        nsamples=4,
-        seqlen=SEQLEN,
-        average_bits=4.5,
-        progress=lambda *done: layers.append(done),
-        measuring=lambda *done: measured.append(done),
-        training=lambda *look: looks.append(look),
-    )
-    assert len(layers) == layers[-1][1] == 14
-    assert measured[-1][0] == measured[-1][1]
-    assert [step for step, *_ in looks] == sorted(step for step, *_ in looks)
-    assert len(looks) > 1
-    assert all(loss > 0 for *_, loss in looks)
-
-
 def test_trained_norms_are_in_a_gguf_file(llama_dir, text_file, tmp_path):
     config = QuantConfig(bits=4, group_size=32, tune_tokens=1000)
     run(llama_dir, text_file, config, save=tmp_path / "model.gguf", save_dir=tmp_path / "folder")
