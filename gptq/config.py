@@ -19,7 +19,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"error_feedback": 0.0, "adaptive_damp": False, "refine": 0},
     "default": {},
     "best": {"sweeps": 7},
-    "tune": {"tune_tokens": 32768},
+    "tune": {"tune_tokens": 65536},
 }
 
 

@@ -85,16 +85,13 @@ def run(
             begun = perf_counter()
             widths = _chosen_widths(model, windows, job, choice, (journal, cache, team), measuring)
             stages.append(("choosing widths", perf_counter() - begun))
-        streams = None if tuned_on is None else open_streams(model, tuned_on, cache)
-        for layer in quantize_blocks(
-            model, windows, config, journal, cache, team, widths=widths, streams=streams
-        ):
+        for layer in quantize_blocks(model, windows, config, journal, cache, team, widths=widths):
             layers.append(layer)
             if progress is not None:
                 progress(layer, total)
-        if streams is not None:
+        if tuned_on is not None:
             begun = perf_counter()
-            train_model(model, journal, streams, training)
+            train_model(model, journal, open_streams(model, tuned_on, cache), training)
             stages.append(("training scales and norms", perf_counter() - begun))
         # The others may still be reading what the first would write on, and remove.
         team.wait()

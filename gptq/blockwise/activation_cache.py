@@ -66,11 +66,6 @@ class ActivationCache:
             start += like.nbytes
         return tuple(batch)
 
-    def take(self, other: "ActivationCache") -> None:
-        """Replace the batches by those of another cache."""
-        for index, batch in enumerate(other):
-            self.put(index, batch)
-
     def empty_like(self, name: str) -> "ActivationCache":
         """An empty cache of the same kind; `name` is its folder's, if it is in files."""
         return ActivationCache(

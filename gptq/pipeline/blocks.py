@@ -23,8 +23,6 @@ from gptq.pipeline.widths import check_layers, complete_widths
 from gptq.solver.hessian import Hessian, accumulate_hessian
 from gptq.solver.layer import solve_layer
 from gptq.solver.solution import Solution
-from gptq.tuning.blocks import tune_block
-from gptq.tuning.streams import Streams
 from quant_cuda.reference import dequantize
 
 # Share of the calibration tokens that only choose the damping; they count in the solve as well.
@@ -39,7 +37,6 @@ def quantize_blocks(
     cache: ActivationCache | None = None,
     team: Team = ALONE,
     widths: Widths | None = None,
-    streams: Streams | None = None,
 ) -> Iterator[LayerReport]:
     """Solve every linear layer of every block and write each finished block to the journal.
 
@@ -49,8 +46,6 @@ def quantize_blocks(
     journal: read and written by the first process alone.
     team: the processes that share the run; each calls this.
     widths: of layers that do not have the bits and group size of `config`.
-    streams: of the windows that the scales of each solved block are trained on, before the first
-        block; afterwards they are after the last.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
     Raises UserError for a layer whose weights or inputs are not finite or cannot be packed, and
@@ -63,14 +58,12 @@ def quantize_blocks(
     activations = embed(model, shared, cache)
     # The full-precision model's activations, beside those of the model quantized so far.
     full = activations.copy("full") if config.feeds_back else None
-    run = _Run(config, widths, team, activations, full, streams)
+    run = _Run(config, widths, team, activations, full)
     for index in range(model.block_count):
         block = model.load_block(index)
         weights = _agreed_digest(block, team)
         if run.is_new_kind(block):
             check_steps(block, activations)
-        if streams is not None:
-            streams.full_through(block)
         finished = _finished_block(journal, index, weights, team)
         if finished is not None:
             tensors, record = finished
@@ -85,8 +78,6 @@ def quantize_blocks(
                 yield report
             if team.leads:
                 journal.write(index, packed, [asdict(report) for report in reports], weights)
-        if streams is not None:
-            streams.quantized_through(block)
         free(block.module)
 
 
@@ -128,8 +119,6 @@ class _Run:
     """Of the model quantized so far."""
     full: Activations | None
     """Of the full-precision model, if errors are fed back."""
-    streams: Streams | None
-    """Of the windows to tune on, if the run tunes."""
     _kinds: set[tuple] = field(default_factory=set)
 
     def config_of(self, block: Block, name: str) -> QuantConfig:
@@ -172,12 +161,6 @@ def _replay(block: Block, run: _Run, tensors: Mapping[str, Tensor]) -> None:
             for _ in advance_past(run.full, block, number):
                 pass
         finish_past(run.full, block)
-    _replay_quantized(block, run, tensors)
-
-
-def _replay_quantized(block: Block, run: _Run, tensors: Mapping[str, Tensor]) -> None:
-    """Give a block its dequantized weights and take the quantized model's activations through."""
-    numbers = range(len(block.spec.groups))
     for name in block.spec.linears:
         config = run.config_of(block, name)
         put_quantized(block.linear(name), tensors, f"{block.name}.{name}", config)
@@ -191,12 +174,11 @@ def _replay_quantized(block: Block, run: _Run, tensors: Mapping[str, Tensor]) ->
 
 
 def _solve_block(block: Block, run: _Run, packed: dict[str, Tensor]) -> Iterator[LayerReport]:
-    """Quantize a block's linear layers, tune them if asked to, and take the activations through.
+    """Quantize a block's linear layers and take the activations through.
 
     packed: filled with the layers' packed tensors, by their names in the model.
     """
     config, activations = run.config, run.activations
-    before = None if run.streams is None else activations.copy("before")
     # The full-precision block shares the weights; a layer that is solved gets a new one in `block`.
     shared = {id(weight): weight for weight in block.module.parameters()}
     full_block = replace(block, module=copy.deepcopy(block.module, shared))
@@ -216,19 +198,13 @@ def _solve_block(block: Block, run: _Run, packed: dict[str, Tensor]) -> Iterator
         started = time.perf_counter()
         hessian = hessian_of(number) if all_at_once is None else next(all_at_once)
         if all_at_once is None and number:
-            # If the block is tuned, the activations pass it once more.
-            passed = (block, full_block) if run.streams is None else (full_block,)
-            _free_group(passed, number - 1)
+            _free_group((block, full_block), number - 1)
         for report in _solve_group(block, number, hessian, run, packed):
             yield replace(report, seconds=time.perf_counter() - started)
             started = time.perf_counter()
     if run.full is not None:
         finish_past(run.full, full_block)
-    if run.streams is not None and before is not None:
-        packed |= tune_block(block, packed, run.streams)
-        activations.hidden.take(before.hidden)
-        _replay_quantized(block, run, packed)
-    elif config.true_sequential:
+    if config.true_sequential:
         finish(activations, block)
     else:
         activations.through(block)

@@ -23,7 +23,7 @@ def train_model(
 ) -> None:
     """Train scales and norms end to end, or go on with what the journal holds.
 
-    streams: after the last block. The journal has the best scales and norms afterwards.
+    The journal has the best scales and norms afterwards.
     """
     for state in tune_model(model, journal.solved(), streams, _read(journal)):
         _write(journal, state)

@@ -43,11 +43,9 @@ def with_training(
     borders = 4 * model.block_count * step * hidden
     return replace(
         needed,
-        # While a group is solved, the solved layers of its block are kept.
-        least=needed.least + itemsize * weights,
-        most=max(needed.most + itemsize * weights, training),
-        # The calibration activations before the block are kept too: half a stream at most.
-        activations=needed.activations * 3 // 2 + 3 * windows.tokens * hidden * itemsize + borders,
+        most=max(needed.most, training),
+        # Those of the solve are no longer there.
+        activations=max(needed.activations, 2 * windows.tokens * hidden * itemsize + borders),
         training=training,
     )
 

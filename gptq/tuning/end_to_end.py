@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from gptq.blockwise.logits import output_layers
 from gptq.blockwise.model import Block, BlockwiseModel
-from gptq.tuning.blocks import BETAS, cosine
 from gptq.tuning.parameters import Parameters
 from gptq.tuning.streams import Streams, autocast, shuffled
 from gptq.tuning.trainable import trainable_block
@@ -27,6 +26,7 @@ RATE = 2.5e-3
 """Of Adam at the beginning, for a divergence of 1 before the training: a share of each scale, or of
 the mean size of a norm's weights. It grows with the root of the divergence, as the distance to the
 minimum of a quadratic does, and falls with a cosine to 0."""
+BETAS = (0.9, 0.95)
 CHECK = 8
 """Steps between two looks at the held-out windows."""
 PATIENCE = 2
@@ -67,7 +67,6 @@ def tune_model(
     """Train the scales of all layers and the norms, from `state` on if there is one.
 
     packed: the quantized layers' tensors, by their names in the model; read when asked for.
-    streams: `start` before the first block, `full` after the last.
     Yields the state at every look at the held-out windows, the first before any step.
     """
     parameters = Parameters(model, packed, streams.stored, BETAS)
@@ -89,7 +88,7 @@ def tune_model(
             for step in range(state.step, stop):
                 epoch, place = divmod(step, len(streams.training))
                 passes.gradients(list(shuffled(streams.training, epoch))[place])
-                parameters.step(RATE * math.sqrt(state.first) * cosine(step, state.steps))
+                parameters.step(RATE * math.sqrt(state.first) * _cosine(step, state.steps))
             state = _look(state, stop, passes.held_out_loss(), parameters)
             yield state
 
@@ -106,6 +105,11 @@ def _look(before: State, step: int, loss: float, parameters: Parameters) -> Stat
         optimizer=parameters.state(),
         best=parameters.as_stored() if better else before.best,
     )
+
+
+def _cosine(step: int, steps: int) -> float:
+    """The share of the rate at a step of `steps`: from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import Activations, embed
-from gptq.blockwise.model import Block, BlockwiseModel
+from gptq.blockwise.model import BlockwiseModel, free
 
 STEP_TOKENS = 2048
 """Tokens of one step of an optimizer; one window if it is longer."""
@@ -34,14 +34,12 @@ class TuneWindows:
 
 @dataclass(frozen=True)
 class Streams:
-    """Activations of all windows on their way through a model, those to train on first."""
+    """Activations of all windows at the ends of the full model, those to train on first."""
 
-    quantized: Activations
-    """Of the model quantized so far."""
-    full: Activations
-    """Of the full-precision model."""
     start: ActivationCache
     """Before the first block."""
+    full: Activations
+    """After the last block."""
     training: range
     """Numbers of the batches to train on."""
     held_out: range
@@ -49,33 +47,28 @@ class Streams:
     """This and `stored` as in TuneWindows."""
     stored: torch.dtype
 
-    def full_through(self, block: Block) -> None:
-        """Take the full model's activations through a block that has its own weights."""
-        self._through(self.full, block)
-
-    def quantized_through(self, block: Block) -> None:
-        """Take the quantized model's through a block that has its dequantized weights."""
-        self._through(self.quantized, block)
-
-    def _through(self, activations: Activations, block: Block) -> None:
-        device = next(block.module.parameters()).device
-        with autocast(device, self.compute):
-            activations.through(block)
-
 
 def open_streams(
     model: BlockwiseModel, windows: TuneWindows, cache: ActivationCache | None
 ) -> Streams:
-    """The embedded windows. cache: decides where activations are kept; by default in memory."""
+    """Run the full model, one block in memory at a time.
+
+    cache: decides where activations are kept; by default in memory.
+    """
     windows_in_step = max(1, STEP_TOKENS // windows.training.shape[1])
     training, held_out = (it.split(windows_in_step) for it in (windows.training, windows.held_out))
     own = ActivationCache() if cache is None else cache.empty_like("tuned")
-    quantized = embed(model, [*training, *held_out], own)
+    full = embed(model, [*training, *held_out], own)
+    start = full.copy("tuned-start").hidden
+    with autocast(model.device, windows.compute):
+        for index in range(model.block_count):
+            block = model.load_block(index)
+            full.through(block)
+            free(block.module)
     first, count = len(training), len(training) + len(held_out)
     return Streams(
-        quantized=quantized,
-        full=quantized.copy("tuned-full"),
-        start=quantized.copy("tuned-start").hidden,
+        start=start,
+        full=full,
         training=range(first),
         held_out=range(first, count),
         compute=windows.compute,

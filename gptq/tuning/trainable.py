@@ -1,7 +1,7 @@
 """A quantized block as a module whose scales and norms can be trained."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +62,6 @@ class TrainableLinear(nn.Module):
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight().T.to(x.dtype), bias)
 
-    @torch.no_grad()
-    def rounded_scales(self) -> Tensor:
-        """float16 (groups, out): the trained scales as they are stored."""
-        return stored_scales(self.scales[:, 0], self.factors[:, 0])
-
-    @torch.no_grad()
-    def round(self) -> None:
-        """Make the factors those of the scales as they are stored."""
-        self.factors.copy_(self.rounded_scales()[:, None].float() / self.scales)
-
 
 def stored_scales(scales: Tensor, factors: Tensor) -> Tensor:
     """float16 products of scales and what they were trained to be multiplied by.
@@ -121,10 +111,3 @@ def packed_layer(
     packed = PackedWeight(qweight, qzeros, scales, g_idx, bits, -1, in_features=len(g_idx))
     bias = tensors.get(f"{name}.bias")
     return packed, None if bias is None else bias.to(device)
-
-
-def trainable_layers(block: nn.Module) -> Iterator[tuple[str, TrainableLinear]]:
-    """The layers of a block whose scales are trained, by their names inside it."""
-    for name, layer in block.named_modules():
-        if isinstance(layer, TrainableLinear):
-            yield name, layer

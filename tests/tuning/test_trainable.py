@@ -64,15 +64,3 @@ def test_stored_scales_keep_their_sign_and_are_finite_and_not_zero():
     found = stored_scales(scales, factors)
     assert found.dtype == torch.float16
     assert found.tolist() == expected
-
-
-def test_rounding_makes_the_factors_those_of_the_stored_scales():
-    packed, levels, _ = layer(3, GROUPS["natural"])
-    trainable = TrainableLinear(packed, None)
-    with torch.no_grad():
-        trainable.factors.mul_(1.2345)
-    stored = trainable.rounded_scales()
-    trainable.round()
-    expected = levels * stored.double()[GROUPS["natural"].long()]
-    assert torch.allclose(trainable.weight().double(), expected, rtol=1e-6)
-    assert torch.equal(trainable.rounded_scales(), stored)
