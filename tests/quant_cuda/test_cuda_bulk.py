@@ -3,12 +3,12 @@ GPU of compute capability 9.0."""
 
 import pytest
 import torch
-from helpers import emulated
 from helpers.products import activations, assert_as_good_as_naive, packed, ready
 
 from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda.variants import TILES, VARIANTS
 
+CAPABILITY = (9, 0)
 BITS = (4, 8)
 DTYPES = (torch.float16, torch.bfloat16)
 SHAPES = [
@@ -27,17 +27,6 @@ def name(rows: int, columns: int, splits: int = 1, kernel: str = "bulk") -> str:
     """The variant of this tile with the fewest stages."""
     start, end = f"{kernel}-{rows}x{columns}-", f"-splits{splits}"
     return next(name for name in VARIANTS if name.startswith(start) and name.endswith(end))
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def kernels(request) -> emulated.Kernels:
-    if request.param == "emulated":
-        made = emulated.emulated(request.getfixturevalue("host_library"))
-        made.settle(0, 0)
-        return made
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("no NVIDIA GPU of compute capability 9.0 here")
-    return emulated.on_gpu()
 
 
 def multiply(kernels, x, prepared, kernel, bias=None):

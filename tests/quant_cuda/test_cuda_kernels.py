@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from helpers import emulated
-from helpers.emulated import Kernels
 from helpers.oracles import pack_columns
 from helpers.products import activations, assert_as_good_as_naive, check, packed, ready
 
@@ -25,17 +23,6 @@ SHAPES = [
     (192, 40, 40),  # groups that only the plain kernels take
     (1184, 70, 64),
 ]
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def kernels(request) -> Kernels:
-    if request.param == "emulated":
-        made = emulated.emulated(request.getfixturevalue("host_library"))
-        made.settle(0, 0)
-        return made
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
-    return emulated.on_gpu()
 
 
 @pytest.mark.parametrize("bits", BITS)

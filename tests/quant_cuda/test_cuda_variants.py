@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import emulated
 from helpers.products import activations, assert_as_good_as_naive, packed, ready
 
 from quant_cuda.cuda.variants import TILES, VARIANTS
@@ -11,17 +10,6 @@ NAMES = [name for name in VARIANTS if not name.startswith("bulk") and name.endsw
 DEEP = [name for name in VARIANTS if name.startswith("gemm_deep") and name.endswith("splits1")]
 # Of a multiprocessor of compute capability 9.0, less what each thread block takes for itself.
 SHARED, OWN = 228 * 1024, 1024
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def kernels(request) -> emulated.Kernels:
-    if request.param == "emulated":
-        made = emulated.emulated(request.getfixturevalue("host_library"))
-        made.settle(0, 0)
-        return made
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
-    return emulated.on_gpu()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -5,12 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import emulated
 from helpers.products import activations, assert_as_good_as_naive, check, packed, ready
 
 from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda import layout
 
+CAPABILITY = (9, 0)
 BITS = (4, 8)
 DTYPES = (torch.float16, torch.bfloat16)
 SHAPES = [
@@ -21,17 +21,6 @@ SHAPES = [
     (288, 33, 96),  # groups of no power of two
     (40, 1, 128),  # a part of a run
 ]
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def kernels(request) -> emulated.Kernels:
-    if request.param == "emulated":
-        made = emulated.emulated(request.getfixturevalue("host_library"))
-        made.settle(0, 0)
-        return made
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("no NVIDIA GPU of compute capability 9.0 here")
-    return emulated.on_gpu()
 
 
 def multiply(kernels, x, prepared, processors=4, bias=None):
