@@ -69,14 +69,14 @@ def choice_of(
         fixed = max(fixed_bytes(model, output) for output in outputs)
         if target.size < fixed + least:
             raise UserError(
-                f"--size: {_mib(target.size)} is too little; the smallest possible is "
+                f"a size of {_mib(target.size)} is too little; the smallest possible is "
                 f"{_mib(fixed + least)}, of which {_mib(fixed)} are not quantized layers"
             )
         return Choice(sizes, target.size - fixed, weights)
     assert target.bits is not None
     if 8 * least > target.bits * weights:
         raise UserError(
-            f"--wbits {target.bits:g} is too little; the least possible is "
+            f"an average of {target.bits:g} bits is too little; the least possible is "
             f"{8 * least / weights:.2f} bits a weight, with scales and zero points"
         )
     return Choice(sizes, int(target.bits * weights / 8), weights)

@@ -129,7 +129,7 @@ BAD = {
     "--size 1kB": "smallest possible is",
     "--size lots": "--size lots is not a size",
     "--size 1GiB --wbits 4": "--size and --wbits 4 disagree",
-    "--wbits 2.05": "--wbits 2.05 is too little; the least possible is",
+    "--wbits 2.05": "an average of 2.05 bits is too little; the least possible is",
     "--wbits 17.5": "17.5 is not possible",
     "--wbits 5": "5 is not possible: choose one of 2, 3, 4, 8, 16, or an average such as 3.5",
     "--wbits x.5": "--wbits",

@@ -67,20 +67,6 @@ def model(folder):
     return loaded(folder)
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """A list that gets an entry for each block and token that compiled code runs."""
-    calls = []
-    compiled_run = decoder_block.run
-
-    def run(blocks, *args):
-        calls.extend(blocks)
-        return compiled_run(blocks, *args)
-
-    monkeypatch.setattr(decoder_block, "run", run)
-    return calls
-
-
 @torch.no_grad()
 def logits(model, tokens, cache=None, **arguments):
     """Logits of every token, one at a time after the first five; and the cache."""
@@ -104,11 +90,11 @@ def some_tokens(count):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_against_a_forward_of_all_tokens(bits, tmp_path, steps):
+def test_against_a_forward_of_all_tokens(bits, tmp_path, compiled_steps):
     model = loaded(packed_folder(tmp_path, bits))
     tokens = some_tokens(80)  # more than the first buffer holds
     result, cache = logits(model, tokens)
-    assert len(steps) == 75 * 2
+    assert len(compiled_steps) == 75 * 2
     assert cache.get_seq_length() == 80
     torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
 
@@ -122,11 +108,11 @@ def test_against_a_forward_of_all_tokens(bits, tmp_path, steps):
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
     ],
 )
-def test_shapes(changes, tmp_path, steps):
+def test_shapes(changes, tmp_path, compiled_steps):
     model = loaded(packed_folder(tmp_path, **changes))
     tokens = some_tokens(12)
     result, _ = logits(model, tokens)
-    assert len(steps) == 14
+    assert len(compiled_steps) == 14
     torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
 
 
@@ -138,39 +124,39 @@ def other(request, tmp_path_factory):
 
 @pytest.mark.parametrize("is_told", [True, False], ids=["cache of windows", "cache of all"])
 @pytest.mark.parametrize("other", OTHERS, indirect=True)
-def test_other_architectures(other, is_told, steps):
+def test_other_architectures(other, is_told, compiled_steps):
     """A window of 12 tokens, of which the first buffer has room for 64."""
     model, tokens = loaded(other), some_tokens(150)
     cache = DynamicCache(config=model.config) if is_told else DynamicCache()
     result, cache = logits(model, tokens, cache)
-    assert len(steps) == 145 * 2
+    assert len(compiled_steps) == 145 * 2
     assert cache.get_seq_length() == 150
     torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
     # transformers goes on with what it finds in the cache.
     result = model(input_ids=PROMPT, **{CACHE: cache}).logits
     exact = whole(model, torch.cat([tokens, PROMPT], 1))[:, 150:]
     torch.testing.assert_close(result, exact, **TOLERANCE)
-    steps.clear()
+    compiled_steps.clear()
     result, _ = logits(model, PROMPT, cache)
     exact = whole(model, torch.cat([tokens, PROMPT, PROMPT], 1))[:, 155:]
     torch.testing.assert_close(result, exact, **TOLERANCE)
-    assert len(steps) == 10
+    assert len(compiled_steps) == 10
 
 
 @pytest.mark.parametrize("other", OTHERS, indirect=True)
-def test_other_architectures_generate_and_are_copied(other, steps):
+def test_other_architectures_generate_and_are_copied(other, compiled_steps):
     model = loaded(other)
     arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     native_ids = model.generate(PROMPT, **arguments)
-    assert len(steps) == 29 * 2
+    assert len(compiled_steps) == 29 * 2
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(native_ids, twin.generate(PROMPT, **arguments))
-    assert len(steps) == 3 * 29 * 2
+    assert len(compiled_steps) == 3 * 29 * 2
     (theirs,) = type(model).__bases__
     assert theirs.__name__ == type(model).__name__ == model.config.architectures[0]
     model.__class__ = theirs
     assert torch.equal(native_ids, model.generate(PROMPT, **arguments))
-    assert len(steps) == 3 * 29 * 2
+    assert len(compiled_steps) == 3 * 29 * 2
 
 
 @pytest.mark.parametrize("other", ["mistral with windows"], indirect=True)
@@ -188,17 +174,17 @@ def test_a_cache_of_windows_that_is_copied(other):
 
 @pytest.mark.parametrize("other", ["mistral with windows"], indirect=True)
 @pytest.mark.parametrize("window", [1, 8])
-def test_windows_that_a_cache_keeps_otherwise(other, window, steps):
+def test_windows_that_a_cache_keeps_otherwise(other, window, compiled_steps):
     """Of one token, which transformers' slices cannot say, and another than the model's."""
     model, config = loaded(other), copy.deepcopy(loaded(other).config)
     config.sliding_window = window
     logits(model, some_tokens(20), DynamicCache(config=config))
-    assert not steps
+    assert not compiled_steps
 
 
 @pytest.mark.parametrize("other", ["qwen3"], indirect=True)
 @pytest.mark.parametrize("change", ["weight", "epsilon", "class"])
-def test_what_people_change_in_norms_of_heads_counts(other, change, steps, monkeypatch):
+def test_what_people_change_in_norms_of_heads_counts(other, change, compiled_steps, monkeypatch):
     model, tokens = loaded(other), some_tokens(9)
     before = logits(model, tokens)[0]
     for layer in model.model.layers:
@@ -238,7 +224,7 @@ def test_many_threads(model):
     torch.testing.assert_close(results[0], results[1], **TOLERANCE)
 
 
-def test_large_scores_and_gates(folder, steps):
+def test_large_scores_and_gates(folder, compiled_steps):
     model = loaded(folder)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -246,16 +232,16 @@ def test_large_scores_and_gates(folder, steps):
             layer.post_attention_layernorm.weight.mul_(300)
     tokens = some_tokens(12)
     result, _ = logits(model, tokens)
-    assert steps
+    assert compiled_steps
     exact = whole(model, tokens)
     assert bool(torch.isfinite(result).all())
     torch.testing.assert_close(result, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
 
 
-def test_generate(model, steps):
+def test_generate(model, compiled_steps):
     arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     native_ids = model.generate(PROMPT, **arguments)
-    assert len(steps) == 29 * 2
+    assert len(compiled_steps) == 29 * 2
     model.__class__ = modeling_llama.LlamaForCausalLM
     assert torch.equal(native_ids, model.generate(PROMPT, **arguments))
 
@@ -272,10 +258,10 @@ def test_it_takes_what_transformers_takes(model):
             model.generate(PROMPT, nonsense=1)
 
 
-def test_int8_activations(folder, steps):
+def test_int8_activations(folder, compiled_steps):
     rounded = loaded(folder, int8_activations=True)
     result, _ = logits(rounded, some_tokens(20))
-    assert len(steps) == 30
+    assert len(compiled_steps) == 30
     torch.testing.assert_close(result, whole(rounded, some_tokens(20)), rtol=0.1, atol=0.1)
 
 
@@ -298,7 +284,7 @@ def test_a_cache_that_is_cropped_and_copied(model):
         torch.testing.assert_close(again, exact, **TOLERANCE)
 
 
-def test_what_it_leaves_to_transformers(model, steps):
+def test_what_it_leaves_to_transformers(model, compiled_steps):
     tokens = some_tokens(8)
     two = tokens.repeat(2, 1)
     torch.testing.assert_close(logits(model, two)[0], whole(model, two), **TOLERANCE)
@@ -310,25 +296,25 @@ def test_what_it_leaves_to_transformers(model, steps):
         model(input_ids=tokens[:, 5:6], attention_mask=mask, **{CACHE: cache})
     model.generate(PROMPT, max_new_tokens=3, num_beams=2, do_sample=False)
     model.generate(PROMPT, max_new_tokens=3, cache_implementation="static", disable_compile=True)
-    assert not steps
+    assert not compiled_steps
     _, cache = logits(model, tokens)
-    before = len(steps)
+    before = len(compiled_steps)
     model(input_ids=tokens[:, :1], **{CACHE: cache})  # outside of no_grad
-    assert len(steps) == before
+    assert len(compiled_steps) == before
 
 
-def test_what_is_traced_is_transformers_own(model, steps):
+def test_what_is_traced_is_transformers_own(model, compiled_steps):
     traced = torch.compile(model, backend="eager")
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         traced(input_ids=PROMPT, **{CACHE: cache})
         result = traced(input_ids=PROMPT[:, :1], **{CACHE: cache}).logits
-    assert not steps
+    assert not compiled_steps
     exact = whole(model, torch.cat([PROMPT, PROMPT[:, :1]], 1))[:, -1:]
     torch.testing.assert_close(result, exact, **TOLERANCE)
 
 
-def test_layers_are_found_as_ever(model, steps):
+def test_layers_are_found_as_ever(model, compiled_steps):
     """Alone and in part, also while a token is decoded: modules are shared with other threads."""
     layers, found = model.model.layers, []
 
@@ -339,7 +325,7 @@ def test_layers_are_found_as_ever(model, steps):
 
     model.model.norm.register_forward_hook(look)
     logits(model, some_tokens(7))
-    assert len(steps) == 4
+    assert len(compiled_steps) == 4
     assert len(found) == 9
     assert all(found)
 
@@ -431,27 +417,27 @@ def test_what_people_change_counts_for_every_token(name, model, monkeypatch):
     assert not torch.allclose(after, before, **TOLERANCE)
 
 
-def test_a_hook_on_an_activation_is_called(model, steps):
+def test_a_hook_on_an_activation_is_called(model, compiled_steps):
     calls = []
     logits(model, some_tokens(7))
-    count = len(steps)
+    count = len(compiled_steps)
     model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *args: calls.append(args))
     logits(model, some_tokens(7))
     assert len(calls) == 3
-    assert len(steps) == count
+    assert len(compiled_steps) == count
 
 
-def test_an_inner_model_is_compiled_or_replaced(model, steps):
+def test_an_inner_model_is_compiled_or_replaced(model, compiled_steps):
     tokens = some_tokens(8)
     expected = logits(model, tokens)[0]
-    count = len(steps)
+    count = len(compiled_steps)
     model.model = torch.compile(model.model, backend="eager")
     torch.testing.assert_close(logits(model, tokens)[0], expected, **TOLERANCE)
-    assert len(steps) == count
+    assert len(compiled_steps) == count
 
 
 @pytest.mark.parametrize("name", ["mask", "positions", "embeddings", "labels", "tuple", "autocast"])
-def test_arguments_are_as_transformers_takes_them(name, model, steps):
+def test_arguments_are_as_transformers_takes_them(name, model, compiled_steps):
     tokens, token = some_tokens(6), torch.tensor([[9]])
     arguments = {
         "mask": {"attention_mask": torch.ones(1, 7, dtype=torch.long)},
@@ -468,7 +454,7 @@ def test_arguments_are_as_transformers_takes_them(name, model, steps):
         cache = logits(model, tokens)[1]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
             results.append((model(**arguments, **{CACHE: cache}), cache.get_seq_length()))
-    assert len(steps) == (4 if name in ("mask", "positions", "embeddings") else 2)
+    assert len(compiled_steps) == (4 if name in ("mask", "positions", "embeddings") else 2)
     (ours, length), (theirs, same_length) = results
     assert type(ours) is type(theirs)
     assert length == same_length == 7
@@ -491,31 +477,31 @@ def test_arguments_are_as_transformers_takes_them(name, model, steps):
     # A tensor of two rows prints as two lines.
     ids=lambda arguments: " ".join(str(arguments).split()),
 )
-def test_unusual_arguments_are_left_to_transformers(arguments, model, steps):
+def test_unusual_arguments_are_left_to_transformers(arguments, model, compiled_steps):
     """Whatever it makes of them: a result, or its own error."""
     outcomes = []
     for kind in (cpu_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
         model.__class__ = kind
         cache = logits(model, some_tokens(6))[1]
-        steps.clear()
+        compiled_steps.clear()
         try:
             with torch.no_grad():
                 token = torch.tensor([[9]])
                 outcomes.append(model(input_ids=token, **arguments, **{CACHE: cache}).logits)
         except (RuntimeError, IndexError, ValueError) as error:
             outcomes.append(str(error))
-        assert not steps
+        assert not compiled_steps
     ours, theirs = outcomes
     assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
 
 
-def test_layers_in_another_order_or_repeated(tmp_path, steps):
+def test_layers_in_another_order_or_repeated(tmp_path, compiled_steps):
     model = loaded(packed_folder(tmp_path, num_hidden_layers=3))
     layers = model.model.layers
     for order in ([1, 0, 2], [0, 1, 1]):
         model.model.layers = torch.nn.ModuleList([layers[index] for index in order])
         logits(model, some_tokens(7))
-    assert not steps
+    assert not compiled_steps
 
 
 def test_threads_take_tokens_of_their_own(model):
@@ -528,43 +514,43 @@ def test_threads_take_tokens_of_their_own(model):
         torch.testing.assert_close(result, exact, **TOLERANCE)
 
 
-def test_dropout_is_left_to_transformers(model, steps):
+def test_dropout_is_left_to_transformers(model, compiled_steps):
     _, cache = logits(model, PROMPT)
     model.train()
     with torch.no_grad():
         model(input_ids=PROMPT[:, :1], **{CACHE: cache})
-    assert not steps
+    assert not compiled_steps
 
 
-def test_a_hook_sees_its_layer(model, steps):
+def test_a_hook_sees_its_layer(model, compiled_steps):
     layer = model.model.layers[0]
     calls = []
     handle = layer.mlp.up_proj.register_forward_hook(lambda *args: calls.append(args))
     logits(model, some_tokens(7))
     assert len(calls) == 3
-    assert not steps
+    assert not compiled_steps
     handle.remove()
     logits(model, some_tokens(7))
     assert len(calls) == 3
-    assert len(steps) == 4
+    assert len(compiled_steps) == 4
 
 
-def test_changed_layers_are_noticed(model, steps):
+def test_changed_layers_are_noticed(model, compiled_steps):
     tokens = some_tokens(9)
     logits(model, tokens)
-    before = len(steps)
+    before = len(compiled_steps)
     layer = model.model.layers[1].self_attn.q_proj
     layer.scales = layer.scales * 2
     result, _ = logits(model, tokens)
-    assert len(steps) == 2 * before
+    assert len(compiled_steps) == 2 * before
     torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
     layer.backend = "torch"
     result, _ = logits(model, tokens)
-    assert len(steps) == 2 * before
+    assert len(compiled_steps) == 2 * before
     torch.testing.assert_close(result, whole(model, tokens), **TOLERANCE)
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64)
     logits(model, tokens)
-    assert len(steps) == 2 * before
+    assert len(compiled_steps) == 2 * before
 
 
 def test_hidden_states_are_recorded(model):
@@ -578,13 +564,13 @@ def test_hidden_states_are_recorded(model):
         torch.testing.assert_close(states, expected[:, -1:], **TOLERANCE)
 
 
-def test_models_are_copied_and_pickled(model, steps):
+def test_models_are_copied_and_pickled(model, compiled_steps):
     tokens = some_tokens(9)
     result, _ = logits(model, tokens)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        before = len(steps)
+        before = len(compiled_steps)
         assert torch.equal(logits(twin, tokens)[0], result)
-        assert len(steps) == before + 8
+        assert len(compiled_steps) == before + 8
 
 
 def test_without_compiled_code_nothing_is_changed(folder, monkeypatch):

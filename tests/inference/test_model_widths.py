@@ -16,7 +16,7 @@ from gptq.config import Width
 from gptq.inference.cuda_graph import stepper
 from gptq.inference.generate import benchmark
 from gptq.models import BLOOM, LLAMA
-from quant_cuda.cpu import decoder_block, library
+from quant_cuda.cpu import library
 
 RUN = {"nsamples": 4, "seqlen": 32}
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-3}  # activations are rounded to 16 bits on either way
@@ -64,20 +64,6 @@ def folders(text_file, tmp_path_factory):
         out = {"save_dir": base / name, "format": form}
         gptq.quantize(model, text_file, settings, widths=table, **out, **RUN)
     return {name: base / name for name in cases}
-
-
-@pytest.fixture
-def compiled_steps(monkeypatch):
-    """A list that gets an entry for each block and token that compiled code runs."""
-    calls = []
-    compiled_run = decoder_block.run
-
-    def run(blocks, *args):
-        calls.extend(blocks)
-        return compiled_run(blocks, *args)
-
-    monkeypatch.setattr(decoder_block, "run", run)
-    return calls
 
 
 def one_by_one(model):
