@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from quant_cuda.cpu import decoder_block
+
 ROOT = Path(__file__).parent.parent
 WORDS = "the cat sat on a mat and saw that one dog run over hills while rain fell in the night"
 
@@ -160,3 +162,30 @@ def host_library(request, tmp_path_factory) -> Path:
 def model_dir(request) -> Path:
     """Both architectures in turn."""
     return request.getfixturevalue(f"{request.param}_dir")
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def kernels(request) -> emulated.Kernels:
+    """The GPU has to have the CAPABILITY of the test's module, if that names one."""
+    if request.param == "emulated":
+        made = emulated.emulated(request.getfixturevalue("host_library"))
+        made.settle(0, 0)
+        return made
+    wanted = getattr(request.module, "CAPABILITY", None)
+    if not torch.cuda.is_available() or wanted not in (None, torch.cuda.get_device_capability()):
+        pytest.skip("no such NVIDIA GPU here")
+    return emulated.on_gpu()
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch):
+    """A list that gets an entry for each block and token that compiled code runs."""
+    calls = []
+    compiled_run = decoder_block.run
+
+    def run(blocks, *args):
+        calls.extend(blocks)
+        return compiled_run(blocks, *args)
+
+    monkeypatch.setattr(decoder_block, "run", run)
+    return calls
