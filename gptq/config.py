@@ -183,6 +183,12 @@ class QuantConfig:
         advice="give a number of tokens, or 0 for no training",
     )
     """Tokens on which scales and norms are trained after the solve; 0: they are not trained."""
+    rotate: bool = _setting(
+        False,
+        "--rotate",
+        help="rotate the hidden states, merged into the weights: closer at 2 and 3 bits",
+    )
+    """Whether the model is first turned into one of the same logits with rotated hidden states."""
     method: str = _setting(
         "gptq",
         None,
@@ -218,11 +224,9 @@ class QuantConfig:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """By name. Files say of training only if there was some, as before there was any."""
+        """By name. Those of OPTIONAL are left out where they are off, as before there were any."""
         settings = asdict(self)
-        if not self.tune_tokens:
-            del settings["tune_tokens"]
-        return settings
+        return {name: it for name, it in settings.items() if it or name not in OPTIONAL}
 
     @property
     def feeds_back(self) -> bool:
@@ -235,6 +239,7 @@ class QuantConfig:
         return self.method == "gptq" and self.adaptive_damp
 
 
+OPTIONAL = ("tune_tokens", "rotate")
 SETTINGS: Mapping[str, Setting] = {f.name: f.metadata["setting"] for f in fields(QuantConfig)}
 """By the field of QuantConfig, in the record's order."""
 DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(QuantConfig)}

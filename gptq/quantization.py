@@ -16,6 +16,7 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import batches
 from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import BlockwiseModel
+from gptq.blockwise.rotation import rotated
 from gptq.blockwise.source import ModelSource, max_positions
 from gptq.checkpoints.assembly import from_blocks
 from gptq.checkpoints.embeddings import pack_embeddings
@@ -61,6 +62,8 @@ def run(
     training: called at each look at the held-out windows.
     """
     started = perf_counter()
+    if job.config.rotate:
+        model = rotated(model)
     config, choice = job.config, _checked_choice(model, job)
     windows = _windows(model.source, job)
     noticed = _calibration_warnings(model, job, windows)

@@ -30,6 +30,7 @@ VALID = {
     "method": "rtn",
     "embedding_bits": 4,
     "tune_tokens": 4096,
+    "rotate": True,
 }
 
 
@@ -40,9 +41,9 @@ def parse(line):
 def test_a_setting_is_on_the_command_line_or_known_not_to_be():
     bare = {field for field, s in SETTINGS.items() if s.flag is None and s.shorthand is None}
     assert bare == WITHOUT_A_FLAG
-    # Without tuning it is as if there were no such setting.
-    assert set(QuantConfig().to_dict()) == set(SETTINGS) - {"tune_tokens"}
-    assert set(SETTINGS) == set(DEFAULTS) == set(QuantConfig(tune_tokens=1).to_dict())
+    # What is off is as if there were no such setting.
+    assert set(QuantConfig().to_dict()) == set(SETTINGS) - {"tune_tokens", "rotate"}
+    assert set(SETTINGS) == set(DEFAULTS) == set(QuantConfig(tune_tokens=1, rotate=True).to_dict())
     assert set(VALID) == set(SETTINGS) - WITHOUT_A_FLAG
     assert all(set(changes) <= set(SETTINGS) for changes in QUALITIES.values())
 

@@ -12,7 +12,9 @@ import gptq
 import gptq.pipeline.blocks
 from gptq import QuantConfig, convert, hf
 from gptq.api import open_weights, perplexity
+from gptq.blockwise.rotation import rotated
 from gptq.cli.run import main
+from gptq.errors import UserError
 from gptq.inference.cpu_decode import CACHE_NAME
 from gptq.models import LLAMA, SPECS
 from gptq.pipeline.blocks import quantize_blocks
@@ -41,6 +43,9 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "seed_oss": {"head_dim": 16},
 }
+# Their norms subtract a mean, multiply by 1 + weight, have no weight, or follow a branch.
+NOT_ROTATED = {"bloom", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo"}
+NOT_ROTATED |= {"olmo2", "olmo3", "stablelm", "starcoder2"}
 BLOOM = {"n_layer": 2, "n_head": 4, "hidden_size": 64, "vocab_size": 320}
 
 
@@ -173,3 +178,29 @@ def test_errors_are_fed_back_towards_the_full_models_own_hidden_states(
             assert len(found) == 1
             torch.testing.assert_close(found[0], own, rtol=1e-4, atol=1e-4)
         seen.clear()
+
+
+@torch.no_grad()
+def test_rotated_hidden_states_give_the_same_logits(folder, tmp_path):
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for number, (name, parameter) in enumerate(full.named_parameters()):
+        if "norm" in name or name.endswith("bias"):
+            generator = torch.Generator().manual_seed(number)
+            parameter.add_(0.5 * torch.rand(parameter.shape, generator=generator))
+    changed = tmp_path / "changed"
+    full.save_pretrained(changed)
+    model = gptq.api.open_full(changed, "cpu", "float32")
+    if folder.name in NOT_ROTATED:
+        with pytest.raises(UserError, match=f"hidden states of '{folder.name}' models cannot be"):
+            rotated(model)
+        return
+    turned = rotated(model).source
+    other = AutoModelForCausalLM.from_config(turned.config, dtype=torch.float32).eval()
+    assert not turned.config.tie_word_embeddings
+    missing, unexpected = other.load_state_dict(dict(turned.tensors), strict=False)
+    assert (missing, unexpected) == ([], [])
+    tokens = windows()
+    torch.testing.assert_close(other(tokens).logits, full(tokens).logits, rtol=1e-3, atol=1e-4)
+    hidden, own = (it(tokens, output_hidden_states=True).hidden_states[1] for it in (other, full))
+    assert not torch.allclose(hidden, own, atol=1e-2)
+    assert torch.allclose(hidden.norm(dim=-1), own.norm(dim=-1), rtol=1e-4)

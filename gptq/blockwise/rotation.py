@@ -1,0 +1,149 @@
+"""A full model with rotated hidden states: other weights, the same logits.
+
+An orthogonal matrix Q is merged into all weights that read or write the hidden states, and the
+weights of norms into the layers behind them, so that nothing is computed in addition when the model
+runs (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456, section 4; R1 of SpinQuant, Liu et al. 2024,
+arXiv 2405.16406, section 3). What single channels have in excess is then spread over all of them,
+and a group's weights are nearer to a normal distribution.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gptq.blockwise.model import BlockwiseModel
+from gptq.errors import UserError
+from gptq.files.lazy import Entry, LazyTensors
+
+SEED = 0
+ROWS = 4096
+"""Of a weight that are rotated at once, in float64."""
+
+
+class Rotation:
+    """Multiplication of rows (..., size) by an orthogonal matrix Q that is random but fixed.
+
+    size is 2**k * odd. Q is diag(signs) (H x O): H the Hadamard matrix of order 2**k over its root,
+    O random of order `odd`, x the Kronecker product. So a row costs size * (k + odd) operations.
+    """
+
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        self.power = size & -size
+        odd = size // self.power
+        signs = torch.randint(0, 2, (size,), generator=generator)
+        self.signs = 2.0 * signs.double() - 1
+        self.odd = torch.linalg.qr(torch.randn(odd, odd, generator=generator).double()).Q
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x floating (..., size) to float32 of the same shape."""
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        return torch.cat([self._rows(part) for part in rows.split(ROWS)]).view(x.shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = x.double() * self.signs
+        x = x.view(-1, self.power, len(self.odd)) @ self.odd
+        half = 1
+        while half < self.power:
+            pairs = x.view(len(x), -1, 2, half, len(self.odd))
+            first, second = pairs.unbind(2)
+            x = torch.stack([first + second, first - second], dim=2).flatten(1, 3)
+            half *= 2
+        return (x / self.power**0.5).flatten(1).float()
+
+
+def rotated(model: BlockwiseModel) -> BlockwiseModel:
+    """The same model with rotated hidden states; weights are computed when they are read.
+
+    A head that is the embedding becomes a tensor of its own, because the last norm's weight goes
+    into it. Raises UserError for an architecture whose hidden states cannot be rotated.
+    """
+    source = model.source
+    spec, tensors = source.spec, source.tensors
+    _check(model)
+    rotation = Rotation(source.config.hidden_size)
+    changes: dict[str, Entry | None] = {}
+
+    def change(name: str, compute: Callable[[], Tensor]) -> None:
+        changes[name] = Entry(compute, tensors.shape(name), torch.float32)
+
+    embedding, head = f"{spec.embed[0]}.weight", f"{spec.head}.weight"
+    change(embedding, partial(_read_by, rotation, tensors, embedding, None))
+    stored = embedding if source.config.tie_word_embeddings else head
+    last = f"{spec.norm}.weight"
+    changes[head] = Entry(
+        partial(_read_by, rotation, tensors, stored, last), tensors.shape(stored), torch.float32
+    )
+    change(last, partial(_ones, tensors, last))
+    for index in range(model.block_count):
+        block = spec.block(index)
+        for branch in spec.branches:
+            norm = f"{block}.{branch.norm}.weight"
+            change(norm, partial(_ones, tensors, norm))
+            for name in (f"{block}.{layer}.weight" for layer in branch.inputs):
+                change(name, partial(_read_by, rotation, tensors, name, norm))
+            for part in ("weight", "bias"):
+                name = f"{block}.{branch.output}.{part}"
+                if name in tensors:
+                    change(name, partial(_written_by, rotation, tensors, name))
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = False
+    source = replace(source, config=config, tensors=tensors.changed(changes))
+    return BlockwiseModel.from_source(source, model.device, model.dtype)
+
+
+def _read_by(rotation: Rotation, tensors: LazyTensors, name: str, norm: str | None) -> Tensor:
+    """The weight (out, hidden) of what reads the hidden states behind a norm: W diag(norm) Q.
+
+    Also an embedding's, whose rows are hidden states.
+    """
+    weight = tensors[name]
+    return rotation(weight if norm is None else weight.double() * tensors[norm].double())
+
+
+def _written_by(rotation: Rotation, tensors: LazyTensors, name: str) -> Tensor:
+    """The weight (hidden, in) or bias (hidden,) of what is added to the hidden states: Q^T W."""
+    tensor = tensors[name]
+    return rotation(tensor.T.contiguous()).T.contiguous() if tensor.dim() > 1 else rotation(tensor)
+
+
+def _ones(tensors: LazyTensors, name: str) -> Tensor:
+    return torch.ones(tensors.shape(name))
+
+
+def _check(model: BlockwiseModel) -> None:
+    """Raise UserError unless all that is done to hidden states is the same in any basis."""
+    spec = model.spec
+    norms = [model.module.get_submodule(spec.norm)]
+    plain = len(spec.embed) == 1
+    for branch in spec.branches:
+        plain = plain and branch.norm is not None and branch.post_norm is None
+        if branch.norm is not None:
+            norms.append(model.module.get_submodule(f"{spec.block(0)}.{branch.norm}"))
+    head = model.module.get_submodule(spec.head)
+    if not plain or getattr(head, "bias", None) is not None or not all(map(_rotates, norms)):
+        raise UserError(
+            f"--rotate: the hidden states of '{spec.model_type}' models cannot be rotated; "
+            "leave it out"
+        )
+
+
+@torch.no_grad()
+def _rotates(norm: nn.Module) -> bool:
+    """Whether a norm is x / rms(x) times its weight: it is tried."""
+    weights = dict(norm.named_parameters())
+    if list(weights) != ["weight"]:
+        return False
+    size = len(weights["weight"])
+    tried = copy.deepcopy(norm).to_empty(device="cpu").float()
+    weight = dict(tried.named_parameters())["weight"]
+    x = torch.randn(3, size, generator=torch.Generator().manual_seed(SEED))
+    weight.fill_(1.0)
+    plain, turned = tried(x), tried(Rotation(size)(x))
+    weight.copy_(torch.arange(size) / size)
+    same = torch.allclose(Rotation(size)(plain), turned, atol=1e-4)
+    return same and torch.allclose(plain * weight, tried(x), atol=1e-5)
