@@ -20,40 +20,50 @@ from gptq.errors import UserError
 from gptq.files.lazy import Entry, LazyTensors
 
 SEED = 0
+LARGEST = 64
 ROWS = 4096
-"""Of a weight that are rotated at once, in float64."""
+"""Of a weight that are rotated at once, in float64: this limits memory."""
 
 
 class Rotation:
     """Multiplication of rows (..., size) by an orthogonal matrix Q that is random but fixed.
 
-    size is 2**k * odd. Q is diag(signs) (H x O): H the Hadamard matrix of order 2**k over its root,
-    O random of order `odd`, x the Kronecker product. So a row costs size * (k + odd) operations.
+    size is 2**k * odd. Q is diag(signs) times the Kronecker product of Hadamard matrices, over
+    their roots, of orders that are powers of two and at most LARGEST, and of a random orthogonal
+    one of order `odd`. Each row is multiplied by one after the other.
     """
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(SEED)
-        self.power = size & -size
-        odd = size // self.power
-        signs = torch.randint(0, 2, (size,), generator=generator)
-        self.signs = 2.0 * signs.double() - 1
-        self.odd = torch.linalg.qr(torch.randn(odd, odd, generator=generator).double()).Q
+        self._signs = 2.0 * torch.randint(0, 2, (size,), generator=generator).double() - 1
+        power = size & -size
+        odd = torch.randn(size // power, size // power, generator=generator)
+        self._factors = [torch.linalg.qr(odd.double()).Q]
+        while power > 1:
+            order = min(power, LARGEST)
+            self._factors.append(_hadamard(order))
+            power //= order
 
     def __call__(self, x: Tensor) -> Tensor:
         """x floating (..., size) to float32 of the same shape."""
-        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        return torch.cat([self._rows(part) for part in rows.split(ROWS)]).view(x.shape)
+        rows = x.reshape(-1, len(self._signs))
+        return torch.cat([self._product(part) for part in rows.split(ROWS)]).view(x.shape)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        x = x.double() * self.signs
-        x = x.view(-1, self.power, len(self.odd)) @ self.odd
-        half = 1
-        while half < self.power:
-            pairs = x.view(len(x), -1, 2, half, len(self.odd))
-            first, second = pairs.unbind(2)
-            x = torch.stack([first + second, first - second], dim=2).flatten(1, 3)
-            half *= 2
-        return (x / self.power**0.5).flatten(1).float()
+    def _product(self, x: Tensor) -> Tensor:
+        count, size = x.shape
+        x = x.double() * self._signs
+        for factor in self._factors:
+            # The last of the axes that x stands for is multiplied and becomes the first.
+            x = (x.view(count, -1, len(factor)) @ factor).transpose(1, 2).reshape(count, size)
+        return x.float()
+
+
+def _hadamard(order: int) -> Tensor:
+    """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < order:
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double())
+    return matrix / order**0.5
 
 
 def rotated(model: BlockwiseModel) -> BlockwiseModel:
@@ -108,7 +118,7 @@ def _read_by(rotation: Rotation, tensors: LazyTensors, name: str, norm: str | No
 def _written_by(rotation: Rotation, tensors: LazyTensors, name: str) -> Tensor:
     """The weight (hidden, in) or bias (hidden,) of what is added to the hidden states: Q^T W."""
     tensor = tensors[name]
-    return rotation(tensor.T.contiguous()).T.contiguous() if tensor.dim() > 1 else rotation(tensor)
+    return rotation(tensor.T).T.contiguous() if tensor.dim() > 1 else rotation(tensor)
 
 
 def _ones(tensors: LazyTensors, name: str) -> Tensor:
