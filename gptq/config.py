@@ -186,7 +186,7 @@ class QuantConfig:
     rotate: bool = _setting(
         False,
         "--rotate",
-        help="rotate the hidden states, merged into the weights: closer at 2 and 3 bits",
+        help="rotate the hidden states, merged into the weights: a closer model",
     )
     """Whether the model is first turned into one of the same logits with rotated hidden states."""
     method: str = _setting(
