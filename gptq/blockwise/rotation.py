@@ -44,18 +44,22 @@ class Rotation:
             self._factors.append(_hadamard(order))
             power //= order
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x floating (..., size) to float32 of the same shape."""
+    def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """float32 x diag(scale) Q. x: floating (..., size); scale: (size,), by default ones."""
         rows = x.reshape(-1, len(self._signs))
-        return torch.cat([self._product(part) for part in rows.split(ROWS)]).view(x.shape)
+        signs = self._signs if scale is None else self._signs * scale.double()
+        product = torch.empty(rows.shape, dtype=torch.float32)
+        for part, place in zip(rows.split(ROWS), product.split(ROWS), strict=True):
+            place.copy_(self._product(part * signs))
+        return product.view(x.shape)
 
     def _product(self, x: Tensor) -> Tensor:
+        """x (rows, size), float64, signs included, times the Kronecker product."""
         count, size = x.shape
-        x = x.double() * self._signs
         for factor in self._factors:
             # The last of the axes that x stands for is multiplied and becomes the first.
             x = (x.view(count, -1, len(factor)) @ factor).transpose(1, 2).reshape(count, size)
-        return x.float()
+        return x
 
 
 def _hadamard(order: int) -> Tensor:
@@ -111,8 +115,7 @@ def _read_by(rotation: Rotation, tensors: LazyTensors, name: str, norm: str | No
 
     Also an embedding's, whose rows are hidden states.
     """
-    weight = tensors[name]
-    return rotation(weight if norm is None else weight.double() * tensors[norm].double())
+    return rotation(tensors[name], None if norm is None else tensors[norm])
 
 
 def _written_by(rotation: Rotation, tensors: LazyTensors, name: str) -> Tensor:
