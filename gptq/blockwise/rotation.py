@@ -31,9 +31,10 @@ class Rotation:
     size is 2**k * odd. Q is diag(signs) times the Kronecker product of Hadamard matrices, over
     their roots, of orders that are powers of two and at most LARGEST, and of a random orthogonal
     one of order `odd`. Each row is multiplied by one after the other.
+    device: where products are computed, in float64; rows come from the CPU and go back.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         generator = torch.Generator().manual_seed(SEED)
         self._signs = 2.0 * torch.randint(0, 2, (size,), generator=generator).double() - 1
         power = size & -size
@@ -43,14 +44,16 @@ class Rotation:
             order = min(power, LARGEST)
             self._factors.append(_hadamard(order))
             power //= order
+        self._signs = self._signs.to(device)
+        self._factors = [factor.to(device) for factor in self._factors]
 
     def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """float32 x diag(scale) Q. x: floating (..., size); scale: (size,), by default ones."""
         rows = x.reshape(-1, len(self._signs))
-        signs = self._signs if scale is None else self._signs * scale.double()
+        signs = self._signs if scale is None else self._signs * scale.to(self._signs)
         product = torch.empty(rows.shape, dtype=torch.float32)
         for part, place in zip(rows.split(ROWS), product.split(ROWS), strict=True):
-            place.copy_(self._product(part * signs))
+            place.copy_(self._product(part.to(signs) * signs))
         return product.view(x.shape)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def rotated(model: BlockwiseModel) -> BlockwiseModel:
     source = model.source
     spec, tensors = source.spec, source.tensors
     _check(model)
-    rotation = Rotation(source.config.hidden_size)
+    rotation = Rotation(source.config.hidden_size, model.device)
     changes: dict[str, Entry | None] = {}
 
     def change(name: str, compute: Callable[[], Tensor]) -> None:
