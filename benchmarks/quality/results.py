@@ -110,15 +110,16 @@ def chart(results: list[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(row.model for row in results))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(models), figsize=(8 * len(models), 5), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         for number, name in enumerate(METHODS):
             rows = [row for row in results if (row.model, row.method) == (model, name)]
-            colour = pyplot.get_cmap("tab20")(number)
+            # After twenty methods they begin again: those have other markers.
+            colour = pyplot.get_cmap("tab20")(number % 20)
             _draw(axis, name, rows, colour)
         axis.set(title=model, xlabel="bits a weight", ylabel="gap, nats a token", yscale="log")
         axis.grid(True, which="both", alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -120,7 +120,7 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         "--quality",
         choices=QUALITIES,
         help="fast: less than half the time; best: a closer model in a few times the time; tune: "
-        "scales and norms are trained after the solve, for 2 and 3 bits",
+        "scales and norms are trained after the solve, the closest model",
     )
     add(
         "--size",
