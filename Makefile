@@ -53,7 +53,8 @@ test test-rest test-all: venv
 	@$(RUN) -m pytest --cases $(CASES) $$($(RUN) -c "import xdist; print('$(SPREAD)')" 2>/dev/null)
 
 # Each in an environment of its own, with tests that need nothing of the checkout. None of them runs
-# a CUDA kernel: they are compiled for `test` already, and there is no nvcc in BARE.
+# a CUDA kernel: those are compiled for `test` already, and there is no nvcc in BARE. ninja, which
+# compiles the rest, would take the flags of make for its own.
 test-installed: WANTED := "$(TORCH)"
 test-installed: EXTRAS := data
 test-installed: FILES := cli/test_run checkpoints/test_convert inference/test_hf
@@ -66,7 +67,7 @@ test-installed test-oldest: venv
 	@rm -rf $(BARE)
 	@$(PYTHON) -m venv $(BARE)
 	@$(RUN) tests/helpers/floors.py > $(BARE)/floors.txt
-	@CUDA_HOME="$(abspath $(BARE))" $(RUN) -m build --outdir $(BARE)/dist . > $(BARE)/build.log
+	@MAKEFLAGS= CUDA_HOME="$(abspath $(BARE))" $(RUN) -m build --outdir $(BARE)/dist . > $(BARE)/build.log
 	@$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check \
 		$(WANTED) "$$(echo $(BARE)/dist/*.whl)[$(EXTRAS)]" "accelerate>=1.5" "pytest>=8"
 	@cd tests && ../$(BARE)/bin/python -c "import gptq; assert 'site-packages' in gptq.__file__"
