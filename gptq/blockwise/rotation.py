@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq.blockwise.model import BlockwiseModel
-from gptq.errors import UserError
+from gptq.errors import SettingError
 from gptq.files.lazy import Entry, LazyTensors
 
 SEED = 0
 LARGEST = 64
+"""Order of a Hadamard matrix: a row costs less with small ones, and needs more of them."""
 ROWS = 4096
 """Of a weight that are rotated at once, in float64: this limits memory."""
 
@@ -77,7 +78,7 @@ def rotated(model: BlockwiseModel) -> BlockwiseModel:
     """The same model with rotated hidden states; weights are computed when they are read.
 
     A head that is the embedding becomes a tensor of its own, because the last norm's weight goes
-    into it. Raises UserError for an architecture whose hidden states cannot be rotated.
+    into it. Raises SettingError for an architecture whose hidden states cannot be rotated.
     """
     source = model.source
     spec, tensors = source.spec, source.tensors
@@ -132,7 +133,7 @@ def _ones(tensors: LazyTensors, name: str) -> Tensor:
 
 
 def _check(model: BlockwiseModel) -> None:
-    """Raise UserError unless all that is done to hidden states is the same in any basis."""
+    """Raise SettingError unless all that is done to hidden states is the same in any basis."""
     spec = model.spec
     norms = [model.module.get_submodule(spec.norm)]
     plain = len(spec.embed) == 1
@@ -142,9 +143,11 @@ def _check(model: BlockwiseModel) -> None:
             norms.append(model.module.get_submodule(f"{spec.block(0)}.{branch.norm}"))
     head = model.module.get_submodule(spec.head)
     if not plain or getattr(head, "bias", None) is not None or not all(map(_rotates, norms)):
-        raise UserError(
-            f"--rotate: the hidden states of '{spec.model_type}' models cannot be rotated; "
-            "leave it out"
+        raise SettingError(
+            "rotate",
+            True,
+            f"is not possible: the hidden states of '{spec.model_type}' models cannot be rotated; "
+            "leave it out",
         )
 
 

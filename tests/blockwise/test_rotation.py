@@ -73,6 +73,7 @@ def test_an_architecture_that_cannot_be_rotated_is_refused(bloom_dir, text_file,
     assert main(argv=[*argv, str(tmp_path / "m.pt")]) == 2
     error = capsys.readouterr().err.strip()
     assert error == (
-        "error: --rotate: the hidden states of 'bloom' models cannot be rotated; leave it out"
+        "error: --rotate is not possible: the hidden states of 'bloom' models cannot be rotated; "
+        "leave it out"
     )
     assert list(tmp_path.iterdir()) == []
