@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu check [ENGINE]    products against float64, for compute-sanitizer
     python -m benchmarks.gpu check variants    those of every variant that a tuned table may choose
+    python -m benchmarks.gpu check decode      tokens by the decoding kernels against modules
     python -m benchmarks.gpu tune [--shapes ...] [--rows ...]    writes that table for this GPU
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
     python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, if that is installed
@@ -34,6 +35,7 @@ from benchmarks.gpu_models import (
     GROUP_SIZE,
     WIDTHS,
     decode,
+    decoded_both_ways,
     quantization,
     random_weight,
     released,
@@ -217,6 +219,17 @@ def check_variants() -> None:
     print("variants agree with float64")
 
 
+def check_decode() -> None:
+    """Tokens of small models by the decoding kernels against transformers' modules; raises
+    AssertionError if they disagree."""
+    for heads, key_heads, bits in ((8, 8, 4), (8, 2, 8)):
+        modules, kernels = decoded_both_ways(heads, key_heads, bits, tokens=12)
+        error = (modules - kernels).norm() / modules.norm()
+        assert error < 0.02, (heads, key_heads, bits, float(error))
+    torch.cuda.synchronize()
+    print("decoded tokens agree with transformers' modules")
+
+
 def result_path() -> Path:
     name = torch.cuda.get_device_properties(0).name.lower()
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
@@ -333,8 +346,8 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["check"] and set(arguments[1:]) <= set(operator.engines()):
         check(arguments[1:] or list(operator.engines()))
         return 0
-    if arguments == ["check", "variants"]:
-        check_variants()
+    if arguments in (["check", "variants"], ["check", "decode"]):
+        check_variants() if arguments[1] == "variants" else check_decode()
         return 0
     console = Console(width=160)
     if arguments[:1] == ["tune"]:

@@ -52,6 +52,7 @@ build() {
     tests/quant_cuda/test_cuda_bulk.py tests/quant_cuda/test_cuda_variants.py \
     tests/quant_cuda/test_cuda_sweep.py tests/quant_cuda/test_cuda_refine.py \
     tests/quant_cuda/test_cuda_operator.py tests/quant_cuda/test_cuda_triton.py \
+    tests/quant_cuda/test_cuda_decoder_block.py tests/inference/test_gpu_decode.py \
     tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
     tests/blockwise/test_activation_cache.py || return 1
 }
@@ -60,9 +61,9 @@ sanitize() {
   local failed=0 tool checked
   command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not here: not run"; return 0; }
   for tool in memcheck racecheck synccheck; do
-    for checked in cuda variants; do
+    for checked in cuda variants decode; do
       echo "compute-sanitizer $tool, $checked"
-      step 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      step 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
         $PYTHON -m benchmarks.gpu check "$checked" || { echo "FAILED: $tool, $checked"; failed=1; }
     done
   done

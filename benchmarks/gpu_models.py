@@ -2,9 +2,10 @@
 quantization of a whole one. A part of benchmarks/gpu.py."""
 
 import copy
+import gc
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +23,7 @@ from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
 from gptq.device import peak_memory, reset_peak_memory
 from gptq.files.lazy import Entry, LazyTensors
+from gptq.inference import compiled_decode
 from gptq.inference.cuda_graph import stepper
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
@@ -133,7 +135,8 @@ def _blocks(config: PretrainedConfig) -> int:
 
 
 def decode() -> Iterator[dict[str, Any]]:
-    """Tokens a second at batch 1 from a captured graph, and memory, of 7B-shaped models."""
+    """Tokens a second at batch 1 from a captured graph, and memory, of 7B-shaped models. By
+    transformers' modules first, then by the decoding kernels where they take the model."""
     for spec, config in SEVEN_BILLION:
         for bits in WIDTHS[spec.model_type]:
             torch.cuda.empty_cache()
@@ -149,9 +152,25 @@ def decode() -> Iterator[dict[str, Any]]:
 def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, Any]:
     dtype = torch.float32 if bits == 32 else torch.float16
     model = random_model(spec, config, bits, "cuda", dtype)
-    step = stepper(model, DECODED)
+    by_modules = _rate(stepper(model, DECODED))
+    gc.collect()
+    compiled_decode.install(model)
     # Memory that only loading needed is not counted.
     torch.cuda.empty_cache()
+    step = stepper(model, DECODED)
+    rate = _rate(step)
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "tokens_per_second": rate,
+        "by_modules": by_modules,
+        "memory": torch.cuda.memory_allocated(),
+        # As nvidia-smi shows it: the driver's own and other programs' too.
+        "used": total - free,
+    }
+
+
+def _rate(step: Callable[[Tensor], Tensor]) -> float:
+    """Tokens a second, one after another."""
     token = torch.full((1, 1), 7, device="cuda")
     seconds = []
     for _ in range(DECODED - 1):
@@ -161,13 +180,30 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
         torch.cuda.synchronize()
         seconds.append(perf_counter() - started)
     assert bool(torch.isfinite(logits).all()), "logits are not finite"
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "tokens_per_second": 1 / statistics.median(seconds),
-        "memory": torch.cuda.memory_allocated(),
-        # As nvidia-smi shows it: the driver's own and other programs' too.
-        "used": total - free,
-    }
+    return 1 / statistics.median(seconds)
+
+
+@torch.no_grad()
+def decoded_both_ways(heads: int, key_heads: int, bits: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Logits of a small random model, one token after another: by transformers' modules, and by
+    the decoding kernels. Float16 (tokens, vocab) each."""
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=64,
+    )
+    model = random_model(LLAMA, config, bits, "cuda", torch.float16)
+    results = []
+    for prepare in (lambda _: None, compiled_decode.install):
+        prepare(model)
+        step = stepper(model, tokens)
+        ids = torch.arange(2, 2 + tokens, device="cuda")
+        results.append(torch.cat([step(token.view(1, 1)).clone()[0] for token in ids]))
+    return results[0], results[1]
 
 
 def released(decoded: Rows) -> Rows:

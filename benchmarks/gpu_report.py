@@ -44,12 +44,12 @@ def kernel_table(rows: Rows) -> str:
 
 def decode_table(rows: Rows) -> str:
     """Tokens a second and GiB of memory."""
-    lines = [["model", "bits", "tokens/s", "tensors", "in use"], ["---"] * 5]
+    lines = [["model", "bits", "tokens/s", "by modules", "tensors", "in use"], ["---"] * 6]
     for row in rows:
-        rate = row["tokens_per_second"]
+        rate, modules = row["tokens_per_second"], row.get("by_modules")
         gib = [f"{row[k] / 2**30:.2f}" if row[k] else "" for k in ("memory", "used")]
         shown = [row["model"], str(row["bits"]), f"{rate:.0f}" if rate else "does not fit"]
-        lines.append([*shown, *gib])
+        lines.append([*shown, f"{modules:.0f}" if modules else "", *gib])
     return _markdown(lines)
 
 

@@ -26,7 +26,7 @@ from gptq.checkpoints.reading import Checkpoint, place
 from gptq.checkpoints.settings import folder_settings, settings_folder
 from gptq.errors import UserError
 from gptq.files.opening import open_tensors
-from gptq.inference import cpu_decode, overrides
+from gptq.inference import compiled_decode, overrides
 from gptq.inference.overrides import dense, dense_embedding
 from gptq.inference.saved_settings import follow_state, settings_in_memory
 from gptq.models import SPECS
@@ -106,7 +106,7 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config = model.config.quantization_config = config
         follow_state(model)
         overrides.install(model)
-        cpu_decode.install(model)
+        compiled_decode.install(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None):
         # transformers passes a string if from_pretrained got one.

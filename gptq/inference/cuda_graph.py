@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,9 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
             forward()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph), _ScalarTensorsByFill():
+    # For no other: compiled code leaves a forward under such a mode to transformers' modules.
+    fills = _ScalarTensorsByFill() if is_bloom else nullcontext()
+    with torch.cuda.device(device), torch.cuda.graph(graph), fills:
         logits = forward()
     cache.reset()
     return partial(_replay, graph, token, logits, (cache, mask))

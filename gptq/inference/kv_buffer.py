@@ -17,14 +17,14 @@ class KVBuffer:
     """
 
     keys: Tensor
-    """float32 (1, heads, capacity, head_dim)."""
+    """(rows, heads, capacity, head_dim)."""
     values: Tensor
     """As the keys."""
     end: int
     """Tokens written. A layer's views end here."""
 
     def last(self, count: int) -> tuple[Tensor, Tensor]:
-        """The last `count` tokens that are written: views (1, heads, count, head_dim)."""
+        """The last `count` tokens that are written: views (rows, heads, count, head_dim)."""
         here = slice(self.end - count, self.end)
         return self.keys[:, :, here], self.values[:, :, here]
 
@@ -44,7 +44,7 @@ def kv_buffer(layer: Any) -> KVBuffer:
         last = buffer.last(length)
         if all(a.data_ptr() == b.data_ptr() for a, b in zip(last, (keys, values), strict=True)):
             return buffer
-    shape = (1, keys.shape[1], max(MIN_CAPACITY, 2 * length), keys.shape[3])
+    shape = (*keys.shape[:2], max(MIN_CAPACITY, 2 * length), keys.shape[3])
     buffer = KVBuffer(keys.new_empty(shape), values.new_empty(shape), length)
     buffer.keys[:, :, :length], buffer.values[:, :, :length] = keys, values
     layer.__dict__["_kv_buffer"] = buffer

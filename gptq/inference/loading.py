@@ -14,7 +14,7 @@ from gptq.blockwise.weight_files import is_packed
 from gptq.checkpoints.reading import Checkpoint, attach
 from gptq.device import pick_device, pick_dtype
 from gptq.errors import UserError, first_line
-from gptq.inference import cpu_decode, overrides
+from gptq.inference import compiled_decode, overrides
 from gptq.inference.saved_settings import keep_settings
 from gptq.nn import HalfHead, QuantLinear, TiedHead
 from quant_cuda.cpu import library
@@ -115,7 +115,7 @@ def load_weights(opened: Opened, int8_activations: bool = False) -> PreTrainedMo
                 if isinstance(layer, QuantLinear):
                     layer.int8_activations = int8_activations
                     layer.prepare()
-    cpu_decode.install(module)
+    compiled_decode.install(module)
     if opened.checkpoint is not None:
         keep_settings(module, opened.checkpoint)
         overrides.install(module)

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
@@ -95,7 +101,7 @@ def _code(
         (sdpa_attention, "sdpa_attention_forward"),
         (sdpa_attention, "repeat_kv"),
         *((nn.functional, name) for name in ("scaled_dot_product_attention", "silu")),
-        *((owner, "update") for owner in (DynamicCache, *CACHES)),
+        *((owner, "update") for owner in (DynamicCache, *CACHES, StaticCache, StaticLayer)),
         (quant_cuda, "matmul"),
     )
     # What was replaced before the import is told by the module that it was written in.
@@ -142,5 +148,5 @@ def has_global_state() -> bool:
         or module._global_forward_pre_hooks
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.is_autocast_enabled("cpu")
+        or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     )

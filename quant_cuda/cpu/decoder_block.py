@@ -40,6 +40,9 @@ class Block:
     scale: factor of the query-key scores.
     """
 
+    dtype = torch.float32
+    """Of activations and cache."""
+
     def __init__(
         self,
         weights: Sequence[PreparedWeight],

@@ -80,7 +80,7 @@ def tiled(grid: Grid, adds: bool = False) -> LaunchFunction:
         kernel: Kernel, launch: Launch, x: Tensor, weight: KernelWeight, bias: Tensor | None
     ) -> Tensor:
         assert isinstance(weight, Tiled)
-        x, bias = _aligned(x), _float32(bias)
+        x, bias = aligned(x), _float32(bias)
         splits, last = grid(x.shape[0], weight, launch.processors)
         y = x.new_empty((x.shape[0], weight.out_features))
         partial = (
@@ -150,7 +150,7 @@ def _float32(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _aligned(rows: Tensor) -> Tensor:
+def aligned(rows: Tensor) -> Tensor:
     """Contiguous, a multiple of 8 wide and 16-byte aligned, because the kernels load 16 bytes."""
     short = -rows.shape[1] % 8
     if short:

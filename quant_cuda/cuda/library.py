@@ -27,6 +27,7 @@ SIGNATURES = {
     "plain_dequantize": "ii ppppp iii p",
     "sweep_block": "pppppppppp iiiiiii p",
     "refine_group": "pppppp iiiii p",
+    "decode": "p i p p",
 }
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int}
 

@@ -66,7 +66,7 @@ def prepare(weight: PackedWeight) -> PreparedWeight:
 
 def restore(weight: PreparedWeight) -> PackedWeight:
     """What `prepare` was given, bit for bit."""
-    return replace(layout.restore(_kernel_weight(weight)), g_idx=weight.g_idx)
+    return replace(layout.restore(view_of(weight)), g_idx=weight.g_idx)
 
 
 def matmul(
@@ -99,12 +99,12 @@ traced = matmul
 
 def rows(weight: PreparedWeight, index: Tensor) -> Tensor:
     """The weights of some outputs: int64 (...) to float32 (..., in)."""
-    tiles = _kernel_weight(weight)
+    tiles = view_of(weight)
     parts = [layout.rows(tiles, part) for part in index.reshape(-1).split(_ROWS)]
     return torch.cat(parts).reshape(*index.shape, weight.in_features)
 
 
-def _kernel_weight(weight: PreparedWeight) -> layout.KernelWeight:
+def view_of(weight: PreparedWeight) -> layout.KernelWeight:
     return view(
         list(weight.tensors),
         bits=weight.bits,

@@ -25,7 +25,9 @@ def test_the_chosen_variant_is_named():
 
 def test_a_model_that_does_not_fit():
     row = {"model": "bloom", "bits": 32, "tokens_per_second": None, "memory": None, "used": None}
-    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | does not fit |  |  |")
+    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | does not fit |  |  |  |")
+    row |= {"tokens_per_second": 450.2, "by_modules": 209.4, "memory": 2**32, "used": 2**33}
+    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | 450 | 209 | 4.00 | 8.00 |")
 
 
 def test_versions_are_named():

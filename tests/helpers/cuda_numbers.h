@@ -71,5 +71,6 @@ inline float __fsub_rn(float a, float b) {
 }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return bits_of(x); }
 inline float __uint_as_float(uint32_t x) { return float_of(x); }

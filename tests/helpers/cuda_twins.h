@@ -30,6 +30,11 @@ inline unsigned __ballot_sync(unsigned, int vote) {
   return votes;
 }
 
+inline void __trap() {
+  if (emulation::machine.error.empty()) emulation::machine.error = "a trap";
+  emulation::to_scheduler(false);
+}
+
 inline void __syncwarp(unsigned = ~0u) { emulation::exchange("syncwarp", Fragments{}); }
 
 inline int atomicAdd(int* address, int value) {

@@ -15,7 +15,7 @@ from gptq.api import open_weights, perplexity
 from gptq.blockwise.rotation import rotated
 from gptq.cli.run import main
 from gptq.errors import UserError
-from gptq.inference.cpu_decode import CACHE_NAME
+from gptq.inference.compiled_decode import CACHE_NAME
 from gptq.models import LLAMA, SPECS
 from gptq.pipeline.blocks import quantize_blocks
 from gptq.pipeline.journal import Journal

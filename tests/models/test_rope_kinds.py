@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import gptq
 from gptq.api import open_weights, perplexity
-from gptq.inference.cpu_decode import CACHE_NAME
+from gptq.inference.compiled_decode import CACHE_NAME
 
 TRAINED = 32  # tokens
 FACTORS = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]

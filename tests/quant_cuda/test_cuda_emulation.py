@@ -126,6 +126,7 @@ import sys
 from pathlib import Path
 import torch
 from helpers import emulated
+from helpers.decoding import ROOM, Shape, run_and_compare
 from helpers.products import activations, packed
 from quant_cuda.cuda import layout
 VARIANTS = [f"{tile}-splits2" for tile in ("bulk-16x128-stages4", "gemm_deep-16x128-stages4")]
@@ -140,6 +141,7 @@ for bits in (2, 3, 4, 8):
             for kernel in ("wgmma", *VARIANTS):
                 kernels.matmul(x, weight, 12, kernel=kernel)
         kernels.dequantize(weight, torch.bfloat16)
+run_and_compare(kernels, Shape(heads=3, key_heads=1), rows=3, length=ROOM - 1, processors=30)
 print("clean")
 x = activations(1, 576, dtype=torch.float16)
 short = layout.prepare(packed(4, 576, 40, 128)[0])

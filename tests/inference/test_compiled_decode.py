@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import gptq
 from gptq import QuantConfig
-from gptq.inference import cpu_decode
+from gptq.inference import compiled_decode
 from gptq.nn import QuantLinear
 from quant_cuda.cpu import decoder_block, library
 
@@ -248,7 +248,7 @@ def test_generate(model, compiled_steps):
 
 def test_it_takes_what_transformers_takes(model):
     theirs = inspect.signature(modeling_llama.LlamaForCausalLM.forward)
-    assert inspect.signature(cpu_decode.LlamaForCausalLM.forward) == theirs
+    assert inspect.signature(compiled_decode.LlamaForCausalLM.forward) == theirs
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=None)
@@ -449,7 +449,7 @@ def test_arguments_are_as_transformers_takes_them(name, model, compiled_steps):
     }[name]
     arguments = arguments if "inputs_embeds" in arguments else {"input_ids": token, **arguments}
     results = []
-    for kind in (cpu_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
+    for kind in (compiled_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
         model.__class__ = kind
         cache = logits(model, tokens)[1]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
@@ -480,7 +480,7 @@ def test_arguments_are_as_transformers_takes_them(name, model, compiled_steps):
 def test_unusual_arguments_are_left_to_transformers(arguments, model, compiled_steps):
     """Whatever it makes of them: a result, or its own error."""
     outcomes = []
-    for kind in (cpu_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
+    for kind in (compiled_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
         model.__class__ = kind
         cache = logits(model, some_tokens(6))[1]
         compiled_steps.clear()
@@ -576,4 +576,4 @@ def test_models_are_copied_and_pickled(model, compiled_steps):
 def test_without_compiled_code_nothing_is_changed(folder, monkeypatch):
     monkeypatch.setattr(library, "compiled", lambda: ())
     model = loaded(folder)
-    assert not isinstance(model, cpu_decode.LlamaForCausalLM)
+    assert not isinstance(model, compiled_decode.LlamaForCausalLM)

@@ -12,11 +12,15 @@ from transformers.activations import ACT2FN
 
 from gptq.inference.own_code import Code, is_observed
 from gptq.nn import QuantLinear
+from quant_cuda.cpu import decoder_block as on_cpu
 from quant_cuda.cpu import layout
-from quant_cuda.cpu.decoder_block import Block
+from quant_cuda.cuda import decoder_block as on_gpu
+from quant_cuda.cuda import library as gpu_library
 from quant_cuda.weight import PreparedWeight
 
-# In the order of quant_cuda.cpu.decoder_block.WEIGHTS and NORMS, which compiled code relies on.
+Block = on_cpu.Block | on_gpu.Block
+
+# In the order of WEIGHTS and NORMS of both decoder_block modules, which compiled code relies on.
 _LINEARS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -109,7 +113,8 @@ _cache: WeakKeyDictionary[nn.Module, _CachedLayer] = WeakKeyDictionary()
 
 
 def blocks_of(layers: nn.ModuleList, config: object, code: Code) -> list[Block] | None:
-    """The blocks of all layers in their order; None if compiled code cannot replace them all.
+    """The blocks of all layers in their order, of one device; None if compiled code cannot replace
+    them all.
 
     config: the one that the attention of each layer must have.
     """
@@ -126,7 +131,7 @@ def blocks_of(layers: nn.ModuleList, config: object, code: Code) -> list[Block] 
         if cached.block is None or cached.index != index or cached.config is not config:
             return None
         blocks.append(cached.block)
-    return blocks
+    return blocks if len(set(map(type, blocks))) == 1 else None
 
 
 def _inspect(layer: nn.Module, code: Code) -> _CachedLayer:
@@ -193,33 +198,38 @@ def _checks(layer: nn.Module, modules: dict[str, nn.Module]) -> Any:
 def _make_block(
     linears: Sequence[QuantLinear], norms: Sequence[nn.Module], attention: Any
 ) -> Block | None:
-    """The block of these modules; None if a weight is not in the CPU's layout, or if their types or
-    settings are not those that compiled code takes."""
+    """The block of these modules; None if their types or settings are not those that compiled code
+    takes."""
     weights = [linear.prepare() for linear in linears]
-    prepared = [
-        weight
-        for weight in weights
-        if isinstance(weight, PreparedWeight) and weight.layout == layout.LAYOUT
-    ]
+    prepared = [weight for weight in weights if isinstance(weight, PreparedWeight)]
     norm_weights = [cast(Tensor, norm.weight).detach() for norm in norms]
     biases = [linear._buffers["bias"] for linear in linears]
     # Read in place: a copy would not follow what people change.
     in_place = [*norm_weights, *(bias for bias in biases if bias is not None)]
+    (dtype, *others) = {tensor.dtype for tensor in in_place}
+    int8, *different = {linear.int8_activations for linear in linears}
     if (
         len(prepared) != len(weights)
         or any(linear.backend is not None for linear in linears)
-        or len({linear.int8_activations for linear in linears}) > 1
-        or any(it.dtype != torch.float32 or not it.is_contiguous() for it in in_place)
+        or others
+        or different
+        or not all(tensor.is_contiguous() for tensor in in_place)
     ):
         return None
-    return Block(
-        prepared,
-        biases,
-        [
-            (weight, cast(Any, norm).variance_epsilon)
-            for weight, norm in zip(norm_weights, norms, strict=True)
-        ],
-        attention.head_dim,
-        attention.scaling,
-        int8=linears[0].int8_activations,
-    )
+    with_epsilons = [
+        (weight, cast(Any, norm).variance_epsilon)
+        for weight, norm in zip(norm_weights, norms, strict=True)
+    ]
+    parts = (prepared, biases, with_epsilons, attention.head_dim, attention.scaling)
+    if dtype == torch.float32 and all(weight.layout == layout.LAYOUT for weight in prepared):
+        return on_cpu.Block(*parts, int8=int8)
+    if (
+        dtype in (torch.float16, torch.bfloat16)
+        and not int8
+        and gpu_library.available()
+        and on_gpu.refuses(prepared, attention.head_dim) is None
+        # The kernels load 16 bytes of them at a time.
+        and all(weight.data_ptr() % 16 == 0 for weight in norm_weights)
+    ):
+        return on_gpu.Block(*parts)
+    return None

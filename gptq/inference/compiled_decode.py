@@ -1,9 +1,10 @@
-"""Decoding on a CPU: all blocks of packed layers in one call of compiled code per token.
+"""Decoding: all blocks of packed layers in one call of compiled code per token.
 
-A small model spends most of a token's time in what Python and torch do between its matmuls. The
-model stays the one of transformers, so that generate and all else work as users know them. Only if
-exactly one token is asked for and nothing observes the blocks, quant_cuda.cpu.decoder_block
-computes what they would.
+A model whose weights are small spends much of a token's time in what Python and torch do between
+its matmuls. The model stays the one of transformers, so that generate and all else work as users
+know them. Only if exactly one token is asked for and nothing observes the blocks, decoder_block of
+quant_cuda.cpu or quant_cuda.cuda computes what they would: on a CPU for one sequence in float32, on
+a GPU for one to eight of one length, in float16 or bfloat16.
 """
 
 import functools
@@ -13,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from gptq.inference.cpu_blocks import blocks_of
+from gptq.inference.compiled_blocks import Block, blocks_of
 from gptq.inference.kv_buffer import kv_buffer
 from gptq.inference.own_code import (
     ATTENTION,
@@ -32,8 +38,10 @@ from gptq.inference.own_code import (
 )
 from gptq.nn import QuantEmbedding
 from quant_cuda.cpu import decoder_block, library, product
-from quant_cuda.cpu.decoder_block import Block
+from quant_cuda.cuda import decoder_block as on_gpu
+from quant_cuda.cuda import library as gpu_library
 
+_MOST_ROWS = on_gpu.MOST_ROWS
 # Settings that make a model return what the blocks compute in between.
 _RECORDING = ("output_attentions", "output_hidden_states")
 # transformers 5.24 has renamed the argument and the field of the output.
@@ -44,7 +52,7 @@ CACHE_NAME = (
 
 def install(model: PreTrainedModel) -> None:
     """Let a model decode single tokens in compiled code, if it is of a class of `CODES`."""
-    if library.compiled() and type(model) in CODES:
+    if (library.compiled() or gpu_library.available()) and type(model) in CODES:
         # -----------------------------------------------------------------------------------------
         # Why the class of the model is replaced: its forward has to change, but the model must stay
         # the object that its owner holds, and an instance of transformers' class, which generate,
@@ -80,40 +88,48 @@ _DECODING = {
 def _one_token(
     model: Any, code: Code, input_ids: Any = None, *others: Any, **arguments: Any
 ) -> CausalLMOutputWithPast | None:
-    """What transformers' forward returns for one token; None if it has to compute that itself.
+    """What transformers' forward returns for one token of each sequence; None if it has to compute
+    that itself.
 
     Embedding, rotary terms, last norm and head are the model's modules. The blocks alone are not
     called: no module is changed meanwhile, since other threads may be using them.
     """
     embeds, cache = arguments.pop("inputs_embeds", None), arguments.pop(CACHE_NAME, None)
     given = input_ids if embeds is None else embeds
-    if others or type(given) is not Tensor or given.shape[:2] != (1, 1):
+    if others or type(given) is not Tensor or given.dim() < 2 or given.shape[1] != 1:
         return None
-    if (input_ids is not None and embeds is not None) or given.device.type != "cpu":
+    rows, device = given.shape[0], given.device
+    if (input_ids is not None and embeds is not None) or not 1 <= rows <= _MOST_ROWS:
         return None
     if torch.is_grad_enabled() or has_global_state() or not product.is_plain(given, None):
         return None
     if not _is_usual_model(model, code):
         return None
     windows = code.windows(model.config)
-    length = _plain_length(cache, windows)
-    if not length:
+    # Of a cache of fixed size the length is known on its device alone.
+    is_static = _is_static(cache, rows, device, windows)
+    length = 0 if is_static else _plain_length(cache, rows, device, windows)
+    if not is_static and not length:
         return None
     positions = arguments.pop("position_ids", None)
-    if not _are_usual(arguments, positions, length):
+    if not _are_usual(arguments, positions, None if is_static else (rows, length + 1)):
         return None
     blocks = blocks_of(model.model.layers, model.config, code)
-    if blocks is None:
+    if blocks is None or not _take(blocks, rows, device, is_static):
         return None
     inner = model.model
     x = inner.embed_tokens(given) if embeds is None else embeds
     if positions is None:
-        positions = torch.full((1, 1), length)
-    cos, sin = inner.rotary_emb(x, position_ids=positions)
-    if not (product.is_plain(x, None) and _fit(x, cos, sin, cache.layers[0].keys.shape[3])):
+        static = cache.layers[0].cumulative_length.view(1, 1) if is_static else None
+        positions = torch.full((1, 1), length, device=device) if static is None else static
+    cos, sin = inner.rotary_emb(x, position_ids=positions[:1])
+    if not (product.is_plain(x, None) and _fit(x, cos, sin, cache.layers[0].keys, blocks[0].dtype)):
         return None
-    x = inner.norm(_run_blocks(blocks, x, (cos, sin), cache.layers, windows))
-    return CausalLMOutputWithPast(logits=model.lm_head(x), **{CACHE_NAME: cache})
+    if is_static:
+        x = _run_static(blocks, x, (cos, sin), cache.layers)
+    else:
+        x = _run_blocks(blocks, x, (cos, sin), cache.layers, windows)
+    return CausalLMOutputWithPast(logits=model.lm_head(inner.norm(x)), **{CACHE_NAME: cache})
 
 
 def _is_usual_model(model: Any, code: Code) -> bool:
@@ -133,8 +149,13 @@ def _is_usual_model(model: Any, code: Code) -> bool:
     )
 
 
-def _are_usual(arguments: dict[str, Any], positions: Any, length: int) -> bool:
-    """Whether the arguments are those of generate for a token after `length` others, all seen."""
+def _are_usual(
+    arguments: dict[str, Any], positions: Any, mask_shape: tuple[int, int] | None
+) -> bool:
+    """Whether the arguments are those of generate for a token that sees all before it.
+
+    mask_shape: (sequences, tokens with this one); None if there may be no mask, nor positions.
+    """
     mask, keep = arguments.pop("attention_mask", None), arguments.pop("logits_to_keep", 0)
     usual = arguments.pop("use_cache", None) is not False
     usual = usual and arguments.pop("return_dict", None) in (None, True)
@@ -143,14 +164,61 @@ def _are_usual(arguments: dict[str, Any], positions: Any, length: int) -> bool:
         and type(keep) is int
         and keep in (0, 1)
         and all(value is None or value is False for value in arguments.values())
-        and (positions is None or (type(positions) is Tensor and positions.shape == (1, 1)))
-        and (mask is None or (type(mask) is Tensor and mask.shape == (1, length + 1)))
+        and (positions is None or (mask_shape is not None and _are_one(positions, mask_shape[0])))
+        and (mask is None or (type(mask) is Tensor and mask.shape == mask_shape))
         and (mask is None or bool(mask.all()))
     )
 
 
-def _plain_length(cache: Any, windows: Sequence[int | None]) -> int:
-    """The tokens that a cache has seen, of one sequence in float32; 0 if it is of another kind.
+def _are_one(positions: Any, rows: int) -> bool:
+    """Whether position ids are one for all sequences."""
+    return (
+        type(positions) is Tensor
+        and positions.shape in ((1, 1), (rows, 1))
+        and (len(positions) == 1 or bool((positions == positions[:1]).all()))
+    )
+
+
+def _take(blocks: list[Block], rows: int, device: torch.device, is_static: bool) -> bool:
+    """Whether the blocks are on this device, and take so many sequences and such a cache."""
+    if isinstance(blocks[0], on_gpu.Block):
+        return blocks[0].device == device
+    return device.type == "cpu" and rows == 1 and not is_static
+
+
+def _is_static(cache: Any, rows: int, device: torch.device, windows: Sequence[int | None]) -> bool:
+    """Whether a cache is of fixed size and without windows."""
+    if type(cache) is not StaticCache or len(cache.layers) != len(windows) or any(windows):
+        return False
+    if getattr(cache, "offloading", False) or "update" in vars(cache):
+        return False
+    layers: list[Any] = cache.layers
+    return all(
+        type(layer) is StaticLayer
+        and layer.is_initialized
+        and "update" not in vars(layer)
+        and _are_alike(layers[0].keys, layer, rows, device)
+        and layer.cumulative_length.dtype == torch.int64
+        and layer.cumulative_length.device == device
+        for layer in layers
+    )
+
+
+def _are_alike(first: Tensor, layer: Any, rows: int, device: torch.device) -> bool:
+    """Whether keys and values of a cache's layer are as those of the first layer."""
+    return all(
+        states.shape[0] == rows
+        and states.shape[1::2] == first.shape[1::2]
+        and states.dtype == first.dtype
+        and states.device == device
+        for states in (layer.keys, layer.values)
+    )
+
+
+def _plain_length(
+    cache: Any, rows: int, device: torch.device, windows: Sequence[int | None]
+) -> int:
+    """The tokens that a growing cache has seen; 0 if it is of another kind.
 
     windows: the sliding window of each block, which the cache may know or not.
     """
@@ -165,7 +233,6 @@ def _plain_length(cache: Any, windows: Sequence[int | None]) -> int:
     ):
         return 0
     length = int(layers[0].get_seq_length())
-    _, heads, _, head_dim = layers[0].keys.shape
     for layer, window in zip(layers, windows, strict=True):
         kept = length
         if type(layer) is DynamicSlidingWindowLayer:
@@ -173,36 +240,35 @@ def _plain_length(cache: Any, windows: Sequence[int | None]) -> int:
             if layer.sliding_window != window or window < 2 or getattr(layer, "record_past", False):
                 return 0
             kept = min(length, window - 1)
-        for states in (layer.keys, layer.values):
-            if (
-                states.shape != (1, heads, kept, head_dim)
-                or states.dtype != torch.float32
-                or states.device.type != "cpu"
-                or layer.get_seq_length() != length
-            ):
-                return 0
+        if not _are_alike(layers[0].keys, layer, rows, device):
+            return 0
+        if layer.keys.shape[2] != kept or layer.values.shape[2] != kept:
+            return 0
+        if layer.get_seq_length() != length:
+            return 0
     return length
 
 
-def _fit(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
-    """Whether a token and its rotary terms are such as compiled code takes."""
+def _fit(x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a token, its rotary terms and the cache are of the blocks' dtype."""
     return (
-        x.dtype == cos.dtype == sin.dtype == torch.float32
-        and cos.device.type == "cpu"
-        and cos.numel() == sin.numel() == head_dim
+        x.dtype == cos.dtype == sin.dtype == keys.dtype == dtype
+        and cos.device == sin.device == x.device
+        and cos.numel() == sin.numel() == keys.shape[3]
     )
 
 
 def _run_blocks(
-    blocks: list[Block],
+    blocks: list[Any],
     x: Tensor,
     rotary: tuple[Tensor, Tensor],
     layers: list[Any],
     windows: Sequence[int | None],
 ) -> Tensor:
-    """x (1, 1, hidden) through all blocks, which append its keys and values to the cache's layers.
+    """x (rows, 1, hidden) through all blocks, which append its keys and values to the cache's
+    layers.
 
-    rotary: cosines and sines of x's position, float32 (1, 1, head_dim) each.
+    rotary: cosines and sines of x's position, (1, 1, head_dim) each.
     """
     buffers = [kv_buffer(layer) for layer in layers]
     caches = []
@@ -213,7 +279,10 @@ def _run_blocks(
         start = buffer.end - seen
         caches.append((buffer.keys[:, :, start:], buffer.values[:, :, start:], seen))
     cos, sin = (it.contiguous() for it in rotary)
-    y = decoder_block.run(blocks, x.contiguous(), cos, sin, caches)
+    if isinstance(blocks[0], on_gpu.Block):
+        y = on_gpu.run(blocks, x, cos, sin, [on_gpu.Cache(*cache) for cache in caches])
+    else:
+        y = decoder_block.run(blocks, x.contiguous(), cos, sin, caches)
     for layer, buffer in zip(layers, buffers, strict=True):
         buffer.end += 1
         kept = layer.keys.shape[2] + 1
@@ -221,4 +290,16 @@ def _run_blocks(
             layer.cumulative_length += 1
             kept = min(kept, layer.sliding_window - 1)
         layer.keys, layer.values = buffer.last(kept)
+    return y
+
+
+def _run_static(
+    blocks: list[Any], x: Tensor, rotary: tuple[Tensor, Tensor], layers: list[Any]
+) -> Tensor:
+    """As `_run_blocks`, with a cache of fixed size. Nothing is read back from the device, so that a
+    CUDA graph can capture it."""
+    caches = [on_gpu.Cache(it.keys, it.values, 0, it.cumulative_length) for it in layers]
+    cos, sin = (it.contiguous() for it in rotary)
+    y = on_gpu.run(blocks, x, cos, sin, caches)
+    torch._foreach_add_([layer.cumulative_length for layer in layers], 1)
     return y

@@ -1,0 +1,294 @@
+// The next token of one to eight sequences through transformer blocks of packed weights.
+//
+// A block is nine kernels: the residual sum and RMS norm; query, key and value in one product;
+// attention, with rotary positions and the cache's new entries, and the sum of its parts; the output
+// product; residual sum and norm again; gate and up in one product; SiLU; the down product. Products
+// that go into the residual leave partial sums, which the next norm adds in order.
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "attention.cuh"
+#include "gemv.cuh"
+
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int MOST_ROWS = 8;
+
+// +------------------------------------------------------------------------------------------------+
+// | The records of quant_cuda/cuda/decoder_block.py: fields in the same order.                     |
+// +------------------------------------------------------------------------------------------------+
+
+enum Name { QUERY, KEY, VALUE, ATTENDED, GATE, UP, DOWN, WEIGHTS };
+enum NormName { OF_ATTENTION, OF_MLP, OF_QUERY, OF_KEY, NORMS };
+
+struct Weight {
+  const uint32_t* words;  // as quant_cuda_gemv takes it
+  const Grid* table;
+  const void* bias;  // of the activations' type (outputs,), or NULL
+  int bits, outputs, columns, shift;
+  int splits;  // thread blocks that share the inputs of ATTENDED and DOWN; not read for the others
+};
+
+struct DecoderBlock {
+  Weight weights[WEIGHTS];
+  const void* norms[NORMS];  // of the activations' type; the last two may be NULL
+  float epsilons[NORMS];
+  void *keys, *values;
+  int64_t row_stride, head_stride;
+  const int64_t* position;
+  int length, room;
+};
+
+struct Token {
+  const void* x;              // (rows, hidden)
+  void* y;                    // (rows, hidden)
+  const void *cosines, *sines;  // (dim,)
+  void *residual, *normed;    // (rows, hidden)
+  void *query, *key, *value;  // (rows, heads * dim), twice (rows, key_heads * dim)
+  void* attended;             // (rows, heads * dim)
+  void *gate, *up;            // (rows, inner)
+  float* sums;                // (most splits of the weights, rows, hidden)
+  float* attention;           // (rows, heads, splits, dim + 2)
+  float scale;
+  int type, rows, hidden, heads, key_heads, dim, inner, splits;
+};
+
+// y = x + partial sums + bias; normed = the RMS norm of y, unless `weight` is NULL. A thread block
+// has a row. partial: (splits, rows, hidden), or NULL. Rounded to T where transformers' modules do.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    add_norm(const T* x, const float* __restrict__ partial, const T* __restrict__ bias, T* y,
+             const T* __restrict__ weight, T* __restrict__ normed, float epsilon, int splits,
+             int hidden) {
+  SHARED(float, warp_squares, [THREADS / 32]);
+  const size_t row = static_cast<size_t>(blockIdx.x) * hidden;
+  const size_t all = static_cast<size_t>(gridDim.x) * hidden;
+  float squares = 0;
+  for (int i = threadIdx.x * 8; i < hidden; i += THREADS * 8) {
+    Eight<T> mine = load_eight(x + row + i);
+    if (partial) {
+      float added[8] = {};
+      for (int s = 0; s < splits; ++s)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) added[j] += partial[s * all + row + i + j];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float sum = bias ? added[j] + to_float(bias[i + j]) : added[j];
+        mine.values[j] = from_float<T>(to_float(mine.values[j]) + rounded<T>(sum));
+      }
+    }
+    *reinterpret_cast<Eight<T>*>(y + row + i) = mine;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      squares = __fmaf_rn(to_float(mine.values[j]), to_float(mine.values[j]), squares);
+  }
+  if (weight == nullptr) return;
+  squares = sum_of_warp(squares);
+  if (threadIdx.x % 32 == 0) warp_squares[threadIdx.x / 32] = squares;
+  __syncthreads();
+  float total = 0;
+  for (int w = 0; w < THREADS / 32; ++w) total += warp_squares[w];
+  const float factor = rsqrtf(total / hidden + epsilon);
+  // Each thread reads what it wrote.
+  for (int i = threadIdx.x * 8; i < hidden; i += THREADS * 8) {
+    Eight<T> mine = load_eight(y + row + i);
+    const Eight<T> by = load_eight(weight + i);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float one = rounded<T>(to_float(mine.values[j]) * factor);
+      mine.values[j] = from_float<T>(to_float(by.values[j]) * one);
+    }
+    *reinterpret_cast<Eight<T>*>(normed + row + i) = mine;
+  }
+}
+
+// gate = SiLU(gate) * up. count: a multiple of 8.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    silu_gate(T* gate, const T* __restrict__ up, int64_t count) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * 8;
+  if (i >= count) return;
+  Eight<T> mine = load_eight(gate + i);
+  const Eight<T> by = load_eight(up + i);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float x = to_float(mine.values[j]);
+    mine.values[j] = from_float<T>(rounded<T>(x / (1 + expf(-x))) * to_float(by.values[j]));
+  }
+  *reinterpret_cast<Eight<T>*>(gate + i) = mine;
+}
+
+// A product of `multiply_parts`: a weight and where its results go.
+struct Part {
+  Weight weight;
+  void* y;
+};
+
+// Products of the same x, whose columns lie one after another in the grid.
+// y: T (rows, outputs) of each part; or partial: (gridDim.y, rows, outputs) of the only one, without
+// the bias.
+template <int BITS, typename T, bool FINE>
+__global__ void __launch_bounds__(WARPS * 32, 2)
+    multiply_parts(const T* __restrict__ x, Part first, Part second, Part third,
+                   float* __restrict__ partial, int rows, int inputs) {
+  int block = blockIdx.x;
+  Part part = first;
+  if (block >= part.weight.columns / COLUMNS) {
+    block -= part.weight.columns / COLUMNS;
+    part = second;
+    if (block >= part.weight.columns / COLUMNS) {
+      block -= part.weight.columns / COLUMNS;
+      part = third;
+    }
+  }
+  const int outputs = part.weight.outputs;
+  const T* bias = static_cast<const T*>(part.weight.bias);
+  const auto write = [&](int row, int column, float total) {
+    const size_t at = static_cast<size_t>(row) * outputs + column;
+    if (partial)
+      partial[static_cast<size_t>(blockIdx.y) * rows * outputs + at] = total;
+    else
+      static_cast<T*>(part.y)[at] = from_float<T>(bias ? total + to_float(bias[column]) : total);
+  };
+  multiply_columns<BITS, T, FINE, 1>(x, part.weight.words, part.weight.table, rows, inputs, outputs,
+                                     part.weight.columns, part.weight.shift, block, write);
+}
+
+bool is_fine(const Weight& weight) {
+  return (1 << weight.shift) < (weight.bits == 4 ? layout::block_inputs<4> : layout::block_inputs<8>);
+}
+
+template <int BITS, typename T>
+void launch_parts(const T* x, const Part (&parts)[3], float* partial, int splits, int rows,
+                  int inputs, cudaStream_t stream) {
+  int columns = 0;
+  for (const Part& part : parts) columns += part.weight.columns;
+  const auto kernel = is_fine(parts[0].weight) ? multiply_parts<BITS, T, true>
+                                               : multiply_parts<BITS, T, false>;
+  LAUNCH(kernel, dim3(columns / COLUMNS, splits), WARPS * 32, 0, stream, x, parts[0], parts[1],
+         parts[2], partial, rows, inputs);
+}
+
+template <typename T>
+struct Decoder {
+  const Token& token;
+  cudaStream_t stream;
+
+  void add(const void* x, const float* partial, const Weight* from, void* y, const void* weight,
+           float epsilon) const {
+    const auto kernel = add_norm<T>;
+    LAUNCH(kernel, token.rows, THREADS, 0, stream, static_cast<const T*>(x), partial,
+           static_cast<const T*>(from ? from->bias : nullptr), static_cast<T*>(y),
+           static_cast<const T*>(weight), static_cast<T*>(token.normed), epsilon,
+           from ? from->splits : 0, token.hidden);
+  }
+
+  // The parts that are alike in one launch, others in launches of their own.
+  void multiply(const void* x, std::initializer_list<Part> parts, int inputs, float* partial) const {
+    Part together[3] = {};
+    int count = 0;
+    const auto launch = [&] {
+      if (count == 0) return;
+      const auto run = together[0].weight.bits == 4 ? launch_parts<4, T> : launch_parts<8, T>;
+      run(static_cast<const T*>(x), together, partial, partial ? together[0].weight.splits : 1,
+          token.rows, inputs, stream);
+      for (Part& part : together) part = {};
+      count = 0;
+    };
+    for (const Part& part : parts) {
+      if (count && (part.weight.bits != together[0].weight.bits ||
+                    is_fine(part.weight) != is_fine(together[0].weight)))
+        launch();
+      together[count++] = part;
+    }
+    launch();
+  }
+
+  void attention(const DecoderBlock& block) const {
+    Attention<T> a = {};
+    a.query = static_cast<const T*>(token.query);
+    a.key = static_cast<const T*>(token.key);
+    a.value = static_cast<const T*>(token.value);
+    a.cosines = static_cast<const T*>(token.cosines);
+    a.sines = static_cast<const T*>(token.sines);
+    a.query_norm = static_cast<const T*>(block.norms[OF_QUERY]);
+    a.key_norm = static_cast<const T*>(block.norms[OF_KEY]);
+    a.keys = static_cast<T*>(block.keys);
+    a.values = static_cast<T*>(block.values);
+    a.position = block.position;
+    a.partial = token.attention;
+    a.query_epsilon = block.epsilons[OF_QUERY];
+    a.key_epsilon = block.epsilons[OF_KEY];
+    a.scale = token.scale;
+    a.heads = token.heads;
+    a.key_heads = token.key_heads;
+    a.length = block.length;
+    a.room = block.room;
+    a.splits = token.splits;
+    a.row_stride = block.row_stride;
+    a.head_stride = block.head_stride;
+    const auto run = token.dim == 32    ? launch_attention<T, 32>
+                     : token.dim == 64  ? launch_attention<T, 64>
+                     : token.dim == 128 ? launch_attention<T, 128>
+                                        : launch_attention<T, 256>;
+    run(a, static_cast<T*>(token.attended), token.rows, stream);
+  }
+
+  // x: of the first block; of others NULL, and `from` the weight that left the partial sums.
+  void run(const DecoderBlock& block, const void* x, const Weight* from) const {
+    const auto& weights = block.weights;
+    add(x ? x : token.residual, from ? token.sums : nullptr, from, token.residual,
+        block.norms[OF_ATTENTION], block.epsilons[OF_ATTENTION]);
+    multiply(token.normed,
+             {{weights[QUERY], token.query}, {weights[KEY], token.key}, {weights[VALUE], token.value}},
+             token.hidden, nullptr);
+    attention(block);
+    multiply(token.attended, {{weights[ATTENDED], nullptr}}, token.heads * token.dim, token.sums);
+    add(token.residual, token.sums, &weights[ATTENDED], token.residual, block.norms[OF_MLP],
+        block.epsilons[OF_MLP]);
+    multiply(token.normed, {{weights[GATE], token.gate}, {weights[UP], token.up}}, token.hidden,
+             nullptr);
+    const int64_t count = static_cast<int64_t>(token.rows) * token.inner;
+    const auto kernel = silu_gate<T>;
+    LAUNCH(kernel, static_cast<unsigned>((count / 8 + THREADS - 1) / THREADS), THREADS, 0, stream,
+           static_cast<T*>(token.gate), static_cast<const T*>(token.up), count);
+    multiply(token.gate, {{weights[DOWN], nullptr}}, token.inner, token.sums);
+  }
+};
+
+template <typename T>
+void decode(const DecoderBlock* blocks, int count, const Token& token, cudaStream_t stream) {
+  const Decoder<T> decoder = {token, stream};
+  const Weight* from = nullptr;
+  for (int i = 0; i < count; ++i) {
+    decoder.run(blocks[i], from ? nullptr : token.x, from);
+    from = &blocks[i].weights[DOWN];
+  }
+  decoder.add(token.residual, token.sums, from, token.y, nullptr, 0);
+}
+
+bool is_taken(const DecoderBlock& block) {
+  for (const Weight& weight : block.weights)
+    if ((weight.bits != 4 && weight.bits != 8) || weight.shift < 5 || weight.columns % COLUMNS)
+      return false;
+  return block.weights[ATTENDED].splits > 0 && block.weights[DOWN].splits > 0;
+}
+
+}  // namespace
+
+// rows 1..8, type float16 or bfloat16; dim 32, 64, 128 or 256; hidden, heads * dim and inner multiples
+// of 8; all tensors contiguous and 16-byte aligned, but for the cache's strides.
+EXPORT int quant_cuda_decode(const void* blocks, int count, const void* token, cudaStream_t stream) {
+  const auto& one = *static_cast<const Token*>(token);
+  const auto* all = static_cast<const DecoderBlock*>(blocks);
+  const bool has_dim = one.dim == 32 || one.dim == 64 || one.dim == 128 || one.dim == 256;
+  if (count < 1 || one.rows < 1 || one.rows > MOST_ROWS || !has_dim || one.hidden % 8 ||
+      one.inner % 8 || one.key_heads < 1 || one.heads % one.key_heads || one.splits < 1 ||
+      (one.type != HALF && one.type != BFLOAT) || !std::all_of(all, all + count, is_taken))
+    return cudaErrorInvalidValue;
+  one.type == HALF ? decode<half_t>(all, count, one, stream)
+                   : decode<bfloat_t>(all, count, one, stream);
+  return cudaGetLastError();
+}

@@ -1,0 +1,226 @@
+"""The next token of one to eight sequences through transformer blocks, in one call of CUDA code.
+
+csrc/cuda/decode.cu has the arithmetic: RMS norm, attention with rotary positions over a cache of
+keys and values, a gated feed-forward part with SiLU; norms of each head's query and key, if there
+are. The kernels of all blocks are enqueued by one call, so that Python takes no time between them.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_cuda.cuda import operator
+from quant_cuda.cuda.launches import TYPES, aligned, splits_for
+from quant_cuda.cuda.layout import COLUMNS, Tiled
+from quant_cuda.cuda.library import Launch, current
+from quant_cuda.weight import PreparedWeight
+
+WEIGHTS = ("query", "key", "value", "attended", "gate", "up", "down")
+NORMS = ("attention", "mlp", "query", "key")
+"""The last two are of each head."""
+HEAD_DIMS = (32, 64, 128, 256)
+MOST_ROWS = 8
+# Positions that a thread block of the attention should have, so that it is worth its start.
+_SHORTEST_SPLIT = 64
+_MOST_SPLITS = 32
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+def _integers(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int) for name in names.split()]
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (*_pointers("words table bias"), *_integers("bits outputs columns shift splits"))
+
+
+class _Block(ctypes.Structure):
+    """DecoderBlock of csrc/cuda/decode.cu."""
+
+    _fields_ = (
+        ("weights", _Weight * len(WEIGHTS)),
+        ("norms", ctypes.c_void_p * len(NORMS)),
+        ("epsilons", ctypes.c_float * len(NORMS)),
+        *_pointers("keys values"),
+        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride")),
+        *_pointers("position"),
+        *_integers("length room"),
+    )
+
+
+class _Token(ctypes.Structure):
+    """Token of csrc/cuda/decode.cu."""
+
+    _fields_ = (
+        *_pointers("x y cosines sines residual normed query key value attended gate up"),
+        *_pointers("sums attention"),
+        ("scale", ctypes.c_float),
+        *_integers("type rows hidden heads key_heads dim inner splits"),
+    )
+
+
+class Cache(NamedTuple):
+    """Keys and values of one block."""
+
+    keys: Tensor
+    """(rows, key heads, room, head_dim), of x's dtype; the last two dimensions are contiguous."""
+    values: Tensor
+    """As the keys, with their strides."""
+    length: int
+    """Tokens that are there, less than the room; the new one is written after them."""
+    position: Tensor | None = None
+    """int64 of one element, on the device: replaces `length`, and is read when the kernels run. A
+    captured graph needs it. A kernel that finds no room left ends the process's use of the GPU with
+    an error, as an index out of bounds does."""
+
+
+class Block:
+    """The weights of a block, as `run` takes them.
+
+    weights: in the order of WEIGHTS; biases: of the activations' dtype (out,) or None each.
+    norms: in the order of NORMS, each a weight of the activations' dtype, (hidden,) or of a head
+        (head_dim,), and an epsilon; the last two may be left out.
+    scale: factor of the query-key scores.
+    Raises ValueError for what `refuses` says.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[PreparedWeight],
+        biases: Sequence[Tensor | None],
+        norms: Sequence[tuple[Tensor, float]],
+        head_dim: int,
+        scale: float,
+    ) -> None:
+        if reason := refuses(weights, head_dim):
+            raise ValueError(reason)
+        record = self._record = _Block()
+        tiles = [_tiled(weight) for weight in weights]
+        for target, tile, bias in zip(record.weights, tiles, biases, strict=True):
+            target.words, target.table = tile.words.data_ptr(), tile.table.data_ptr()
+            target.bias = None if bias is None else bias.data_ptr()
+            target.bits, target.outputs = tile.bits, tile.out_features
+            target.columns, target.shift, target.splits = tile.columns, tile.shift, 1
+        for index, (norm, epsilon) in enumerate(norms):
+            record.norms[index], record.epsilons[index] = norm.data_ptr(), epsilon
+        self.dtype, self.device = norms[0][0].dtype, norms[0][0].device
+        self.hidden = len(norms[0][0])
+        self.inner = weights[WEIGHTS.index("gate")].out_features
+        self.heads = weights[0].out_features // head_dim
+        self.key_heads = weights[1].out_features // head_dim
+        self.head_dim, self.scale = head_dim, scale
+        self._input_blocks = [tile.words.shape[1] for tile in tiles]
+        # The record holds bare addresses: what they point to must live as long.
+        self._kept_alive = (*weights, *biases, *norms)
+        self._records: dict[int, tuple[_Block, int]] = {}
+
+    def record_for(self, processors: int) -> tuple[_Block, int]:
+        """The record for a GPU of so many multiprocessors, without a cache; and the most thread
+        blocks that share the inputs of a weight."""
+        if processors not in self._records:
+            record, most = _Block.from_buffer_copy(self._record), 1
+            for index in (WEIGHTS.index("attended"), WEIGHTS.index("down")):
+                target, blocks = record.weights[index], -(-self._input_blocks[index] // 8)
+                target.splits = splits_for(target.columns // COLUMNS, blocks, 2 * processors)
+                most = max(most, target.splits)
+            self._records[processors] = record, most
+        return self._records[processors]
+
+
+def refuses(weights: Sequence[PreparedWeight], head_dim: int) -> str | None:
+    """Why the kernels cannot take a block of these weights; None if they can."""
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} numbers, not {HEAD_DIMS}"
+    for weight in weights:
+        if weight.layout != operator.LAYOUT:
+            return f"a weight in the layout {weight.layout!r}"
+        tiles = operator.view_of(weight)
+        if not isinstance(tiles, Tiled):
+            return "a weight that is not in tiles, which those of 4 and 8 bits are"
+        if tiles.order is not None:
+            return "a weight whose inputs are in another order"
+        if weight.in_features % 8 or weight.out_features % 8:
+            return "inputs or outputs that are no multiple of 8"
+    return None
+
+
+def run(
+    blocks: Sequence[Block],
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    caches: Sequence[Cache],
+    launch: Launch | None = None,
+) -> Tensor:
+    """x float16 or bfloat16 (rows, 1, hidden), rows 1..8, through blocks of one shape, each on the
+    output of the one before.
+
+    cosines, sines: of x's dtype (1, 1, head_dim), of the position that all rows have.
+    caches: of each block.
+    launch: where the kernels run, by default on the current stream of x's GPU.
+    Returns the last block's output, of x's shape. Raises RuntimeError if a launch fails.
+    """
+    launch = current(x) if launch is None else launch
+    first = blocks[0]
+    rows, heads, dim = x.shape[0], first.heads, first.head_dim
+    made = [block.record_for(launch.processors) for block in blocks]
+    records = (_Block * len(blocks))(*(record for record, _ in made))
+    for record, cache in zip(records, caches, strict=True):
+        record.keys, record.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        record.row_stride, record.head_stride = cache.keys.stride()[:2]
+        record.length, record.room = cache.length, cache.keys.shape[2]
+        record.position = None if cache.position is None else cache.position.data_ptr()
+    longest = max(_longest(cache) for cache in caches)
+    splits = splits_for(
+        rows * first.key_heads,
+        min(_MOST_SPLITS, -(-longest // _SHORTEST_SPLIT)),
+        2 * launch.processors,
+    )
+
+    def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    y = empty(*x.shape)
+    tensors = {
+        "x": aligned(x.reshape(rows, -1)),
+        "y": y,
+        "cosines": cosines,
+        "sines": sines,
+        **{name: empty(rows, first.hidden) for name in ("residual", "normed")},
+        **{name: empty(rows, heads * dim) for name in ("query", "attended")},
+        **{name: empty(rows, first.key_heads * dim) for name in ("key", "value")},
+        **{name: empty(rows, first.inner) for name in ("gate", "up")},
+        "sums": empty(max(most for _, most in made), rows, first.hidden, dtype=torch.float32),
+        "attention": empty(rows, heads, splits, dim + 2, dtype=torch.float32),
+    }
+    token = _Token(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        scale=first.scale,
+        type=TYPES[x.dtype],
+        rows=rows,
+        hidden=first.hidden,
+        heads=heads,
+        key_heads=first.key_heads,
+        dim=dim,
+        inner=first.inner,
+        splits=splits,
+    )
+    launch("decode", ctypes.addressof(records), len(blocks), ctypes.addressof(token))
+    return y
+
+
+def _longest(cache: Cache) -> int:
+    """Positions that the new token may see."""
+    return cache.length + 1 if cache.position is None else cache.keys.shape[2]
+
+
+def _tiled(weight: PreparedWeight) -> Tiled:
+    tiles = operator.view_of(weight)
+    assert isinstance(tiles, Tiled)
+    return tiles
