@@ -167,37 +167,21 @@ def run(
     Returns the last block's output, of x's shape. Raises RuntimeError if a launch fails.
     """
     launch = current(x) if launch is None else launch
-    first = blocks[0]
-    rows, heads, dim = x.shape[0], first.heads, first.head_dim
+    first, rows = blocks[0], x.shape[0]
     made = [block.record_for(launch.processors) for block in blocks]
-    records = (_Block * len(blocks))(*(record for record, _ in made))
-    for record, cache in zip(records, caches, strict=True):
-        record.keys, record.values = cache.keys.data_ptr(), cache.values.data_ptr()
-        record.row_stride, record.head_stride = cache.keys.stride()[:2]
-        record.length, record.room = cache.length, cache.keys.shape[2]
-        record.position = None if cache.position is None else cache.position.data_ptr()
-    longest = max(_longest(cache) for cache in caches)
+    records = _with_caches([record for record, _ in made], caches)
     splits = splits_for(
         rows * first.key_heads,
-        min(_MOST_SPLITS, -(-longest // _SHORTEST_SPLIT)),
+        min(_MOST_SPLITS, -(-max(map(_longest, caches)) // _SHORTEST_SPLIT)),
         2 * launch.processors,
     )
-
-    def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    y = empty(*x.shape)
+    y = x.new_empty(x.shape)
     tensors = {
         "x": aligned(x.reshape(rows, -1)),
         "y": y,
         "cosines": cosines,
         "sines": sines,
-        **{name: empty(rows, first.hidden) for name in ("residual", "normed")},
-        **{name: empty(rows, heads * dim) for name in ("query", "attended")},
-        **{name: empty(rows, first.key_heads * dim) for name in ("key", "value")},
-        **{name: empty(rows, first.inner) for name in ("gate", "up")},
-        "sums": empty(max(most for _, most in made), rows, first.hidden, dtype=torch.float32),
-        "attention": empty(rows, heads, splits, dim + 2, dtype=torch.float32),
+        **_scratch(first, x, splits, max(most for _, most in made)),
     }
     token = _Token(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
@@ -205,14 +189,47 @@ def run(
         type=TYPES[x.dtype],
         rows=rows,
         hidden=first.hidden,
-        heads=heads,
+        heads=first.heads,
         key_heads=first.key_heads,
-        dim=dim,
+        dim=first.head_dim,
         inner=first.inner,
         splits=splits,
     )
     launch("decode", ctypes.addressof(records), len(blocks), ctypes.addressof(token))
     return y
+
+
+def _with_caches(records: Sequence[_Block], caches: Sequence[Cache]) -> ctypes.Array[_Block]:
+    """Copies of the records, each with its cache: another thread may be running the blocks too."""
+    copies = (_Block * len(records))(*records)
+    for record, cache in zip(copies, caches, strict=True):
+        record.keys, record.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        record.row_stride, record.head_stride = cache.keys.stride()[:2]
+        record.length, record.room = cache.length, cache.keys.shape[2]
+        record.position = None if cache.position is None else cache.position.data_ptr()
+    return copies
+
+
+def _scratch(block: Block, x: Tensor, splits: int, shares: int) -> dict[str, Tensor]:
+    """What the kernels of a block leave for the next ones, by its name in `_Token`.
+
+    splits: thread blocks that share the positions of a head. shares: the most that share the inputs
+    of a weight.
+    """
+    rows, dim = x.shape[0], block.head_dim
+    sizes = {
+        **dict.fromkeys(("residual", "normed"), block.hidden),
+        **dict.fromkeys(("query", "attended"), block.heads * dim),
+        **dict.fromkeys(("key", "value"), block.key_heads * dim),
+        **dict.fromkeys(("gate", "up"), block.inner),
+    }
+    sums = (shares, rows, block.hidden)
+    attention = (rows, block.heads, splits, dim + 2)
+    return {
+        **{name: x.new_empty((rows, size)) for name, size in sizes.items()},
+        "sums": x.new_empty(sums, dtype=torch.float32),
+        "attention": x.new_empty(attention, dtype=torch.float32),
+    }
 
 
 def _longest(cache: Cache) -> int:
