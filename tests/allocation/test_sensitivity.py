@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from gptq import QuantConfig, api
 from gptq.allocation import sensitivity
-from gptq.allocation.sensitivity import measure, probe_bytes
+from gptq.allocation.sensitivity import divergence, measure, probe_bytes
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.config import Width
 from gptq.data.windows import calibration_windows
@@ -127,3 +127,15 @@ def test_processes_share_the_groups_out(llama_dir, text_file):
 def test_the_memory_of_the_probe_is_all_streams(llama_dir):
     model = api.open_full(llama_dir, "cpu", "float32")
     assert probe_bytes(model) == (1 + 2 * 4) * sensitivity.PROBE_TOKENS * 64 * 4
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3, 1e-2, 0.3])
+@pytest.mark.parametrize("offset", [0.0, -30.0, 40.0])
+def test_small_divergences_of_many_tokens(error, offset):
+    """A difference of two large sums loses what 4 bits cost a layer, 2e-4 nats a token."""
+    generator = torch.Generator().manual_seed(3)
+    full = 3 * torch.randn((2, 8, 40_000), generator=generator, dtype=torch.float64) + offset
+    other = full + error * torch.randn(full.shape, generator=generator, dtype=torch.float64)
+    wanted, found = full.log_softmax(-1), other.log_softmax(-1)
+    exact = float((wanted.exp() * (wanted - found)).sum())
+    assert divergence(full.float(), other.float()) == pytest.approx(exact, rel=2e-3, abs=1e-7)
