@@ -222,10 +222,10 @@ def divergence(full: Tensor, other: Tensor) -> float:
     """The sum over tokens of KL(full || other) in nats, by logits floating (..., vocabulary)."""
     wanted, found = (logits.float().log_softmax(-1) for logits in (full, other))
     # ---------------------------------------------------------------------------------------------
-    # Why not entropy and cross entropy: their difference is small, and the rounding of the two large
-    # sums was -2e-4 nats of a real model's logits, as much as what 4 bits cost a layer. Here each
-    # term is at least 0; exp(d) - 1 counts what rounding leaves of the sums of probabilities, so
-    # that it does not show in first order.
+    # Why not entropy and cross entropy: their difference is small, and the rounding of both large
+    # sums is -2e-4 nats for the logits of a real model, as much as what 4 bits cost a layer. Here
+    # each term is at least 0; exp(d) - 1 counts what rounding leaves of the sums of probabilities,
+    # so that it does not show in first order.
     # ---------------------------------------------------------------------------------------------
     less = found.sub_(wanted)
     terms = less.expm1().sub_(less).mul_(wanted.exp_())
