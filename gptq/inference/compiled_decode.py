@@ -26,7 +26,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from gptq.inference.compiled_blocks import Block, blocks_of
+from gptq.inference.compiled_blocks import blocks_of
 from gptq.inference.kv_buffer import kv_buffer
 from gptq.inference.own_code import (
     ATTENTION,
@@ -115,7 +115,7 @@ def _one_token(
     if not _are_usual(arguments, positions, None if is_static else (rows, length + 1)):
         return None
     blocks = blocks_of(model.model.layers, model.config, code)
-    if blocks is None or not _take(blocks, rows, device, is_static):
+    if blocks is None or not _take(blocks, cache.layers[0].keys, is_static):
         return None
     inner = model.model
     x = inner.embed_tokens(given) if embeds is None else embeds
@@ -179,11 +179,18 @@ def _are_one(positions: Any, rows: int) -> bool:
     )
 
 
-def _take(blocks: list[Block], rows: int, device: torch.device, is_static: bool) -> bool:
-    """Whether the blocks are on this device, and take so many sequences and such a cache."""
+def _take(blocks: list[Any], keys: Tensor, is_static: bool) -> bool:
+    """Whether the blocks take a cache with such keys (sequences, heads, tokens, head_dim).
+
+    is_static: whether it is of fixed size.
+    """
     if isinstance(blocks[0], on_gpu.Block):
-        return blocks[0].device == device
-    return device.type == "cpu" and rows == 1 and not is_static
+        first = blocks[0]
+        return (
+            all(block.device == keys.device and block.shape == first.shape for block in blocks)
+            and keys.shape[1] == first.key_heads
+        )
+    return keys.device.type == "cpu" and len(keys) == 1 and not is_static
 
 
 def _is_static(cache: Any, rows: int, device: torch.device, windows: Sequence[int | None]) -> bool:

@@ -6,6 +6,9 @@ from typing import Any
 from torch import Tensor
 
 MIN_CAPACITY = 64  # tokens
+# Tokens that a larger buffer has room for beyond those that it is made for, at most: the room costs
+# memory, and a copy for every thousand tokens costs little.
+MOST_SPARE = 1024
 
 
 @dataclass
@@ -44,7 +47,7 @@ def kv_buffer(layer: Any) -> KVBuffer:
         last = buffer.last(length)
         if all(a.data_ptr() == b.data_ptr() for a, b in zip(last, (keys, values), strict=True)):
             return buffer
-    shape = (*keys.shape[:2], max(MIN_CAPACITY, 2 * length), keys.shape[3])
+    shape = (*keys.shape[:2], max(MIN_CAPACITY, length + min(length, MOST_SPARE)), keys.shape[3])
     buffer = KVBuffer(keys.new_empty(shape), values.new_empty(shape), length)
     buffer.keys[:, :, :length], buffer.values[:, :, :length] = keys, values
     layer.__dict__["_kv_buffer"] = buffer

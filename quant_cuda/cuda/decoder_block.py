@@ -120,6 +120,11 @@ class Block:
         self._kept_alive = (*weights, *biases, *norms)
         self._records: dict[int, tuple[_Block, int]] = {}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What all blocks of a `run` have in common."""
+        return self.hidden, self.inner, self.heads, self.key_heads, self.head_dim
+
     def record_for(self, processors: int) -> tuple[_Block, int]:
         """The record for a GPU of so many multiprocessors, without a cache; and the most thread
         blocks that share the inputs of a weight."""

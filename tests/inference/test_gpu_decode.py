@@ -30,6 +30,7 @@ KINDS = {
     "qwen2": {"num_key_value_heads": 1, **WINDOWS},
     "qwen3": {"bits": 8},
 }
+NARROW = {**KINDS["llama"], "intermediate_size": 64}
 PREFIX = 5
 
 
@@ -37,15 +38,16 @@ PREFIX = 5
 def folders(tmp_path_factory):
     """A packed model of each kind."""
     made = {}
-    for kind, changes in KINDS.items():
+    for name, changes in {**KINDS, "narrow": NARROW}.items():
+        kind = "llama" if name == "narrow" else name
         base = tmp_path_factory.mktemp(kind)
         bits = changes.get("bits", 4)
-        rest = {name: value for name, value in changes.items() if name != "bits"}
+        rest = {key: value for key, value in changes.items() if key != "bits"}
         config = AutoConfig.for_model(kind, **{**SIZES, "head_dim": 32, "hidden_size": 128, **rest})
         source = make_model(base / "model", config)
         config = QuantConfig(bits=bits, group_size=32, method="rtn")
         gptq.quantize(source, None, config, save_dir=base / "packed", device="cpu")
-        made[kind] = base / "packed"
+        made[name] = base / "packed"
     return made
 
 
@@ -165,7 +167,7 @@ def test_generate(folders, calls, kernels):
     assert float((logits.max(1).values - chosen).max()) < 0.05
 
 
-@pytest.mark.parametrize("change", ["hook", "mask", "grad", "positions", "nine"])
+@pytest.mark.parametrize("change", ["hook", "mask", "grad", "positions", "nine", "shape"])
 def test_what_is_left_to_transformers(change, folders, kernels, calls, monkeypatch):
     rows = {"nine": 9, "positions": 2}.get(change, 1)
     tokens, cache = some_tokens(rows, 6), DynamicCache()
@@ -178,6 +180,15 @@ def test_what_is_left_to_transformers(change, folders, kernels, calls, monkeypat
         "mask": {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]], device=model.device)},
         "positions": {"position_ids": torch.tensor([[5], [4]], device=model.device)},
     }.get(change, {})
+    if change == "shape":
+        # As a pruned model may have them: one layer is narrower.
+        narrow = gptq.load(folders["narrow"], device=model.device, dtype="float16")[0]
+        layer = narrow.model.layers[1]
+        layer.self_attn.config = model.config
+        for linear in layer.modules():
+            if isinstance(linear, QuantLinear) and kernels.device == "cpu":
+                linear._prepared = operator.prepare(linear.packed())
+        model.model.layers[1] = layer
     if change == "hook":
         model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     with torch.set_grad_enabled(change == "grad"):
