@@ -211,22 +211,25 @@ def _divergences(model: BlockwiseModel, probe: Activations, changed: Activations
             tokens += hidden.shape[0] * hidden.shape[1]
             for start in range(0, hidden.shape[1], LOGIT_TOKENS):
                 part = slice(start, start + LOGIT_TOKENS)
-                full = logits(hidden[:, part])
+                full = logits(hidden[:, part]).float().log_softmax(-1)
                 for stream in range(len(totals)):
                     (other,) = changed.hidden.get(stream * count + index)
                     totals[stream] += divergence(full, logits(other[:, part]))
     return (totals / tokens).tolist()
 
 
-def divergence(full: Tensor, other: Tensor) -> float:
-    """The sum over tokens of KL(full || other) in nats, by logits floating (..., vocabulary)."""
-    wanted, found = (logits.float().log_softmax(-1) for logits in (full, other))
+def divergence(full: Tensor, logits: Tensor) -> float:
+    """The sum over tokens of the KL divergence from one distribution to another, in nats.
+
+    full: logarithms of probabilities, float32 (..., vocabulary). logits: of the other distribution,
+    floating, of the same shape.
+    """
     # ---------------------------------------------------------------------------------------------
     # Why not entropy and cross entropy: their difference is small, and the rounding of both large
     # sums is -2e-4 nats for the logits of a real model, as much as what 4 bits cost a layer. Here
     # each term is at least 0; exp(d) - 1 counts what rounding leaves of the sums of probabilities,
     # so that it does not show in first order.
     # ---------------------------------------------------------------------------------------------
-    less = found.sub_(wanted)
-    terms = less.expm1().sub_(less).mul_(wanted.exp_())
+    less = logits.float().log_softmax(-1).sub_(full)
+    terms = less.expm1().sub_(less).mul_(full.exp())
     return float(terms.sum(dtype=torch.float64))
