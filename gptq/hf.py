@@ -30,7 +30,7 @@ from gptq.inference import compiled_decode, overrides
 from gptq.inference.overrides import dense, dense_embedding
 from gptq.inference.saved_settings import follow_state, settings_in_memory
 from gptq.models import SPECS
-from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
+from gptq.nn import QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -152,10 +152,7 @@ def _attach(model: PreTrainedModel, files: list[Path]) -> Checkpoint:
         read, settings = as_gptq(folder, tensors, folder_settings(folder))
         checkpoint = place(model, folder, read, settings, keep_bias=True)
     checkpoint = dataclasses.replace(checkpoint, as_stored=checkpoint.as_stored and read is tensors)
-    if isinstance(model.get_output_embeddings(), TiedHead):
-        # A TiedHead reads the embedding's weight itself; transformers would look for one to tie.
-        model._tied_weights_keys = {}
-        model.all_tied_weights_keys = {}
+    overrides.untie(model)
     for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)
         # transformers casts a tensor that it reads to the dtype of the buffer that it replaces.

@@ -16,6 +16,7 @@ def install(model: PreTrainedModel) -> None:
     """Override them in this model alone; copies and pickles of it keep them."""
     model.resize_token_embeddings = partial(_resize_token_embeddings, model)  # type: ignore
     model.get_memory_footprint = partial(_memory_footprint, model)  # type: ignore
+    untie(model)
 
 
 def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
@@ -28,6 +29,14 @@ def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
+def untie(model: PreTrainedModel) -> None:
+    """Let transformers tie nothing if the head is a `TiedHead`, which reads the embedding's packed
+    weight itself: `tie_weights`, which others call too, would look for a parameter."""
+    if isinstance(model.get_output_embeddings(), TiedHead):
+        model._tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
+
+
 def dense_embedding(
     model: PreTrainedModel, name: str, layer: QuantEmbedding, dtype: torch.dtype
 ) -> None:
@@ -38,7 +47,7 @@ def dense_embedding(
         linear = nn.Linear(layer.in_features, layer.out_features, False, "meta", dtype)
         linear.weight = weight
         model.set_output_embeddings(linear)
-        # gptq.hf hid the class's own names of tied weights by an empty dictionary.
+        # `untie` hid the class's own names of tied weights by an empty dictionary.
         vars(model).pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     embedding = nn.Embedding(layer.out_features, layer.in_features, device="meta", dtype=dtype)

@@ -55,6 +55,17 @@ def test_embeddings_are_resized(base, kind, copied):
 
 
 @pytest.mark.parametrize("kind", ["transformers", "folder", "file"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_are_tied_again(base, kind, copied):
+    """As lm-eval and accelerate do with a model that they are given."""
+    model = loaded(base, kind)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model))) if copied else model
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "folder", "file"])
 def test_the_memory_of_prepared_weights_is_counted(base, kind):
     model = loaded(base, kind)
     logits(model)
