@@ -200,7 +200,8 @@ def run(
         inner=first.inner,
         splits=splits,
     )
-    launch("decode", ctypes.addressof(records), len(blocks), ctypes.addressof(token))
+    with torch.cuda.device_of(x):
+        launch("decode", ctypes.addressof(records), len(blocks), ctypes.addressof(token))
     return y
 
 
