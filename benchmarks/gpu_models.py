@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from gptq.nn import QuantLinear
 from gptq.pipeline.blocks import quantize_blocks
 from gptq.pipeline.journal import open_journal
 from quant_cuda import PackedWeight
+from quant_cuda.cuda import decoder_block
 from quant_cuda.packing import pack_zeros, words_for
 
 GROUP_SIZE = 128
@@ -157,12 +159,14 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     compiled_decode.install(model)
     # Memory that only loading needed is not counted.
     torch.cuda.empty_cache()
-    step = stepper(model, DECODED)
+    with patch.object(decoder_block, "run", wraps=decoder_block.run) as kernels:
+        step = stepper(model, DECODED)
     rate = _rate(step)
     free, total = torch.cuda.mem_get_info()
     return {
         "tokens_per_second": rate,
-        "by_modules": by_modules,
+        # Nothing to compare with where modules did it again.
+        "by_modules": by_modules if kernels.called else None,
         "memory": torch.cuda.memory_allocated(),
         # As nvidia-smi shows it: the driver's own and other programs' too.
         "used": total - free,
@@ -200,7 +204,11 @@ def decoded_both_ways(heads: int, key_heads: int, bits: int, tokens: int) -> tup
     results = []
     for prepare in (lambda _: None, compiled_decode.install):
         prepare(model)
-        step = stepper(model, tokens)
+        with patch.object(decoder_block, "run", wraps=decoder_block.run) as kernels:
+            step = stepper(model, tokens)
+        assert kernels.called == (prepare is compiled_decode.install), (
+            "not by the kernels, or by them alone"
+        )
         ids = torch.arange(2, 2 + tokens, device="cuda")
         results.append(torch.cat([step(token.view(1, 1)).clone()[0] for token in ids]))
     return results[0], results[1]

@@ -187,7 +187,7 @@ def _take(blocks: list[Any], keys: Tensor, is_static: bool) -> bool:
     if isinstance(blocks[0], on_gpu.Block):
         first = blocks[0]
         return (
-            all(block.device == keys.device and block.shape == first.shape for block in blocks)
+            all(block.device == keys.device and block.common == first.common for block in blocks)
             and keys.shape[1] == first.key_heads
         )
     return keys.device.type == "cpu" and len(keys) == 1 and not is_static

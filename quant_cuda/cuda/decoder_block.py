@@ -121,9 +121,10 @@ class Block:
         self._records: dict[int, tuple[_Block, int]] = {}
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """What all blocks of a `run` have in common."""
-        return self.hidden, self.inner, self.heads, self.key_heads, self.head_dim
+    def common(self) -> tuple[object, ...]:
+        """What all blocks of a `run` must have in common, beside the device."""
+        sizes = (self.hidden, self.inner, self.heads, self.key_heads, self.head_dim)
+        return (*sizes, self.scale, self.dtype)
 
     def record_for(self, processors: int) -> tuple[_Block, int]:
         """The record for a GPU of so many multiprocessors, without a cache; and the most thread
@@ -163,8 +164,8 @@ def run(
     caches: Sequence[Cache],
     launch: Launch | None = None,
 ) -> Tensor:
-    """x float16 or bfloat16 (rows, 1, hidden), rows 1..8, through blocks of one shape, each on the
-    output of the one before.
+    """x float16 or bfloat16 (rows, 1, hidden), rows 1..8, through blocks of one `common`, each on
+    the output of the one before.
 
     cosines, sines: of x's dtype (1, 1, head_dim), of the position that all rows have.
     caches: of each block.
