@@ -1,8 +1,9 @@
 """The next token of one to eight sequences through transformer blocks, in one call of CUDA code.
 
-csrc/cuda/decode.cu has the arithmetic: RMS norm, attention with rotary positions over a cache of
-keys and values, a gated feed-forward part with SiLU; norms of each head's query and key, if there
-are. The kernels of all blocks are enqueued by one call, so that Python takes no time between them.
+csrc/cuda/decode.cu has the arithmetic. A block is LLaMA's (RMS norm, rotary positions, a gated
+feed-forward part with SiLU; norms of each head's query and key, if there are) or BLOOM's (layer
+norm, ALiBi, a feed-forward part with GELU). The kernels of all blocks are enqueued by one call, so
+that Python takes no time between them.
 """
 
 import ctypes
@@ -19,6 +20,8 @@ from quant_cuda.cuda.library import Launch, current
 from quant_cuda.weight import PreparedWeight
 
 WEIGHTS = ("query", "key", "value", "attended", "gate", "up", "down")
+"""Without key and value, query has all three of each head (query, key, value), one head after
+another. Without gate, GELU is in place of SiLU."""
 NORMS = ("attention", "mlp", "query", "key")
 """The last two are of each head."""
 HEAD_DIMS = (32, 64, 128, 256)
@@ -40,13 +43,16 @@ class _Weight(ctypes.Structure):
     _fields_ = (*_pointers("words table bias"), *_integers("bits outputs columns shift splits"))
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = (*_pointers("weight bias"), ("epsilon", ctypes.c_float))
+
+
 class _Block(ctypes.Structure):
     """DecoderBlock of csrc/cuda/decode.cu."""
 
     _fields_ = (
         ("weights", _Weight * len(WEIGHTS)),
-        ("norms", ctypes.c_void_p * len(NORMS)),
-        ("epsilons", ctypes.c_float * len(NORMS)),
+        ("norms", _Norm * len(NORMS)),
         *_pointers("keys values"),
         *((name, ctypes.c_int64) for name in ("row_stride", "head_stride")),
         *_pointers("position"),
@@ -58,7 +64,7 @@ class _Token(ctypes.Structure):
     """Token of csrc/cuda/decode.cu."""
 
     _fields_ = (
-        *_pointers("x y cosines sines residual normed query key value attended gate up"),
+        *_pointers("x y cosines sines slopes residual normed query key value attended gate up"),
         *_pointers("sums attention"),
         ("scale", ctypes.c_float),
         *_integers("type rows hidden heads key_heads dim inner splits"),
@@ -80,42 +86,61 @@ class Cache(NamedTuple):
     an error, as an index out of bounds does."""
 
 
+class Norm(NamedTuple):
+    """A layer norm, or without a bias an RMS norm."""
+
+    weight: Tensor
+    """(hidden,), or (head_dim,) of a head's, of the activations' dtype."""
+    epsilon: float
+    bias: Tensor | None = None
+    """As the weight."""
+
+
 class Block:
     """The weights of a block, as `run` takes them.
 
-    weights: in the order of WEIGHTS; biases: of the activations' dtype (out,) or None each.
-    norms: in the order of NORMS, each a weight of the activations' dtype, (hidden,) or of a head
-        (head_dim,), and an epsilon; the last two may be left out.
+    weights: in the order of WEIGHTS; None for those that are not there.
+    biases: of the activations' dtype (out,) or None each.
+    norms: in the order of NORMS; the last two may be left out.
     scale: factor of the query-key scores.
+    slopes: of ALiBi (Press et al. 2022), float32 (heads,): a score falls by a head's slope for each
+        token of distance. None: positions are rotary.
     Raises ValueError for what `refuses` says.
     """
 
     def __init__(
         self,
-        weights: Sequence[PreparedWeight],
+        weights: Sequence[PreparedWeight | None],
         biases: Sequence[Tensor | None],
-        norms: Sequence[tuple[Tensor, float]],
+        norms: Sequence[Norm],
         head_dim: int,
         scale: float,
+        slopes: Tensor | None = None,
     ) -> None:
         if reason := refuses(weights, head_dim):
             raise ValueError(reason)
         record = self._record = _Block()
-        tiles = [_tiled(weight) for weight in weights]
-        for target, tile, bias in zip(record.weights, tiles, biases, strict=True):
+        self._input_blocks = [0] * len(WEIGHTS)
+        for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if weight is None:
+                continue
+            target, tile = record.weights[index], _tiled(weight)
             target.words, target.table = tile.words.data_ptr(), tile.table.data_ptr()
             target.bias = None if bias is None else bias.data_ptr()
             target.bits, target.outputs = tile.bits, tile.out_features
             target.columns, target.shift, target.splits = tile.columns, tile.shift, 1
-        for index, (norm, epsilon) in enumerate(norms):
-            record.norms[index], record.epsilons[index] = norm.data_ptr(), epsilon
-        self.dtype, self.device = norms[0][0].dtype, norms[0][0].device
-        self.hidden = len(norms[0][0])
-        self.inner = weights[WEIGHTS.index("gate")].out_features
-        self.heads = weights[0].out_features // head_dim
-        self.key_heads = weights[1].out_features // head_dim
-        self.head_dim, self.scale = head_dim, scale
-        self._input_blocks = [tile.words.shape[1] for tile in tiles]
+            self._input_blocks[index] = tile.words.shape[1]
+        for target, norm in zip(record.norms, norms, strict=False):
+            target.weight, target.epsilon = norm.weight.data_ptr(), norm.epsilon
+            target.bias = None if norm.bias is None else norm.bias.data_ptr()
+        self.dtype, self.device = norms[0].weight.dtype, norms[0].weight.device
+        self.hidden = len(norms[0].weight)
+        self.outputs = tuple(0 if weight is None else weight.out_features for weight in weights)
+        self.inner = self.outputs[WEIGHTS.index("up")]
+        self.is_fused = weights[WEIGHTS.index("key")] is None
+        self.heads = self.outputs[0] // head_dim // (3 if self.is_fused else 1)
+        self.key_heads = self.heads if self.is_fused else self.outputs[1] // head_dim
+        self.head_dim, self.scale, self.slopes = head_dim, scale, slopes
         # The record holds bare addresses: what they point to must live as long.
         self._kept_alive = (*weights, *biases, *norms)
         self._records: dict[int, tuple[_Block, int]] = {}
@@ -123,8 +148,8 @@ class Block:
     @property
     def common(self) -> tuple[object, ...]:
         """What all blocks of a `run` must have in common, beside the device."""
-        sizes = (self.hidden, self.inner, self.heads, self.key_heads, self.head_dim)
-        return (*sizes, self.scale, self.dtype)
+        sizes = (self.hidden, self.outputs, self.head_dim)
+        return (*sizes, self.scale, self.dtype, self.slopes is None)
 
     def record_for(self, processors: int) -> tuple[_Block, int]:
         """The record for a GPU of so many multiprocessors, without a cache; and the most thread
@@ -139,11 +164,13 @@ class Block:
         return self._records[processors]
 
 
-def refuses(weights: Sequence[PreparedWeight], head_dim: int) -> str | None:
+def refuses(weights: Sequence[PreparedWeight | None], head_dim: int) -> str | None:
     """Why the kernels cannot take a block of these weights; None if they can."""
     if head_dim not in HEAD_DIMS:
         return f"heads of {head_dim} numbers, not {HEAD_DIMS}"
     for weight in weights:
+        if weight is None:
+            continue
         if weight.layout != operator.LAYOUT:
             return f"a weight in the layout {weight.layout!r}"
         tiles = operator.view_of(weight)
@@ -159,15 +186,15 @@ def refuses(weights: Sequence[PreparedWeight], head_dim: int) -> str | None:
 def run(
     blocks: Sequence[Block],
     x: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
     caches: Sequence[Cache],
     launch: Launch | None = None,
 ) -> Tensor:
     """x float16 or bfloat16 (rows, 1, hidden), rows 1..8, through blocks of one `common`, each on
     the output of the one before.
 
-    cosines, sines: of x's dtype (1, 1, head_dim), of the position that all rows have.
+    rotary: cosines and sines of the position that all rows have, of x's dtype (1, 1, head_dim); None
+        with ALiBi, whose slopes are the first block's.
     caches: of each block.
     launch: where the kernels run, by default on the current stream of x's GPU.
     Returns the last block's output, of x's shape. Raises RuntimeError if a launch fails.
@@ -185,8 +212,8 @@ def run(
     tensors = {
         "x": aligned(x.reshape(rows, -1)),
         "y": y,
-        "cosines": cosines,
-        "sines": sines,
+        **({} if rotary is None else dict(zip(("cosines", "sines"), rotary, strict=True))),
+        **({} if first.slopes is None else {"slopes": first.slopes}),
         **_scratch(first, x, splits, max(most for _, most in made)),
     }
     token = _Token(
@@ -226,9 +253,12 @@ def _scratch(block: Block, x: Tensor, splits: int, shares: int) -> dict[str, Ten
     rows, dim = x.shape[0], block.head_dim
     sizes = {
         **dict.fromkeys(("residual", "normed"), block.hidden),
-        **dict.fromkeys(("query", "attended"), block.heads * dim),
-        **dict.fromkeys(("key", "value"), block.key_heads * dim),
-        **dict.fromkeys(("gate", "up"), block.inner),
+        "attended": block.heads * dim,
+        **{
+            name: size
+            for name, size in zip(WEIGHTS, block.outputs, strict=True)
+            if name in ("query", "key", "value", "gate", "up")
+        },
     }
     sums = (shares, rows, block.hidden)
     attention = (rows, block.heads, splits, dim + 2)

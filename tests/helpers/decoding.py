@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from helpers.emulated import Kernels
 from helpers.products import packed
 from quant_cuda.cuda import decoder_block, operator
-from quant_cuda.cuda.decoder_block import Block, Cache
+from quant_cuda.cuda.decoder_block import Block, Cache, Norm
+from quant_cuda.weight import PreparedWeight
 
 EPSILONS = (1e-5, 3e-5, 1e-6, 2e-6)
 SCALE = 0.3
@@ -28,12 +30,16 @@ class Shape:
     group_size: int = 32
     has_bias: bool = False
     has_head_norms: bool = False
+    is_bloom: bool = False
     dtype: torch.dtype = torch.float16
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> list[tuple[int, int] | None]:
         """Inputs and outputs, in the order of WEIGHTS."""
         q, kv = self.heads * self.dim, self.key_heads * self.dim
+        if self.is_bloom:
+            fused, up = (self.hidden, 3 * q), (self.hidden, self.inner)
+            return [fused, None, None, (q, self.hidden), None, up, (self.inner, self.hidden)]
         inward = [(self.hidden, size) for size in (q, kv, kv)]
         gates = [(self.hidden, self.inner)] * 2
         return [*inward, (q, self.hidden), *gates, (self.inner, self.hidden)]
@@ -44,9 +50,10 @@ class Made:
     """A block, and the same numbers for the oracle."""
 
     block: Block
-    matrices: list[Tensor]
+    matrices: list[Tensor | None]
     biases: list[Tensor | None]
-    norms: list[Tensor]
+    norms: list[Norm]
+    slopes: Tensor | None
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int, around: float = 0.0) -> Tensor:
@@ -56,38 +63,57 @@ def random(*shape: int, dtype: torch.dtype, seed: int, around: float = 0.0) -> T
 
 def make(shape: Shape, device: str, seed: int = 0) -> Made:
     """A block of random weights, whose outputs are about as large as its inputs."""
-    weights, matrices = [], []
-    for index, (n_in, n_out) in enumerate(shape.sizes):
-        weight, matrix = packed(shape.bits[index], n_in, n_out, shape.group_size)
+    weights: list[PreparedWeight | None] = []
+    matrices: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
+    for index, size in enumerate(shape.sizes):
+        if size is None:
+            for kept in (weights, matrices, biases):
+                kept.append(None)
+            continue
+        weight, matrix = packed(shape.bits[index], *size, shape.group_size)
         # A power of two, so that the scales stay exact.
         moved = {name: getattr(weight, name).to(device) for name in ("qweight", "qzeros")}
         scales = (weight.scales / 8).to(device)
         weights.append(operator.prepare(replace(weight, **moved, scales=scales)))
         matrices.append(torch.from_numpy(matrix) / 8)
-    biases: list[Tensor | None] = [
-        random(n_out, dtype=shape.dtype, seed=10 * seed + i) if shape.has_bias else None
-        for i, (_, n_out) in enumerate(shape.sizes)
-    ]
+        bias = random(size[1], dtype=shape.dtype, seed=10 * seed + index)
+        biases.append(bias if shape.has_bias else None)
     sizes = (shape.hidden, shape.hidden, *((shape.dim,) * 2 if shape.has_head_norms else ()))
     norms = [
-        random(size, dtype=shape.dtype, seed=20 + seed + i, around=1.0)
+        Norm(
+            random(size, dtype=shape.dtype, seed=20 + seed + i, around=1.0),
+            EPSILONS[i],
+            random(size, dtype=shape.dtype, seed=40 + seed + i) if shape.is_bloom else None,
+        )
         for i, size in enumerate(sizes)
     ]
-    there = [norm.to(device) for norm in norms]
+    slopes = 0.7 ** torch.arange(1, 1 + shape.heads).float() if shape.is_bloom else None
     block = Block(
         weights,
-        [None if bias is None else bias.to(device) for bias in biases],
-        list(zip(there, EPSILONS, strict=False)),
+        [moved_to(device, bias) for bias in biases],
+        [
+            norm._replace(weight=norm.weight.to(device), bias=moved_to(device, norm.bias))
+            for norm in norms
+        ],
         shape.dim,
         SCALE,
+        moved_to(device, slopes),
     )
-    return Made(block, matrices, biases, norms)
+    return Made(block, matrices, biases, norms, slopes)
 
 
-def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def moved_to(device: str, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
     wide = x.double() if x.dtype == torch.float64 else x.float()
-    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight.to(x.dtype) * (wide * factor).to(x.dtype)
+    if norm.bias is not None:
+        by, more = (it.to(wide.dtype) for it in (norm.weight, norm.bias))
+        return functional.layer_norm(wide, by.shape, by, more, norm.epsilon).to(x.dtype)
+    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+    return norm.weight.to(x.dtype) * (wide * factor).to(x.dtype)
 
 
 def turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -103,18 +129,21 @@ def oracle(
 
     past: keys and values (rows, key heads, n, dim).
     """
-    linears = [
-        lambda h, m=matrix, b=bias: h @ m.to(x.dtype) + (0 if b is None else b.to(x.dtype))
-        for matrix, bias in zip(made.matrices, made.biases, strict=True)
-    ]
     rows = len(x)
-    h = norm(x, made.norms[0], EPSILONS[0])
-    query, key, value = (linear(h).view(rows, -1, shape.dim) for linear in linears[:3])
-    if shape.has_head_norms:
-        query = norm(query, made.norms[2], EPSILONS[2])
-        key = norm(key, made.norms[3], EPSILONS[3])
-    cosines, sines = (angle.view(-1).to(x.dtype) for angle in angles)
-    query, key = turned(query, cosines, sines), turned(key, cosines, sines)
+
+    def linear(index: int, h: Tensor) -> Tensor:
+        bias = made.biases[index]
+        return h @ made.matrices[index].to(x.dtype) + (0 if bias is None else bias.to(x.dtype))
+
+    h = normed(x, made.norms[0])
+    if shape.is_bloom:
+        query, key, value = linear(0, h).view(rows, shape.heads, 3, shape.dim).unbind(2)
+    else:
+        query, key, value = (linear(i, h).view(rows, -1, shape.dim) for i in range(3))
+        if shape.has_head_norms:
+            query, key = normed(query, made.norms[2]), normed(key, made.norms[3])
+        cosines, sines = (angle.view(-1).to(x.dtype) for angle in angles)
+        query, key = turned(query, cosines, sines), turned(key, cosines, sines)
     keys, values = (
         torch.cat([old.to(x.dtype), new[:, :, None]], 2).repeat_interleave(
             shape.heads // shape.key_heads, 1
@@ -122,11 +151,17 @@ def oracle(
         for old, new in zip(past, (key, value), strict=True)
     )
     scores = (query[:, :, None] @ keys.transpose(2, 3)) * SCALE
+    if made.slopes is not None:
+        distances = torch.arange(keys.shape[2]) - (keys.shape[2] - 1)
+        scores = scores + (made.slopes[:, None] * distances).to(x.dtype)[:, None]
     attended = (scores.softmax(-1) @ values).reshape(rows, -1)
-    x = x + linears[3](attended)
-    h = norm(x, made.norms[1], EPSILONS[1])
-    x = x + linears[6](torch.nn.functional.silu(linears[4](h)) * linears[5](h))
-    return x, key, value
+    x = x + linear(3, attended)
+    h = normed(x, made.norms[1])
+    if shape.is_bloom:
+        inner = functional.gelu(linear(5, h), approximate="tanh")
+    else:
+        inner = functional.silu(linear(4, h)) * linear(5, h)
+    return x + linear(6, inner), key, value
 
 
 def run_and_compare(
@@ -161,7 +196,7 @@ def run_and_compare(
     result = decoder_block.run(
         [it.block for it in made],
         x.to(device),
-        *(it.to(device) for it in angles),
+        None if shape.is_bloom else tuple(it.to(device) for it in angles),
         caches,
         launch=kernels.launch(processors),
     )

@@ -8,6 +8,8 @@ from helpers.products import packed
 
 from quant_cuda.cuda import decoder_block, operator
 
+BLOOM = {"is_bloom": True, "key_heads": 4, "has_bias": True}
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -21,6 +23,10 @@ from quant_cuda.cuda import decoder_block, operator
         {"dim": 64, "heads": 2, "key_heads": 1, "inner": 40},
         {"dim": 128, "heads": 5, "key_heads": 1, "hidden": 72},
         {"dim": 256, "heads": 1, "key_heads": 1, "has_head_norms": True},
+        BLOOM,
+        {**BLOOM, "bits": (8, 4, 4, 4, 4, 8, 4), "hidden": 96, "heads": 3, "key_heads": 3},
+        {**BLOOM, "dim": 64, "heads": 5, "key_heads": 5, "inner": 1280, "group_size": 128},
+        {**BLOOM, "dim": 128, "heads": 1, "key_heads": 1, "has_bias": False},
     ],
     ids=lambda changes: " ".join(changes) or "usual",
 )
@@ -30,9 +36,10 @@ def test_shapes(kernels, dtype, changes):
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 127, 150, ROOM - 1])
 @pytest.mark.parametrize("captured", [False, True], ids=["counted here", "position on the device"])
-def test_lengths(kernels, length, captured):
+@pytest.mark.parametrize("changes", [{"has_head_norms": True}, BLOOM], ids=["llama", "bloom"])
+def test_lengths(kernels, length, captured, changes):
     """Thread blocks without a position, and sets of lanes without one."""
-    shape = Shape(has_head_norms=True)
+    shape = Shape(**changes)
     run_and_compare(kernels, shape, length=length, captured=captured, processors=9)
 
 
@@ -43,14 +50,16 @@ def test_a_cache_without_room(host_library):
 
 
 @pytest.mark.parametrize("rows", [2, 5, 8])
-def test_sequences(kernels, rows):
-    run_and_compare(kernels, Shape(has_bias=True), rows=rows, length=70, blocks=2, processors=40)
+@pytest.mark.parametrize("changes", [{"has_bias": True}, BLOOM], ids=["llama", "bloom"])
+def test_sequences(kernels, rows, changes):
+    run_and_compare(kernels, Shape(**changes), rows=rows, length=70, blocks=2, processors=40)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_every_order_of_threads(kernels, order):
+@pytest.mark.parametrize("changes", [{"has_head_norms": True}, BLOOM], ids=["llama", "bloom"])
+def test_every_order_of_threads(kernels, order, changes):
     kernels.settle(order, 1)
-    run_and_compare(kernels, Shape(has_head_norms=True), rows=2, length=90, processors=30)
+    run_and_compare(kernels, Shape(**changes), rows=2, length=90, processors=30)
     kernels.settle(0, 0)
 
 

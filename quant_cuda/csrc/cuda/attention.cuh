@@ -2,7 +2,8 @@
 //
 // Thread blocks share a sequence's positions (Flash-Decoding: Dao et al. 2023), each with sums of
 // its own, which `combine` adds. The one that has the new token's position turns its key by the
-// rotary angles and writes key and value to the cache before it reads them like all others.
+// rotary angles, if there are, and writes key and value to the cache before it reads them like all
+// others. With ALiBi (Press et al. 2022) a score falls by a head's slope times the distance instead.
 #pragma once
 
 #include "common.cuh"
@@ -37,19 +38,21 @@ __device__ inline float sum_of_warp(float x) {
 // Of tokens in T; `dim` of a head is the kernels' DIM. A group is the query heads of one key head.
 template <typename T>
 struct Attention {
-  const T *query, *key, *value;  // (rows, heads * dim), and (rows, key_heads * dim) twice
-  const T *cosines, *sines;      // (dim,), of the new position
+  const T *query, *key, *value;  // (rows, heads, dim), and (rows, key_heads, dim) twice, by the steps
+  const T *cosines, *sines;      // (dim,), of the new position; or NULL
+  const float* slopes;           // (heads,), or NULL
   const T *query_norm, *key_norm;  // (dim,), or NULL
   T *keys, *values;              // (rows, key_heads, positions, dim), by the strides
   const int64_t* position;       // of the new token, or NULL for `length`
   float* partial;                // (rows, heads, splits, dim + 2): sums, their maximum and total
   float query_epsilon, key_epsilon, scale;
   int heads, key_heads, length, room, splits;
+  int query_row, key_row, query_step, key_step;  // numbers to the next sequence and head
   int64_t row_stride, head_stride;  // numbers from a sequence, or head, of the cache to the next
 };
 
-// The norm and the rotary turn of one head, by one warp: from (DIM,) to `to` (DIM,), in shared
-// memory as `raw`. Rounded to T wherever transformers' modules round.
+// The norm and the rotary turn of one head, each if there is one, by one warp: from (DIM,) to `to`
+// (DIM,), in shared memory as `raw`. Rounded to T wherever transformers' modules round.
 template <typename T, int DIM>
 __device__ void turn(const T* from, const T* norm, float epsilon, const T* cosines, const T* sines,
                      float* raw, float* to) {
@@ -67,7 +70,7 @@ __device__ void turn(const T* from, const T* norm, float epsilon, const T* cosin
 #pragma unroll
   for (int i = lane; i < DIM; i += 32) {
     const float other = i < DIM / 2 ? -raw[i + DIM / 2] : raw[i - DIM / 2];
-    to[i] = rounded<T>(raw[i] * to_float(cosines[i]) + other * to_float(sines[i]));
+    to[i] = cosines ? rounded<T>(raw[i] * to_float(cosines[i]) + other * to_float(sines[i])) : raw[i];
   }
   __syncwarp();
 }
@@ -100,11 +103,11 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
   T *keys = a.keys + cached, *values = a.values + cached;
 
   for (int i = warp; i < mine; i += ATTENTION_WARPS)
-    turn<T, DIM>(a.query + (static_cast<size_t>(row) * a.heads + head + i) * DIM, a.query_norm,
-                 a.query_epsilon, a.cosines, a.sines, raw[warp], turned[i]);
+    turn<T, DIM>(a.query + static_cast<size_t>(row) * a.query_row + (head + i) * a.query_step,
+                 a.query_norm, a.query_epsilon, a.cosines, a.sines, raw[warp], turned[i]);
   // Thread blocks of one group write the same key and value, which none but they read.
   if (has_newest) {
-    const size_t from = (static_cast<size_t>(row) * a.key_heads + key_head) * DIM;
+    const size_t from = static_cast<size_t>(row) * a.key_row + key_head * a.key_step;
     const size_t to = static_cast<size_t>(newest) * DIM;
     if (warp == ATTENTION_WARPS - 1) {
       turn<T, DIM>(a.key + from, a.key_norm, a.key_epsilon, a.cosines, a.sines, raw[warp],
@@ -117,11 +120,13 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 
   const int set = threadIdx.x / LANES, at = threadIdx.x % LANES * 8;
   // Powers of two instead of e: the scale takes its logarithm in.
-  const float scale = a.scale * 1.4426950408889634f;
-  float query[GROUP][8], sums[GROUP][8] = {}, most[GROUP], total[GROUP] = {};
+  constexpr float LOG2_E = 1.4426950408889634f;
+  const float scale = a.scale * LOG2_E;
+  float query[GROUP][8], sums[GROUP][8] = {}, most[GROUP], total[GROUP] = {}, slope[GROUP];
 #pragma unroll
   for (int g = 0; g < GROUP; ++g) {
     most[g] = NOTHING;
+    slope[g] = a.slopes && g < mine ? a.slopes[head + g] * LOG2_E : 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) query[g][i] = g < mine ? turned[g][at + i] * scale : 0;
   }
@@ -144,7 +149,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
         for (int i = 0; i < 8; ++i) dot = __fmaf_rn(query[g][i], to_float(key[j].values[i]), dot);
 #pragma unroll
         for (int step = LANES / 2; step; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
-        score[j][g] = base + j * SETS + set < end ? dot : NOTHING;
+        const int p = base + j * SETS + set;
+        score[j][g] = p < end ? __fmaf_rn(slope[g], p - newest, dot) : NOTHING;
       }
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {

@@ -1,9 +1,10 @@
 // The next token of one to eight sequences through transformer blocks of packed weights.
 //
-// A block is nine kernels: the residual sum and RMS norm; query, key and value in one product;
-// attention, with rotary positions and the cache's new entries, and the sum of its parts; the output
-// product; residual sum and norm again; gate and up in one product; SiLU; the down product. Products
-// that go into the residual leave partial sums, which the next norm adds in order.
+// A block is nine kernels: the residual sum and norm; query, key and value in one product; attention,
+// with positions and the cache's new entries, and the sum of its parts; the output product; residual
+// sum and norm again; gate and up in one product; SiLU; the down product. Without a gate, GELU is at
+// the end of the up product. Products that go into the residual leave partial sums, which the next
+// norm adds in order.
 
 #include <algorithm>
 #include <initializer_list>
@@ -31,10 +32,18 @@ struct Weight {
   int splits;  // thread blocks that share the inputs of ATTENDED and DOWN; not read for the others
 };
 
+struct Norm {
+  const void* weight;  // of the activations' type, or NULL: there is none
+  const void* bias;    // a layer norm's; an RMS norm has NULL
+  float epsilon;
+};
+
+// Of a kind that is not there all fields are 0.
 struct DecoderBlock {
+  // Without KEY and VALUE, QUERY has all three of each head, one head after another. Without GATE
+  // there is GELU instead of SiLU.
   Weight weights[WEIGHTS];
-  const void* norms[NORMS];  // of the activations' type; the last two may be NULL
-  float epsilons[NORMS];
+  Norm norms[NORMS];
   void *keys, *values;
   int64_t row_stride, head_stride;
   const int64_t* position;
@@ -44,9 +53,10 @@ struct DecoderBlock {
 struct Token {
   const void* x;              // (rows, hidden)
   void* y;                    // (rows, hidden)
-  const void *cosines, *sines;  // (dim,)
+  const void *cosines, *sines;  // (dim,), or NULL
+  const float* slopes;        // of ALiBi (heads,), or NULL
   void *residual, *normed;    // (rows, hidden)
-  void *query, *key, *value;  // (rows, heads * dim), twice (rows, key_heads * dim)
+  void *query, *key, *value;  // as the weights' outputs
   void* attended;             // (rows, heads * dim)
   void *gate, *up;            // (rows, inner)
   float* sums;                // (most splits of the weights, rows, hidden)
@@ -55,17 +65,28 @@ struct Token {
   int type, rows, hidden, heads, key_heads, dim, inner, splits;
 };
 
-// y = x + partial sums + bias; normed = the RMS norm of y, unless `weight` is NULL. A thread block
-// has a row. partial: (splits, rows, hidden), or NULL. Rounded to T where transformers' modules do.
-template <typename T>
+// Of all threads of the thread block. shared: (THREADS / 32,), of this call alone.
+__device__ float sum_of_block(float x, float* shared) {
+  x = sum_of_warp(x);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0;
+  for (int w = 0; w < THREADS / 32; ++w) total += shared[w];
+  return total;
+}
+
+// y = x + partial sums + bias; normed = the norm of y, unless it has no weight: a layer norm if
+// CENTERED, else an RMS norm. A thread block has a row. partial: (splits, rows, hidden), or NULL.
+// Rounded to T where transformers' modules do.
+template <typename T, bool CENTERED>
 __global__ void __launch_bounds__(THREADS)
     add_norm(const T* x, const float* __restrict__ partial, const T* __restrict__ bias, T* y,
-             const T* __restrict__ weight, T* __restrict__ normed, float epsilon, int splits,
-             int hidden) {
-  SHARED(float, warp_squares, [THREADS / 32]);
+             Norm norm, T* __restrict__ normed, int splits, int hidden) {
+  SHARED(float, of_sums, [THREADS / 32]);
+  SHARED(float, of_squares, [THREADS / 32]);
   const size_t row = static_cast<size_t>(blockIdx.x) * hidden;
   const size_t all = static_cast<size_t>(gridDim.x) * hidden;
-  float squares = 0;
+  float sum = 0, squares = 0;
   for (int i = threadIdx.x * 8; i < hidden; i += THREADS * 8) {
     Eight<T> mine = load_eight(x + row + i);
     if (partial) {
@@ -75,49 +96,66 @@ __global__ void __launch_bounds__(THREADS)
         for (int j = 0; j < 8; ++j) added[j] += partial[s * all + row + i + j];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float sum = bias ? added[j] + to_float(bias[i + j]) : added[j];
-        mine.values[j] = from_float<T>(to_float(mine.values[j]) + rounded<T>(sum));
+        const float total = bias ? added[j] + to_float(bias[i + j]) : added[j];
+        mine.values[j] = from_float<T>(to_float(mine.values[j]) + rounded<T>(total));
       }
     }
     *reinterpret_cast<Eight<T>*>(y + row + i) = mine;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < 8; ++j) {
+      sum += to_float(mine.values[j]);
       squares = __fmaf_rn(to_float(mine.values[j]), to_float(mine.values[j]), squares);
+    }
   }
-  if (weight == nullptr) return;
-  squares = sum_of_warp(squares);
-  if (threadIdx.x % 32 == 0) warp_squares[threadIdx.x / 32] = squares;
-  __syncthreads();
-  float total = 0;
-  for (int w = 0; w < THREADS / 32; ++w) total += warp_squares[w];
-  const float factor = rsqrtf(total / hidden + epsilon);
-  // Each thread reads what it wrote.
+  if (norm.weight == nullptr) return;
+  // From here each thread reads what it wrote.
+  const float mean = CENTERED ? sum_of_block(sum, of_sums) / hidden : 0;
+  if (CENTERED) {
+    squares = 0;
+    for (int i = threadIdx.x * 8; i < hidden; i += THREADS * 8) {
+      const Eight<T> mine = load_eight(y + row + i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float apart = to_float(mine.values[j]) - mean;
+        squares = __fmaf_rn(apart, apart, squares);
+      }
+    }
+  }
+  const float factor = rsqrtf(sum_of_block(squares, of_squares) / hidden + norm.epsilon);
   for (int i = threadIdx.x * 8; i < hidden; i += THREADS * 8) {
     Eight<T> mine = load_eight(y + row + i);
-    const Eight<T> by = load_eight(weight + i);
+    const Eight<T> by = load_eight(static_cast<const T*>(norm.weight) + i);
+    const Eight<T> more = CENTERED ? load_eight(static_cast<const T*>(norm.bias) + i) : Eight<T>();
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float one = rounded<T>(to_float(mine.values[j]) * factor);
-      mine.values[j] = from_float<T>(to_float(by.values[j]) * one);
+      const float one = (to_float(mine.values[j]) - mean) * factor;
+      mine.values[j] = from_float<T>(
+          CENTERED ? __fmaf_rn(one, to_float(by.values[j]), to_float(more.values[j]))
+                   : to_float(by.values[j]) * rounded<T>(one));
     }
     *reinterpret_cast<Eight<T>*>(normed + row + i) = mine;
   }
 }
 
-// gate = SiLU(gate) * up. count: a multiple of 8.
+// up = SiLU(gate) * up. count: a multiple of 8.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    silu_gate(T* gate, const T* __restrict__ up, int64_t count) {
+    silu_gate(const T* __restrict__ gate, T* up, int64_t count) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * 8;
   if (i >= count) return;
-  Eight<T> mine = load_eight(gate + i);
-  const Eight<T> by = load_eight(up + i);
+  const Eight<T> by = load_eight(gate + i);
+  Eight<T> mine = load_eight(up + i);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float x = to_float(mine.values[j]);
-    mine.values[j] = from_float<T>(rounded<T>(x / (1 + expf(-x))) * to_float(by.values[j]));
+    const float x = to_float(by.values[j]);
+    mine.values[j] = from_float<T>(rounded<T>(x / (1 + expf(-x))) * to_float(mine.values[j]));
   }
-  *reinterpret_cast<Eight<T>*>(gate + i) = mine;
+  *reinterpret_cast<Eight<T>*>(up + i) = mine;
+}
+
+// BloomGelu of transformers, which approximates GELU by a hyperbolic tangent.
+__device__ float gelu(float x) {
+  return x * 0.5f * (1 + tanhf(0.79788456f * x * (1 + 0.044715f * x * x)));
 }
 
 // A product of `multiply_parts`: a weight and where its results go.
@@ -127,12 +165,12 @@ struct Part {
 };
 
 // Products of the same x, whose columns lie one after another in the grid.
-// y: T (rows, outputs) of each part; or partial: (gridDim.y, rows, outputs) of the only one, without
-// the bias.
+// y: T (rows, outputs) of each part, after GELU if `has_gelu`; or partial: (gridDim.y, rows, outputs)
+// of the only one, without the bias.
 template <int BITS, typename T, bool FINE>
 __global__ void __launch_bounds__(WARPS * 32, 2)
     multiply_parts(const T* __restrict__ x, Part first, Part second, Part third,
-                   float* __restrict__ partial, int rows, int inputs) {
+                   float* __restrict__ partial, int rows, int inputs, bool has_gelu) {
   int block = blockIdx.x;
   Part part = first;
   if (block >= part.weight.columns / COLUMNS) {
@@ -147,10 +185,12 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   const T* bias = static_cast<const T*>(part.weight.bias);
   const auto write = [&](int row, int column, float total) {
     const size_t at = static_cast<size_t>(row) * outputs + column;
-    if (partial)
+    if (partial) {
       partial[static_cast<size_t>(blockIdx.y) * rows * outputs + at] = total;
-    else
-      static_cast<T*>(part.y)[at] = from_float<T>(bias ? total + to_float(bias[column]) : total);
+      return;
+    }
+    const float y = bias ? total + to_float(bias[column]) : total;
+    static_cast<T*>(part.y)[at] = from_float<T>(has_gelu ? gelu(rounded<T>(y)) : y);
   };
   multiply_columns<BITS, T, FINE, 1>(x, part.weight.words, part.weight.table, rows, inputs, outputs,
                                      part.weight.columns, part.weight.shift, block, write);
@@ -162,13 +202,13 @@ bool is_fine(const Weight& weight) {
 
 template <int BITS, typename T>
 void launch_parts(const T* x, const Part (&parts)[3], float* partial, int splits, int rows,
-                  int inputs, cudaStream_t stream) {
+                  int inputs, bool has_gelu, cudaStream_t stream) {
   int columns = 0;
   for (const Part& part : parts) columns += part.weight.columns;
   const auto kernel = is_fine(parts[0].weight) ? multiply_parts<BITS, T, true>
                                                : multiply_parts<BITS, T, false>;
   LAUNCH(kernel, dim3(columns / COLUMNS, splits), WARPS * 32, 0, stream, x, parts[0], parts[1],
-         parts[2], partial, rows, inputs);
+         parts[2], partial, rows, inputs, has_gelu);
 }
 
 template <typename T>
@@ -176,28 +216,30 @@ struct Decoder {
   const Token& token;
   cudaStream_t stream;
 
-  void add(const void* x, const float* partial, const Weight* from, void* y, const void* weight,
-           float epsilon) const {
-    const auto kernel = add_norm<T>;
-    LAUNCH(kernel, token.rows, THREADS, 0, stream, static_cast<const T*>(x), partial,
-           static_cast<const T*>(from ? from->bias : nullptr), static_cast<T*>(y),
-           static_cast<const T*>(weight), static_cast<T*>(token.normed), epsilon,
-           from ? from->splits : 0, token.hidden);
+  // from: the weight that left the partial sums, or NULL if there are none.
+  void add(const void* x, const Weight* from, void* y, const Norm& norm) const {
+    const auto kernel = norm.bias ? add_norm<T, true> : add_norm<T, false>;
+    LAUNCH(kernel, token.rows, THREADS, 0, stream, static_cast<const T*>(x),
+           from ? token.sums : nullptr, static_cast<const T*>(from ? from->bias : nullptr),
+           static_cast<T*>(y), norm, static_cast<T*>(token.normed), from ? from->splits : 0,
+           token.hidden);
   }
 
   // The parts that are alike in one launch, others in launches of their own.
-  void multiply(const void* x, std::initializer_list<Part> parts, int inputs, float* partial) const {
+  void multiply(const void* x, std::initializer_list<Part> parts, int inputs, float* partial,
+                bool has_gelu = false) const {
     Part together[3] = {};
     int count = 0;
     const auto launch = [&] {
       if (count == 0) return;
       const auto run = together[0].weight.bits == 4 ? launch_parts<4, T> : launch_parts<8, T>;
       run(static_cast<const T*>(x), together, partial, partial ? together[0].weight.splits : 1,
-          token.rows, inputs, stream);
+          token.rows, inputs, has_gelu, stream);
       for (Part& part : together) part = {};
       count = 0;
     };
     for (const Part& part : parts) {
+      if (!part.weight.words) continue;
       if (count && (part.weight.bits != together[0].weight.bits ||
                     is_fine(part.weight) != is_fine(together[0].weight)))
         launch();
@@ -208,19 +250,24 @@ struct Decoder {
 
   void attention(const DecoderBlock& block) const {
     Attention<T> a = {};
+    const bool is_fused = !block.weights[KEY].words;
     a.query = static_cast<const T*>(token.query);
-    a.key = static_cast<const T*>(token.key);
-    a.value = static_cast<const T*>(token.value);
+    a.key = is_fused ? a.query + token.dim : static_cast<const T*>(token.key);
+    a.value = is_fused ? a.key + token.dim : static_cast<const T*>(token.value);
+    a.query_step = a.key_step = is_fused ? 3 * token.dim : token.dim;
+    a.query_row = token.heads * a.query_step;
+    a.key_row = token.key_heads * a.key_step;
+    a.slopes = token.slopes;
     a.cosines = static_cast<const T*>(token.cosines);
     a.sines = static_cast<const T*>(token.sines);
-    a.query_norm = static_cast<const T*>(block.norms[OF_QUERY]);
-    a.key_norm = static_cast<const T*>(block.norms[OF_KEY]);
+    a.query_norm = static_cast<const T*>(block.norms[OF_QUERY].weight);
+    a.key_norm = static_cast<const T*>(block.norms[OF_KEY].weight);
     a.keys = static_cast<T*>(block.keys);
     a.values = static_cast<T*>(block.values);
     a.position = block.position;
     a.partial = token.attention;
-    a.query_epsilon = block.epsilons[OF_QUERY];
-    a.key_epsilon = block.epsilons[OF_KEY];
+    a.query_epsilon = block.norms[OF_QUERY].epsilon;
+    a.key_epsilon = block.norms[OF_KEY].epsilon;
     a.scale = token.scale;
     a.heads = token.heads;
     a.key_heads = token.key_heads;
@@ -236,25 +283,26 @@ struct Decoder {
     run(a, static_cast<T*>(token.attended), token.rows, stream);
   }
 
-  // x: of the first block; of others NULL, and `from` the weight that left the partial sums.
+  // x: the block's input, without the partial sums that `from` left.
   void run(const DecoderBlock& block, const void* x, const Weight* from) const {
     const auto& weights = block.weights;
-    add(x ? x : token.residual, from ? token.sums : nullptr, from, token.residual,
-        block.norms[OF_ATTENTION], block.epsilons[OF_ATTENTION]);
+    const bool has_gate = weights[GATE].words;
+    add(x, from, token.residual, block.norms[OF_ATTENTION]);
     multiply(token.normed,
              {{weights[QUERY], token.query}, {weights[KEY], token.key}, {weights[VALUE], token.value}},
              token.hidden, nullptr);
     attention(block);
     multiply(token.attended, {{weights[ATTENDED], nullptr}}, token.heads * token.dim, token.sums);
-    add(token.residual, token.sums, &weights[ATTENDED], token.residual, block.norms[OF_MLP],
-        block.epsilons[OF_MLP]);
+    add(token.residual, &weights[ATTENDED], token.residual, block.norms[OF_MLP]);
     multiply(token.normed, {{weights[GATE], token.gate}, {weights[UP], token.up}}, token.hidden,
-             nullptr);
-    const int64_t count = static_cast<int64_t>(token.rows) * token.inner;
-    const auto kernel = silu_gate<T>;
-    LAUNCH(kernel, static_cast<unsigned>((count / 8 + THREADS - 1) / THREADS), THREADS, 0, stream,
-           static_cast<T*>(token.gate), static_cast<const T*>(token.up), count);
-    multiply(token.gate, {{weights[DOWN], nullptr}}, token.inner, token.sums);
+             nullptr, !has_gate);
+    if (has_gate) {
+      const int64_t count = static_cast<int64_t>(token.rows) * token.inner;
+      const auto kernel = silu_gate<T>;
+      LAUNCH(kernel, static_cast<unsigned>((count / 8 + THREADS - 1) / THREADS), THREADS, 0, stream,
+             static_cast<const T*>(token.gate), static_cast<T*>(token.up), count);
+    }
+    multiply(token.up, {{weights[DOWN], nullptr}}, token.inner, token.sums);
   }
 };
 
@@ -263,30 +311,39 @@ void decode(const DecoderBlock* blocks, int count, const Token& token, cudaStrea
   const Decoder<T> decoder = {token, stream};
   const Weight* from = nullptr;
   for (int i = 0; i < count; ++i) {
-    decoder.run(blocks[i], from ? nullptr : token.x, from);
+    decoder.run(blocks[i], from ? token.residual : token.x, from);
     from = &blocks[i].weights[DOWN];
   }
-  decoder.add(token.residual, token.sums, from, token.y, nullptr, 0);
+  decoder.add(token.residual, from, token.y, Norm());
 }
 
-bool is_taken(const DecoderBlock& block) {
-  for (const Weight& weight : block.weights)
-    if ((weight.bits != 4 && weight.bits != 8) || weight.shift < 5 || weight.columns % COLUMNS)
+bool is_taken(const DecoderBlock& block, const Token& token) {
+  const auto& weights = block.weights;
+  for (const Weight& weight : weights)
+    if (weight.words && ((weight.bits != 4 && weight.bits != 8) || weight.shift < 5 ||
+                         weight.columns % COLUMNS))
       return false;
-  return block.weights[ATTENDED].splits > 0 && block.weights[DOWN].splits > 0;
+  for (const Name name : {QUERY, ATTENDED, UP, DOWN})
+    if (!weights[name].words) return false;
+  const bool is_fused = !weights[KEY].words;
+  return is_fused == !weights[VALUE].words && (!is_fused || token.heads == token.key_heads) &&
+         weights[ATTENDED].splits > 0 && weights[DOWN].splits > 0;
 }
 
 }  // namespace
 
 // rows 1..8, type float16 or bfloat16; dim 32, 64, 128 or 256; hidden, heads * dim and inner multiples
-// of 8; all tensors contiguous and 16-byte aligned, but for the cache's strides.
+// of 8; all tensors contiguous and 16-byte aligned, but for the cache's strides. Blocks are alike in
+// what they have, but for head norms and biases.
 EXPORT int quant_cuda_decode(const void* blocks, int count, const void* token, cudaStream_t stream) {
   const auto& one = *static_cast<const Token*>(token);
   const auto* all = static_cast<const DecoderBlock*>(blocks);
   const bool has_dim = one.dim == 32 || one.dim == 64 || one.dim == 128 || one.dim == 256;
   if (count < 1 || one.rows < 1 || one.rows > MOST_ROWS || !has_dim || one.hidden % 8 ||
-      one.inner % 8 || one.key_heads < 1 || one.heads % one.key_heads || one.splits < 1 ||
-      (one.type != HALF && one.type != BFLOAT) || !std::all_of(all, all + count, is_taken))
+      one.inner % 8 || !one.cosines != !one.sines || one.key_heads < 1 || one.heads % one.key_heads || one.splits < 1 ||
+      (one.type != HALF && one.type != BFLOAT))
+    return cudaErrorInvalidValue;
+  if (!std::all_of(all, all + count, [&](const DecoderBlock& it) { return is_taken(it, one); }))
     return cudaErrorInvalidValue;
   one.type == HALF ? decode<half_t>(all, count, one, stream)
                    : decode<bfloat_t>(all, count, one, stream);
