@@ -25,7 +25,7 @@ from gptq.api import open_weights, perplexity
 from gptq.data.windows import evaluation_windows
 from gptq.errors import UserError
 from gptq.files.atomic import whole_file
-from gptq.inference.own_code import CODES
+from gptq.inference.architectures import CODES
 from gptq.models import SPECS
 
 STEPS, WINDOWS = 1000, 16

@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from gptq.inference.own_code import Code, is_observed
 from gptq.nn import QuantLinear
@@ -20,36 +19,19 @@ from quant_cuda.weight import PreparedWeight
 
 Block = on_cpu.Block | on_gpu.Block
 
-# In the order of WEIGHTS and NORMS of both decoder_block modules, which compiled code relies on.
-_LINEARS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-# Attributes of modules that a block is made from.
-_ATTRIBUTES = {
-    "": ("training",),
-    "self_attn": ("training", "scaling", "head_dim", "layer_idx", "config"),
-    **dict.fromkeys((*_NORMS, *_HEAD_NORMS), ("variance_epsilon",)),
-    **dict.fromkeys(_LINEARS, ("_prepared", "backend", "int8_activations")),
-}
 
-
-def _norms(code: Code) -> tuple[str, ...]:
-    return (*_NORMS, *(_HEAD_NORMS if code.has_head_norms else ()))
-
-
-def _classes(code: Code) -> dict[str, type]:
-    """Of all that a block consists of, by its name in the block."""
-    return {
-        "": code.layer,
-        **dict.fromkeys(_norms(code), code.norm),
-        "self_attn": code.attention,
-        "mlp": code.mlp,
-        "mlp.act_fn": type(ACT2FN["silu"]),
-        **dict.fromkeys(_LINEARS, QuantLinear),
-    }
+def _attributes(code: Code, path: str) -> tuple[str, ...]:
+    """Attributes of a part of a layer that a block is made from."""
+    names = code.names
+    if path == names.attention:
+        own: tuple[str, ...] = (names.scale, "head_dim", "num_heads", "layer_idx", "config")
+    elif path in names.norms:
+        own = (names.epsilon,)
+    elif path in names.linears:
+        own = ("_prepared", "backend", "int8_activations")
+    else:
+        own = ()
+    return ("forward", "_compiled_call_impl", *own, *code.needed.get(path, ()))
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,7 @@ class _CachedLayer:
     index: int
     """The layer's own layer_idx."""
     config: object
-    """Of its attention."""
+    """Of its attention; None if that has none."""
 
     def is_valid(self) -> bool:
         # -----------------------------------------------------------------------------------------
@@ -128,7 +110,8 @@ def blocks_of(layers: nn.ModuleList, config: object, code: Code) -> list[Block] 
         # layer_idx, compiled code by the position in the list. The two differ if a user has
         # reordered or repeated layers.
         # -----------------------------------------------------------------------------------------
-        if cached.block is None or cached.index != index or cached.config is not config:
+        has_other = cached.config is not None and cached.config is not config
+        if cached.block is None or cached.index != index or has_other:
             return None
         blocks.append(cached.block)
     return blocks if len(set(map(type, blocks))) == 1 else None
@@ -136,11 +119,10 @@ def blocks_of(layers: nn.ModuleList, config: object, code: Code) -> list[Block] 
 
 def _inspect(layer: nn.Module, code: Code) -> _CachedLayer:
     """The block of a decoder layer if it is of the usual kind, and what tells that it changed."""
-    expected = _classes(code)
     try:
-        modules = {path: layer.get_submodule(path) for path in expected}
-        attention: Any = modules["self_attn"]
-        index, config = attention.layer_idx, attention.config
+        modules = {path: layer.get_submodule(path) for path in code.parts}
+        attention: Any = modules[code.names.attention]
+        index, config = attention.layer_idx, getattr(attention, "config", None)
     except AttributeError:
         # Of another kind altogether.
         return _UNKNOWN
@@ -152,20 +134,24 @@ def _inspect(layer: nn.Module, code: Code) -> _CachedLayer:
     classes = tuple(map(type, modules.values()))
     block, tensors = None, cast(tuple[Tensor, ...], ())
     if (
-        classes == tuple(expected.values())
+        classes == tuple(code.parts.values())
         and not any(map(is_observed, modules.values()))
-        and not layer.training
-        and not attention.training
+        and all(
+            getattr(modules[path], name) == value
+            for path, needed in code.needed.items()
+            for name, value in needed.items()
+        )
     ):
-        linears = [cast(QuantLinear, modules[path]) for path in _LINEARS]
-        norms = [modules[path] for path in _norms(code)]
-        biases = [linear._buffers["bias"] for linear in linears]
-        norm_weights = [cast(Tensor, norm.weight) for norm in norms]
-        tensors = (*norm_weights, *(bias for bias in biases if bias is not None))
-        block = _make_block(linears, norms, attention)
+        linears = [
+            None if path is None else cast(QuantLinear, modules[path])
+            for path in code.names.linears
+        ]
+        norms = [modules[path] for path in code.names.norms]
+        tensors = _read_in_place(linears, norms)
+        block = _make_block(linears, norms, attention, code)
     return _CachedLayer(
         # After the block is made, which prepares the weights that are compared.
-        checks=_checks(layer, modules),
+        checks=_checks(layer, modules, code),
         modules=tuple(modules.values()),
         classes=classes,
         tensors=tensors,
@@ -178,58 +164,86 @@ def _inspect(layer: nn.Module, code: Code) -> _CachedLayer:
     )
 
 
-def _checks(layer: nn.Module, modules: dict[str, nn.Module]) -> Any:
+def _checks(layer: nn.Module, modules: dict[str, nn.Module], code: Code) -> Any:
     """`_CachedLayer.checks` of a layer as it is now."""
     checks: list[tuple[dict, str, object]] = []
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         if name:
             checks.append((layer.get_submodule(parent)._modules, name, module))
-        if path in _LINEARS:
+        if path in code.names.linears:
             checks.append((module._buffers, "bias", module._buffers.get("bias")))
-        elif path in (*_NORMS, *_HEAD_NORMS):
-            checks.append((module._parameters, "weight", module._parameters.get("weight")))
+        elif path in code.names.norms:
+            checks += (
+                (module._parameters, name, module._parameters.get(name))
+                for name in ("weight", "bias")
+            )
         attributes = vars(module)
-        names = ("forward", "_compiled_call_impl", *_ATTRIBUTES.get(path, ()))
-        checks += ((attributes, name, attributes.get(name)) for name in names)
+        checks += ((attributes, name, attributes.get(name)) for name in _attributes(code, path))
     return tuple(zip(*checks, strict=True))
 
 
+def _read_in_place(
+    linears: Sequence[QuantLinear | None], norms: Sequence[nn.Module]
+) -> tuple[Tensor, ...]:
+    """Tensors of 16 or 32 bits, which a copy would not follow if people change them."""
+    of_norms = [norm._parameters.get(name) for norm in norms for name in ("weight", "bias")]
+    biases = [linear._buffers["bias"] for linear in linears if linear is not None]
+    return tuple(tensor for tensor in (*of_norms, *biases) if tensor is not None)
+
+
 def _make_block(
-    linears: Sequence[QuantLinear], norms: Sequence[nn.Module], attention: Any
+    linears: Sequence[QuantLinear | None],
+    norms: Sequence[nn.Module],
+    attention: Any,
+    code: Code,
 ) -> Block | None:
     """The block of these modules; None if their types or settings are not those that compiled code
     takes."""
-    weights = [linear.prepare() for linear in linears]
-    prepared = [weight for weight in weights if isinstance(weight, PreparedWeight)]
-    norm_weights = [cast(Tensor, norm.weight).detach() for norm in norms]
-    biases = [linear._buffers["bias"] for linear in linears]
-    # Read in place: a copy would not follow what people change.
-    in_place = [*norm_weights, *(bias for bias in biases if bias is not None)]
+    there = [linear for linear in linears if linear is not None]
+    weights = [None if linear is None else _prepared(linear) for linear in linears]
+    prepared = [weight for weight in weights if weight is not None]
+    in_place = _read_in_place(linears, norms)
     (dtype, *others) = {tensor.dtype for tensor in in_place}
-    int8, *different = {linear.int8_activations for linear in linears}
+    int8, *different = {linear.int8_activations for linear in there}
     if (
-        len(prepared) != len(weights)
-        or any(linear.backend is not None for linear in linears)
+        len(prepared) != len(there)
+        or any(linear.backend is not None for linear in there)
         or others
         or different
         or not all(tensor.is_contiguous() for tensor in in_place)
     ):
         return None
-    with_epsilons = [
-        (weight, cast(Any, norm).variance_epsilon)
-        for weight, norm in zip(norm_weights, norms, strict=True)
+    biases = [None if linear is None else linear._buffers["bias"] for linear in linears]
+    made = [
+        on_gpu.Norm(
+            cast(Tensor, norm.weight).detach(),
+            getattr(norm, code.names.epsilon),
+            cast(Tensor | None, norm._parameters.get("bias")),
+        )
+        for norm in norms
     ]
-    parts = (prepared, biases, with_epsilons, attention.head_dim, attention.scaling)
-    if dtype == torch.float32 and all(weight.layout == layout.LAYOUT for weight in prepared):
-        return on_cpu.Block(*parts, int8=int8)
+    sizes = (attention.head_dim, getattr(attention, code.names.scale))
+    if dtype == torch.float32 and code.slopes is None:
+        if all(weight.layout == layout.LAYOUT for weight in prepared):
+            pairs = [(norm.weight, norm.epsilon) for norm in made]
+            return on_cpu.Block(prepared, biases, pairs, *sizes, int8=int8)
+        return None
     if (
         dtype in (torch.float16, torch.bfloat16)
         and not int8
         and gpu_library.available()
-        and on_gpu.refuses(prepared, attention.head_dim) is None
+        and on_gpu.refuses(weights, attention.head_dim) is None
         # The kernels load 16 bytes of them at a time.
-        and all(weight.data_ptr() % 16 == 0 for weight in norm_weights)
+        and all(it.data_ptr() % 16 == 0 for norm in made for it in norm[::2] if it is not None)
     ):
-        return on_gpu.Block(*parts)
+        slopes = None
+        if code.slopes is not None:
+            slopes = code.slopes(attention.num_heads, in_place[0].device)
+        return on_gpu.Block(weights, biases, made, *sizes, slopes)
     return None
+
+
+def _prepared(linear: QuantLinear) -> PreparedWeight | None:
+    weight = linear.prepare()
+    return weight if isinstance(weight, PreparedWeight) else None

@@ -3,8 +3,8 @@
 A model whose weights are small spends much of a token's time in what Python and torch do between
 its matmuls. The model stays the one of transformers, so that generate and all else work as users
 know them. Only if exactly one token is asked for and nothing observes the blocks, decoder_block of
-quant_cuda.cpu or quant_cuda.cuda computes what they would: on a CPU for one sequence in float32, on
-a GPU for one to eight of one length, in float16 or bfloat16.
+quant_cuda.cpu or quant_cuda.cuda computes what they would: on a CPU for one sequence in float32
+(not BLOOM's), on a GPU for one to eight of one length, in float16 or bfloat16.
 """
 
 import functools
@@ -21,21 +21,16 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.bloom import modeling_bloom
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from gptq.inference.architectures import CACHES, CODES
 from gptq.inference.compiled_blocks import blocks_of
 from gptq.inference.kv_buffer import kv_buffer
-from gptq.inference.own_code import (
-    ATTENTION,
-    CACHES,
-    CODES,
-    Code,
-    has_global_state,
-    is_observed,
-)
+from gptq.inference.own_code import Code, has_global_state, is_observed
 from gptq.nn import QuantEmbedding
 from quant_cuda.cpu import decoder_block, library, product
 from quant_cuda.cuda import decoder_block as on_gpu
@@ -78,20 +73,40 @@ LlamaForCausalLM = _decoding(modeling_llama.LlamaForCausalLM)
 MistralForCausalLM = _decoding(modeling_mistral.MistralForCausalLM)
 Qwen2ForCausalLM = _decoding(modeling_qwen2.Qwen2ForCausalLM)
 Qwen3ForCausalLM = _decoding(modeling_qwen3.Qwen3ForCausalLM)
+BloomForCausalLM = _decoding(modeling_bloom.BloomForCausalLM)
 _DECODING = {
     theirs: ours
-    for ours in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    for ours in (
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        Qwen2ForCausalLM,
+        Qwen3ForCausalLM,
+        BloomForCausalLM,
+    )
     for theirs in ours.__bases__
 }
 
 
+def takes(model: Any) -> bool:
+    """Whether compiled code takes the blocks of a model as it is now, if one token is asked for."""
+    theirs = type(model).__bases__[0]
+    if type(model) is not _DECODING.get(theirs) or not _is_usual_model(model, CODES[theirs]):
+        return False
+    return _blocks(model, CODES[theirs]) is not None
+
+
+def _blocks(model: Any, code: Code) -> list[Any] | None:
+    layers = getattr(getattr(model, code.names.base), code.names.layers)
+    return blocks_of(layers, model.config, code)
+
+
 def _one_token(
     model: Any, code: Code, input_ids: Any = None, *others: Any, **arguments: Any
-) -> CausalLMOutputWithPast | None:
+) -> Any:
     """What transformers' forward returns for one token of each sequence; None if it has to compute
     that itself.
 
-    Embedding, rotary terms, last norm and head are the model's modules. The blocks alone are not
+    Embeddings, rotary terms, last norm and head are the model's modules. The blocks alone are not
     called: no module is changed meanwhile, since other threads may be using them.
     """
     embeds, cache = arguments.pop("inputs_embeds", None), arguments.pop(CACHE_NAME, None)
@@ -114,38 +129,45 @@ def _one_token(
     positions = arguments.pop("position_ids", None)
     if not _are_usual(arguments, positions, None if is_static else (rows, length + 1)):
         return None
-    blocks = blocks_of(model.model.layers, model.config, code)
+    blocks = _blocks(model, code)
     if blocks is None or not _take(blocks, cache.layers[0].keys, is_static):
         return None
-    inner = model.model
-    x = inner.embed_tokens(given) if embeds is None else embeds
-    if positions is None:
-        static = cache.layers[0].cumulative_length.view(1, 1) if is_static else None
-        positions = torch.full((1, 1), length, device=device) if static is None else static
-    cos, sin = inner.rotary_emb(x, position_ids=positions[:1])
-    if not (product.is_plain(x, None) and _fit(x, cos, sin, cache.layers[0].keys, blocks[0].dtype)):
+    inner = getattr(model, code.names.base)
+    embed, *norms = (getattr(inner, name) for name in code.names.embeddings)
+    x = embed(given) if embeds is None else embeds
+    for norm in norms:
+        x = norm(x)
+    rotary: tuple[Tensor, ...] = ()
+    if code.slopes is None:
+        if positions is None:
+            static = cache.layers[0].cumulative_length.view(1, 1) if is_static else None
+            positions = torch.full((1, 1), length, device=device) if static is None else static
+        rotary = tuple(it.contiguous() for it in inner.rotary_emb(x, position_ids=positions[:1]))
+    if not (product.is_plain(x, None) and _fit(x, rotary, cache.layers[0].keys, blocks[0].dtype)):
         return None
     if is_static:
-        x = _run_static(blocks, x, (cos, sin), cache.layers)
+        x = _run_static(blocks, x, rotary, cache.layers)
     else:
-        x = _run_blocks(blocks, x, (cos, sin), cache.layers, windows)
-    return CausalLMOutputWithPast(logits=model.lm_head(inner.norm(x)), **{CACHE_NAME: cache})
+        x = _run_blocks(blocks, x, rotary, cache.layers, windows)
+    logits = model.lm_head(getattr(inner, code.names.norm)(x))
+    return code.output(logits=logits, **{CACHE_NAME: cache})
 
 
 def _is_usual_model(model: Any, code: Code) -> bool:
     """Whether transformers' code would call the blocks of this model one after another."""
-    config, inner = model.config, model.model
+    config, inner = model.config, getattr(model, code.names.base)
+    layers, embedding = (getattr(inner, it) for it in (code.names.layers, code.names.embeddings[0]))
     return (
         code.is_own()
         and type(inner) is code.model
         and inner.config is config
-        and config._attn_implementation == ATTENTION
+        and config._attn_implementation == code.implementation
         and not any(getattr(config, name, False) for name in _RECORDING)
         and getattr(config, "return_dict", True) is True
-        and type(inner.layers) is nn.ModuleList
-        and len(inner.layers) == config.num_hidden_layers
-        and type(inner.embed_tokens) in (nn.Embedding, QuantEmbedding)
-        and not any(map(is_observed, (inner, inner.embed_tokens)))
+        and type(layers) is nn.ModuleList
+        and len(layers) == config.num_hidden_layers
+        and type(embedding) in (nn.Embedding, QuantEmbedding)
+        and not any(map(is_observed, (inner, embedding)))
     )
 
 
@@ -256,26 +278,24 @@ def _plain_length(
     return length
 
 
-def _fit(x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, dtype: torch.dtype) -> bool:
+def _fit(x: Tensor, rotary: tuple[Tensor, ...], keys: Tensor, dtype: torch.dtype) -> bool:
     """Whether a token, its rotary terms and the cache are of the blocks' dtype."""
-    return (
-        x.dtype == cos.dtype == sin.dtype == keys.dtype == dtype
-        and cos.device == sin.device == x.device
-        and cos.numel() == sin.numel() == keys.shape[3]
+    return x.dtype == keys.dtype == dtype and all(
+        it.dtype == dtype and it.device == x.device and it.numel() == keys.shape[3] for it in rotary
     )
 
 
 def _run_blocks(
     blocks: list[Any],
     x: Tensor,
-    rotary: tuple[Tensor, Tensor],
+    rotary: Any,
     layers: list[Any],
     windows: Sequence[int | None],
 ) -> Tensor:
     """x (rows, 1, hidden) through all blocks, which append its keys and values to the cache's
     layers.
 
-    rotary: cosines and sines of x's position, (1, 1, head_dim) each.
+    rotary: cosines and sines of x's position, (1, 1, head_dim) each, if positions are rotary.
     """
     buffers = [kv_buffer(layer) for layer in layers]
     caches = []
@@ -285,10 +305,10 @@ def _run_blocks(
         seen = seen if window is None else min(seen, window - 1)
         start = buffer.end - seen
         caches.append((buffer.keys[:, :, start:], buffer.values[:, :, start:], seen))
-    cos, sin = (it.contiguous() for it in rotary)
     if isinstance(blocks[0], on_gpu.Block):
-        y = on_gpu.run(blocks, x, cos, sin, [on_gpu.Cache(*cache) for cache in caches])
+        y = on_gpu.run(blocks, x, rotary or None, [on_gpu.Cache(*cache) for cache in caches])
     else:
+        cos, sin = rotary
         y = decoder_block.run(blocks, x.contiguous(), cos, sin, caches)
     for layer, buffer in zip(layers, buffers, strict=True):
         buffer.end += 1
@@ -300,13 +320,10 @@ def _run_blocks(
     return y
 
 
-def _run_static(
-    blocks: list[Any], x: Tensor, rotary: tuple[Tensor, Tensor], layers: list[Any]
-) -> Tensor:
+def _run_static(blocks: list[Any], x: Tensor, rotary: Any, layers: list[Any]) -> Tensor:
     """As `_run_blocks`, with a cache of fixed size. Nothing is read back from the device, so that a
     CUDA graph can capture it."""
     caches = [on_gpu.Cache(it.keys, it.values, 0, it.cumulative_length) for it in layers]
-    cos, sin = (it.contiguous() for it in rotary)
-    y = on_gpu.run(blocks, x, cos, sin, caches)
+    y = on_gpu.run(blocks, x, rotary or None, caches)
     torch._foreach_add_([layer.cumulative_length for layer in layers], 1)
     return y

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from gptq.inference import compiled_decode
+
 WARM_UP_STEPS = 2
 
 
@@ -37,10 +39,11 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     # The warm-up steps and the captured one take a position of the cache each.
     size = max(length, WARM_UP_STEPS + 1)
     cache = StaticCache(config=model.config, max_cache_len=size)
-    # Without a mask, BLOOM in transformers 5.17 makes its ALiBi terms as long as the tokens so far,
-    # not as the cache. Causality masks the positions that are not written yet in any case.
-    is_bloom = model.config.model_type == "bloom"
-    mask = torch.ones((1, size), dtype=torch.long, device=device) if is_bloom else None
+    # Without a mask, BLOOM's modules in transformers 5.17 make ALiBi terms as long as the tokens so
+    # far, not as the cache. Causality masks the positions that are not written yet in any case.
+    # Compiled code needs no mask, and takes none that it cannot read before the GPU has run.
+    needs_mask = model.config.model_type == "bloom" and not compiled_decode.takes(model)
+    mask = torch.ones((1, size), dtype=torch.long, device=device) if needs_mask else None
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
 
     def forward() -> Tensor:
@@ -61,7 +64,7 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # For no other: compiled code leaves a forward under such a mode to transformers' modules.
-    fills = _ScalarTensorsByFill() if is_bloom else nullcontext()
+    fills = _ScalarTensorsByFill() if needs_mask else nullcontext()
     with torch.cuda.device(device), torch.cuda.graph(graph), fills:
         logits = forward()
     cache.reset()

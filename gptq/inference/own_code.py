@@ -5,128 +5,80 @@ what a model computes. Compiled code would not notice.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.activations import ACT2FN
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-)
-from transformers.integrations import sdpa_attention
+from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
-import quant_cuda
-from gptq.nn import QuantLinear
+Function = tuple[Any, str]
+"""An owner, which is a module or a class, and a name in it."""
 
-ATTENTION = "sdpa"
-CACHES = (DynamicLayer, DynamicSlidingWindowLayer)
-"""The kinds of a cache's layers."""
+
+@dataclass(frozen=True)
+class Names:
+    """Where an architecture has its parts."""
+
+    base: str
+    """In the whole model: all but the head."""
+    embeddings: tuple[str, ...]
+    """In the base, as `layers` and `norm`; each takes what the one before it returns."""
+    layers: str
+    norm: str
+    attention: str
+    """In a layer, as the rest."""
+    linears: tuple[str | None, ...]
+    """In the order of WEIGHTS of both decoder_block modules, which compiled code relies on; None
+    for those that are not there."""
+    norms: tuple[str, ...]
+    """In the order of NORMS."""
+    scale: str
+    """In the attention: the factor of the query-key scores."""
+    epsilon: str
+    """In a norm."""
 
 
 @dataclass(frozen=True)
 class Code:
     """The classes of an architecture, and all functions that its blocks run."""
 
+    names: Names
     causal: Any
     model: Any
-    layer: Any
-    norm: Any
-    attention: Any
-    mlp: Any
-    has_head_norms: bool
-    """Whether attention norms each head's query and key."""
+    """Of `names.base`."""
+    output: Any
+    """Of what the whole model returns."""
+    parts: Mapping[str, type]
+    """All that a layer consists of, by its name in the layer, which itself is ""."""
+    needed: Mapping[str, Mapping[str, object]]
+    """Of parts: attributes, and the only value that compiled code knows."""
+    implementation: str
+    """Of the attention, by its name in transformers."""
     windows: Callable[[Any], list[int | None]]
     """Each block's sliding window in tokens, from the model's configuration."""
-    functions: tuple[tuple[Any, str], ...]
-    """Owner and name of each."""
+    slopes: Callable[[int, torch.device], Tensor] | None
+    """ALiBi's of so many heads, float32; None: positions are rotary."""
+    functions: tuple[Function, ...]
     at_import: tuple[object, ...]
+    """The functions, and what transformers' tables have for `implementation`."""
     was_own: bool
     """Whether none had been replaced before the import."""
 
     def is_own(self) -> bool:
         """Whether nothing that a block runs has been replaced."""
-        return self.was_own and all(map(operator.is_, _values(self.functions), self.at_import))
+        return self.was_own and all(
+            map(operator.is_, values(self.functions, self.implementation), self.at_import)
+        )
 
 
-def _no_windows(config: Any) -> list[int | None]:
-    return [None] * config.num_hidden_layers
-
-
-def _same_windows(config: Any) -> list[int | None]:
-    return [config.sliding_window] * config.num_hidden_layers
-
-
-def _windows_by_type(config: Any) -> list[int | None]:
-    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
-    return [kinds[kind] for kind in config.layer_types]
-
-
-def _values(functions: tuple[tuple[Any, str], ...]) -> tuple[object, ...]:
+def values(functions: Sequence[Function], implementation: str) -> tuple[object, ...]:
+    """`Code.at_import` as it is now."""
     tables = (modeling_llama.ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    listed = [table.get(ATTENTION) for table in tables]
+    listed = [table.get(implementation) for table in tables]
     return (*(getattr(*function, None) for function in functions), *listed)
-
-
-def _code(
-    module: ModuleType,
-    prefix: str,
-    windows: Callable[[Any], list[int | None]],
-    has_head_norms: bool = False,
-) -> Code:
-    """The code of a module of transformers whose classes begin with `prefix`."""
-    names = {"causal": "ForCausalLM", "model": "Model", "layer": "DecoderLayer"}
-    names |= {"norm": "RMSNorm", "attention": "Attention", "mlp": "MLP"}
-    classes = {field: getattr(module, prefix + name) for field, name in names.items()}
-    called = [*classes.values(), type(ACT2FN["silu"]), QuantLinear]
-    functions: tuple[tuple[Any, str], ...] = (
-        *((owner, name) for owner in called for name in ("forward", "__call__")),
-        *((module, owner.__name__) for owner in list(classes.values())[2:]),
-        *((nn.Module, name) for name in ("__call__", "_call_impl", "_wrapped_call_impl")),
-        *((module, name) for name in ("apply_rotary_pos_emb", "rotate_half")),
-        *((module, name) for name in ("create_causal_mask", "create_sliding_window_causal_mask")),
-        (module, "slice_logits_to_keep"),
-        (module, "ALL_ATTENTION_FUNCTIONS"),
-        (sdpa_attention, "sdpa_attention_forward"),
-        (sdpa_attention, "repeat_kv"),
-        *((nn.functional, name) for name in ("scaled_dot_product_attention", "silu")),
-        *((owner, "update") for owner in (DynamicCache, *CACHES, StaticCache, StaticLayer)),
-        (quant_cuda, "matmul"),
-    )
-    # What was replaced before the import is told by the module that it was written in.
-    replaceable = [*(owner.forward for owner in called), module.apply_rotary_pos_emb]
-    origins = [function.__module__ for function in replaceable]
-    return Code(
-        **classes,
-        has_head_norms=has_head_norms,
-        windows=windows,
-        functions=functions,
-        at_import=_values(functions),
-        was_own=all(it.startswith(("transformers.", "torch.", "gptq.")) for it in origins),
-    )
-
-
-CODES = {
-    code.causal: code
-    for code in (
-        _code(modeling_llama, "Llama", _no_windows),
-        _code(modeling_mistral, "Mistral", _same_windows),
-        _code(modeling_qwen2, "Qwen2", _windows_by_type),
-        _code(modeling_qwen3, "Qwen3", _windows_by_type, has_head_norms=True),
-    )
-}
-"""By the class of the whole model."""
 
 
 def is_observed(module: nn.Module) -> bool:

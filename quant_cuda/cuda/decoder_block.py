@@ -193,8 +193,8 @@ def run(
     """x float16 or bfloat16 (rows, 1, hidden), rows 1..8, through blocks of one `common`, each on
     the output of the one before.
 
-    rotary: cosines and sines of the position that all rows have, of x's dtype (1, 1, head_dim); None
-        with ALiBi, whose slopes are the first block's.
+    rotary: cosines and sines of the position that all rows have, of x's dtype (1, 1, head_dim);
+        None with ALiBi, whose slopes are the first block's.
     caches: of each block.
     launch: where the kernels run, by default on the current stream of x's GPU.
     Returns the last block's output, of x's shape. Raises RuntimeError if a launch fails.

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import SIZES, make_model
 from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers.models.bloom import modeling_bloom
 from transformers.models.llama import modeling_llama
 
 import gptq
 from gptq import QuantConfig
 from gptq.inference import compiled_decode
+from gptq.inference.architectures import CODES
 from gptq.inference.cuda_graph import stepper
-from gptq.inference.own_code import CODES
 from gptq.nn import QuantLinear
 from quant_cuda.cuda import decoder_block, operator
 from quant_cuda.cuda import library as gpu_library
@@ -31,6 +32,7 @@ KINDS = {
     "mistral": {"sliding_window": 12},
     "qwen2": {"num_key_value_heads": 1, **WINDOWS},
     "qwen3": {"bits": 8},
+    "bloom": {},
 }
 NARROW = {**KINDS["llama"], "intermediate_size": 64}
 PREFIX = 5
@@ -45,7 +47,10 @@ def folders(tmp_path_factory):
         base = tmp_path_factory.mktemp(kind)
         bits = changes.get("bits", 4)
         rest = {key: value for key, value in changes.items() if key != "bits"}
-        config = AutoConfig.for_model(kind, **{**SIZES, "head_dim": 32, "hidden_size": 128, **rest})
+        sizes = {**SIZES, "head_dim": 32, "hidden_size": 128, **rest}
+        if kind == "bloom":
+            sizes = {"vocab_size": 320, "hidden_size": 128, "n_layer": 2, "n_head": 4}
+        config = AutoConfig.for_model(kind, **sizes)
         source = make_model(base / "model", config)
         config = QuantConfig(bits=bits, group_size=32, method="rtn")
         gptq.quantize(source, None, config, save_dir=base / "packed", device="cpu")
@@ -86,7 +91,10 @@ def begun(folder, kernels, tokens, cache, dtype="float16"):
     weights are as the kernels read them."""
     model, _ = gptq.load(folder, device=kernels.device, dtype=dtype)
     first = tokens[:, :PREFIX].to(kernels.device)
-    model(input_ids=first, **{CACHE: cache}, use_cache=True)
+    # BLOOM of transformers 5.17 would take the tokens so far for the whole cache.
+    room = cache.layers[0].max_cache_len if isinstance(cache, StaticCache) else PREFIX
+    mask = torch.ones((len(first), room), device=first.device) if "bloom" in str(folder) else None
+    model(input_ids=first, attention_mask=mask, **{CACHE: cache}, use_cache=True)
     for linear in model.modules():
         if isinstance(linear, QuantLinear) and kernels.device == "cpu":
             linear._prepared = operator.prepare(linear.packed())
@@ -117,18 +125,19 @@ def test_growing_caches(kind, dtype, folders, kernels, calls):
     torch.testing.assert_close(result, wanted, **{k: v * factor for k, v in TOLERANCE.items()})
 
 
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
 @pytest.mark.parametrize("rows", [2, 8])
-def test_several_sequences(rows, folders, kernels, calls):
+def test_several_sequences(rows, kind, folders, kernels, calls):
     tokens, cache = some_tokens(rows, 9), DynamicCache()
-    model = begun(folders["llama"], kernels, tokens, cache)
+    model = begun(folders[kind], kernels, tokens, cache)
     result = steps(model, tokens, cache)
     assert len(calls) == 4 * 2
-    torch.testing.assert_close(result, exact(folders["llama"], tokens)[:, PREFIX:], **TOLERANCE)
+    torch.testing.assert_close(result, exact(folders[kind], tokens)[:, PREFIX:], **TOLERANCE)
 
 
 def test_a_cache_of_fixed_size(folders, kernels, calls):
     tokens = some_tokens(2, 12)
-    for kind, count in (("llama", 14), ("qwen3", 14), ("mistral", 0)):
+    for kind, count in (("llama", 14), ("qwen3", 14), ("bloom", 14), ("mistral", 0)):
         calls.clear()
         folder = folders[kind]
         config = gptq.load(folder, device="cpu", dtype="float32")[0].config
@@ -158,19 +167,61 @@ def test_a_captured_step_on_a_gpu(kind, folders, monkeypatch):
     assert len(calls) == (0 if kind in ("mistral", "qwen2") else 2)
 
 
-def test_generate(folders, calls, kernels):
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_generate(kind, folders, calls, kernels):
     if kernels.device == "cpu":
         pytest.skip("generate begins with transformers' modules, which need the other layout")
-    model, _ = gptq.load(folders["llama"], device="cuda", dtype="float16")
+    model, _ = gptq.load(folders[kind], device="cuda", dtype="float16")
     prompt = some_tokens(1, 6).cuda()
     arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     ids = model.generate(prompt, **arguments)
     assert len(calls) == 29 * 2
     assert ids.shape == (1, 36)
     # Greedy tokens may differ where two logits are nearly equal; the scores of ours do not.
-    logits = exact(folders["llama"], ids.cpu())[0, 5:-1]
+    logits = exact(folders[kind], ids.cpu())[0, 5:-1]
     chosen = logits.gather(1, ids[0, 6:, None].cpu())[:, 0]
     assert float((logits.max(1).values - chosen).max()) < 0.05
+
+
+BLOOM_CHANGES = {
+    "residual": ("transformer.h.1", "apply_residual_connection_post_layernorm", True),
+    "slices": ("transformer.h.1.mlp", "slow_but_exact", True),
+    "beta": ("transformer.h.0.self_attention", "beta", 0.5),
+    "dropout": ("transformer.h.0.self_attention.attention_dropout", "training", True),
+}
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "hook", "function", "mask", "attention", *BLOOM_CHANGES]
+)
+def test_what_of_bloom_is_left_to_transformers(change, folders, kernels, calls, monkeypatch):
+    tokens, cache = some_tokens(1, 7), DynamicCache()
+    model = begun(folders["bloom"], kernels, tokens, cache)
+    code = CODES[type(model).__bases__[0]]
+
+    def step(position, **arguments):
+        token = tokens[:, position : position + 1].to(model.device)
+        return compiled_decode._one_token(model, code, token, **{CACHE: cache}, **arguments)
+
+    with torch.no_grad():
+        assert compiled_decode.takes(model)
+        assert step(PREFIX) is not None
+        arguments = {}
+        if change in BLOOM_CHANGES:
+            path, name, value = BLOOM_CHANGES[change]
+            setattr(model.get_submodule(path), name, value)
+        if change == "hook":
+            model.transformer.h[1].mlp.gelu_impl.register_forward_hook(lambda *_: None)
+        if change == "function":
+            monkeypatch.setattr(modeling_bloom, "build_alibi_tensor", lambda *_: None)
+        if change == "mask":
+            arguments["attention_mask"] = torch.tensor([[0, *[1] * 6]], device=model.device)
+        if change == "attention":
+            model.config._attn_implementation = "sdpa"
+        is_left = step(PREFIX + 1, **arguments) is None
+        assert compiled_decode.takes(model) == (change in ("nothing", "mask"))
+    assert is_left == (change != "nothing")
+    assert len(calls) == (4 if change == "nothing" else 2)
 
 
 @pytest.mark.parametrize(
