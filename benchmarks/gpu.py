@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import BloomConfig, LlamaConfig, PretrainedConfig
 
 import quant_cuda
 from benchmarks import gpu_tune
@@ -43,6 +44,7 @@ from benchmarks.gpu_models import (
 from benchmarks.gpu_peers import torch_int4
 from gptq.config import QuantConfig
 from gptq.files.atomic import whole_file
+from gptq.models import BLOOM, LLAMA, ModelSpec
 from gptq.solver.hessian import Hessian
 from gptq.solver.layer import solve_layer
 from quant_cuda import reference
@@ -222,10 +224,24 @@ def check_variants() -> None:
 def check_decode() -> None:
     """Tokens of small models by the decoding kernels against transformers' modules; raises
     AssertionError if they disagree."""
-    for heads, key_heads, bits in ((8, 8, 4), (8, 2, 8)):
-        modules, kernels = decoded_both_ways(heads, key_heads, bits, tokens=12)
+    llama = partial(
+        LlamaConfig,
+        vocab_size=320,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        head_dim=64,
+    )
+    models: tuple[tuple[ModelSpec, PretrainedConfig, int], ...] = (
+        (LLAMA, llama(num_key_value_heads=8), 4),
+        (LLAMA, llama(num_key_value_heads=2), 8),
+        (BLOOM, BloomConfig(vocab_size=320, hidden_size=512, n_layer=2, n_head=8), 4),
+    )
+    for spec, config, bits in models:
+        modules, kernels = decoded_both_ways(spec, config, bits, tokens=12)
         error = (modules - kernels).norm() / modules.norm()
-        assert error < 0.02, (heads, key_heads, bits, float(error))
+        assert error < 0.02, (config, bits, float(error))
     torch.cuda.synchronize()
     print("decoded tokens agree with transformers' modules")
 

@@ -188,19 +188,12 @@ def _rate(step: Callable[[Tensor], Tensor]) -> float:
 
 
 @torch.no_grad()
-def decoded_both_ways(heads: int, key_heads: int, bits: int, tokens: int) -> tuple[Tensor, Tensor]:
+def decoded_both_ways(
+    spec: ModelSpec, config: PretrainedConfig, bits: int, tokens: int
+) -> tuple[Tensor, Tensor]:
     """Logits of a small random model, one token after another: by transformers' modules, and by
     the decoding kernels. Float16 (tokens, vocab) each."""
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=64,
-    )
-    model = random_model(LLAMA, config, bits, "cuda", torch.float16)
+    model = random_model(spec, config, bits, "cuda", torch.float16)
     results = []
     for prepare in (lambda _: None, compiled_decode.install):
         prepare(model)
