@@ -5,7 +5,7 @@
     python -m benchmarks.gpu check decode      tokens by the decoding kernels against modules
     python -m benchmarks.gpu tune [--shapes ...] [--rows ...]    writes that table for this GPU
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
-    python -m benchmarks.gpu marlin    adds GPTQModel's Marlin kernel, if that is installed
+    python -m benchmarks.gpu peers [marlin|humming|gemlite...]    adds those that are installed
 
 Weights are random and made on the device. A kernel is timed as a CUDA graph of calls that go
 through more weights than the second-level cache holds.
@@ -41,7 +41,7 @@ from benchmarks.gpu_models import (
     random_weight,
     released,
 )
-from benchmarks.gpu_peers import torch_int4
+from benchmarks.gpu_peers import PEERS, peers, torch_int4
 from gptq.config import QuantConfig
 from gptq.files.atomic import whole_file
 from gptq.models import BLOOM, LLAMA, ModelSpec
@@ -162,30 +162,6 @@ def solving() -> Iterator[dict[str, Any]]:
             torch.cuda.synchronize()
             shape = {"inputs": inputs, "outputs": outputs, "search": search}
             yield {**shape, "seconds": perf_counter() - started}
-
-
-def marlin(bits: int) -> list[dict[str, Any]]:
-    """Times of GPTQModel's Marlin kernel for SHAPE; it takes symmetric weights alone."""
-    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
-
-    inputs, outputs = SHAPE
-    layers = []
-    for _ in range(max(4, COLD_BYTES // (inputs * outputs * bits // 8))):
-        sizes = {"in_features": inputs, "out_features": outputs}
-        layer = MarlinLinear(
-            bits=bits, group_size=GROUP_SIZE, desc_act=False, sym=True, bias=False, **sizes
-        ).to("cuda")
-        weight = random_weight(bits, inputs, outputs, "cuda")
-        layer.qweight.data, layer.scales.data = weight.qweight, weight.scales
-        layer.post_init()
-        layers.append(layer)
-    timings = []
-    for rows in ROWS:
-        x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
-        with torch.no_grad():
-            seconds = time_graph([partial(layer, x) for layer in layers])
-        timings.append({"bits": bits, "rows": rows, "seconds": seconds})
-    return timings
 
 
 def check(engines: list[str]) -> None:
@@ -310,18 +286,16 @@ PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
 }
 
 
-def add_marlin(console: Console) -> None:
-    """Add Marlin to the results of `measure`; one line says why if it cannot run."""
-    try:
-        rows = marlin(4) + marlin(8)
-    # GPTQModel compiles its kernels first and may raise anything.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        console.print(f"Marlin was not timed: {type(error).__name__}: {reason}")
-        return
-    result = read_results() | {"marlin": rows}
-    console.print(table("marlin", rows, {}))
-    write(result)
+@torch.no_grad()
+def add_peers(console: Console, names: list[str]) -> None:
+    """Add other packages' times to the results of `measure`, each as soon as it is known."""
+    kept = [row for row in read_results().get("peers", []) if row["peer"] not in names]
+    rows: list[dict[str, Any]] = []
+    for row in peers(names, SHAPE, ROWS, COLD_BYTES, time_graph):
+        rows.append(row)
+        write(read_results() | {"peers": [*kept, *rows]})
+    if rows:
+        console.print(table("peers", rows, {}))
 
 
 def table(name: str, rows: list[dict[str, Any]], rates: dict[str, float]) -> Table:
@@ -368,15 +342,15 @@ def main(arguments: list[str]) -> int:
     console = Console(width=160)
     if arguments[:1] == ["tune"]:
         return gpu_tune.main(arguments[1:], console)
-    if arguments == ["marlin"]:
-        add_marlin(console)
+    if arguments[:1] == ["peers"] and set(arguments[1:]) <= set(PEERS):
+        add_peers(console, arguments[1:] or list(PEERS))
         return 0
     if arguments[:1] == ["measure"] and set(arguments[1:]) <= set(PARTS):
         good = measure(console, arguments[1:] or list(PARTS))
         console.print(f"written to {result_path()}")
         return 0 if good else 1
     print(
-        f"error: say check, tune, marlin, or measure with some of {', '.join(PARTS)}: "
+        f"error: say check, tune, peers, or measure with some of {', '.join(PARTS)}: "
         "python -m benchmarks.gpu measure kernels",
         file=sys.stderr,
     )

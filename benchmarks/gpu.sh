@@ -4,13 +4,14 @@
 #   build         builds the kernels for this GPU and runs the tests that need one
 #   sanitize      compute-sanitizer's memcheck, racecheck and synccheck over every kernel and variant
 #   tune          times every variant and writes quant_cuda/cuda/tuned/<gpu>.json
-#   kernels       times the kernels, and GPTQModel's Marlin kernel where that is installed
+#   kernels       times the kernels, beside torch's float16 and 4-bit products
+#   peers         times those of GPTQModel (Marlin), humming-kernels and gemlite, where they are installed
 #   decode        times decoding
 #   quantization  times the quantization of a layer, of two blocks and of a whole model
 #
 #   benchmarks/gpu.sh tune kernels      these; all of them, in this order, if none is named
 #
-# The last three write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that into
+# The last four write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that into
 # docs/cuda.md. Tuning before timing, because a table changes what is chosen.
 #
 # Needs nvcc (in PATH or CUDA_HOME) and a Python that has torch with CUDA and this package's
@@ -23,7 +24,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.
 [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null || export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
-PARTS="build sanitize tune kernels decode quantization"
+PARTS="build sanitize tune kernels peers decode quantization"
 LIMIT=530
 
 for part in "$@"; do
@@ -72,10 +73,14 @@ sanitize() {
 
 tune() { step 520 $PYTHON -m benchmarks.gpu tune; }
 
-kernels() {
-  step 300 $PYTHON -m benchmarks.gpu measure kernels || return 1
-  # Last, since GPTQModel may compile it first.
-  step 200 $PYTHON -m benchmarks.gpu marlin || echo "Marlin was not timed"
+kernels() { step 520 $PYTHON -m benchmarks.gpu measure kernels; }
+
+# Each compiles its kernels first, which may take its whole time.
+peers() {
+  local peer
+  for peer in humming gemlite marlin; do
+    step 175 $PYTHON -m benchmarks.gpu peers $peer || echo "$peer was not timed to its end"
+  done
 }
 
 decode() { step 520 $PYTHON -m benchmarks.gpu measure decode; }

@@ -5,6 +5,7 @@ python -m benchmarks.gpu_report [benchmarks/results/nvidia-h200.json]
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ UNTUNED = {"gemv": 32, "gemm": 64, "wgmma": 512, "dense": 1 << 30}
 Rows = list[dict[str, Any]]
 
 
-def kernel_table(rows: Rows) -> str:
-    """Microseconds of each kernel; the chosen one in bold, and how it compares with float16."""
-    header = ["bits", "rows", *KERNELS, "torch float16", "chosen, times faster"]
+def kernel_table(rows: Rows, peers: Sequence[dict[str, Any]] = ()) -> str:
+    """Microseconds of each kernel; the chosen one in bold, and how it compares with float16.
+
+    peers: other packages' rows; each package is a column.
+    """
+    theirs = {(row["peer"], row["bits"], row["rows"]): row["seconds"] for row in peers}
+    packages = list(dict.fromkeys(row["peer"] for row in peers))
+    header = ["bits", "rows", *KERNELS, *packages, "torch float16", "chosen, times faster"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
         chosen = row.get("chosen") or next(k for k, most in UNTUNED.items() if row["rows"] <= most)
@@ -37,8 +43,11 @@ def kernel_table(rows: Rows) -> str:
         faster = f"{row['cublas_fp16'] / row[chosen]:.2f}"
         if chosen not in times:
             faster += f": {chosen}, **{1e6 * row[chosen]:.1f}**"
+        key = row["bits"], row["rows"]
+        beside = [theirs.get((package, *key)) for package in packages]
+        beside = [f"{1e6 * seconds:.1f}" if seconds else "" for seconds in beside]
         dense = f"{1e6 * row['cublas_fp16']:.1f}"
-        lines.append([str(row["bits"]), str(row["rows"]), *times.values(), dense, faster])
+        lines.append([*map(str, key), *times.values(), *beside, dense, faster])
     return _markdown(lines)
 
 
@@ -69,7 +78,7 @@ def updated(page: str, result: dict[str, Any]) -> str:
     """The page with its parts between markers made anew. Raises UserError if one is not there."""
     parts = {
         "about": about(result),
-        "kernels": kernel_table(result["kernels"]),
+        "kernels": kernel_table(result["kernels"], result.get("peers", [])),
         "decode": decode_table(result["decode"]),
     }
     for name, text in parts.items():

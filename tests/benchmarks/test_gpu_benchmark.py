@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, bloom_config, llama_config
 from rich.console import Console
 
-from benchmarks import gpu, gpu_models
+from benchmarks import gpu, gpu_models, gpu_peers, gpu_report
 from gptq.blockwise import empty_model
 from gptq.inference.cuda_graph import stepper
 from gptq.models.bloom import BLOOM
@@ -103,10 +104,63 @@ def test_a_part_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "a-1.json").read_text())["decode"] == written["decode"]
 
 
+@pytest.fixture
+def fake_peers(monkeypatch):
+    """One whose products are right, one whose are not, and one that does not compile."""
+
+    def made(factor, bits, inputs, outputs):
+        weight = torch.randn(outputs, inputs).half()
+        return lambda x: factor * x @ weight.T, weight
+
+    def missing(*_):
+        raise ImportError("no compiler\nfor this")
+
+    peers = {"right": partial(made, 1), "wrong": partial(made, 1.5), "missing": missing}
+    monkeypatch.setattr(gpu_peers, "PEERS", peers)
+
+
+def test_peers_are_checked_before_they_are_timed(fake_peers, capsys):
+    names, calls = ["wrong", "missing", "right"], []
+
+    def time(layers):
+        calls.append([layer().shape for layer in layers])
+        return 1e-6
+
+    rows = list(gpu_peers.peers(names, (256, 64), (1, 3), 1 << 15, time, device="cpu"))
+    assert [(r["peer"], r["bits"], r["rows"]) for r in rows] == [
+        ("right", bits, n) for bits in (4, 8) for n in (1, 3)
+    ]
+    assert calls == [[(n, 64)] * count for count in (4, 4) for n in (1, 3)]
+    said = capsys.readouterr().out
+    assert "wrong, 4 bit, is not timed: ValueError: its products are 0.5 from those" in said
+    assert "missing, 8 bit, is not timed: ImportError: no compiler\n" in said
+
+
+def test_a_peer_measured_again_replaces_its_rows(fake_peers, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A 1"))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    (tmp_path / "a-1.json").write_text(
+        json.dumps({"kernels": [], "peers": [{"peer": "right", "old": 1}, {"peer": "other"}]})
+    )
+    measured = [{"peer": "right", "bits": 4, "rows": 1, "seconds": 1e-6}]
+    monkeypatch.setattr(gpu, "peers", lambda *_: iter(measured))
+    gpu.add_peers(Console(record=True), ["right"])
+    written = json.loads((tmp_path / "a-1.json").read_text())
+    assert written == {"kernels": [], "peers": [{"peer": "other"}, *measured]}
+
+
+def test_peers_are_columns_of_the_page():
+    row = {"bits": 4, "rows": 1, "gemv": 3e-5, "chosen": "gemv", "cublas_fp16": 6e-5}
+    peers = [{"peer": "humming", "bits": 4, "rows": 1, "seconds": 2.5e-5}]
+    header, _, line = gpu_report.kernel_table([row, row | {"rows": 2}], peers).splitlines()[:3]
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert (cells["humming"], cells["gemv"]) == ("25.0", "**30.0**")
+
+
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is an NVIDIA GPU here")
-    for part in ("check", "tune", "measure", "marlin"):
+    for part in ("check", "tune", "measure", "peers"):
         assert gpu.main([part]) == 2
         assert capsys.readouterr().err == f"{NO_GPU}\n"
     done = subprocess.run(
