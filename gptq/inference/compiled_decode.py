@@ -235,12 +235,13 @@ def _is_static(cache: Any, rows: int, device: torch.device, windows: Sequence[in
 
 def _are_alike(first: Tensor, layer: Any, rows: int, device: torch.device) -> bool:
     """Whether keys and values of a cache's layer are as those of the first layer."""
-    return all(
-        states.shape[0] == rows
-        and states.shape[1::2] == first.shape[1::2]
-        and states.dtype == first.dtype
-        and states.device == device
-        for states in (layer.keys, layer.values)
+    keys, values = layer.keys, layer.values
+    return (
+        keys.shape == values.shape
+        and keys.shape[0] == rows
+        and keys.shape[1::2] == first.shape[1::2]
+        and keys.dtype == values.dtype == first.dtype
+        and keys.device == values.device == device
     )
 
 
@@ -269,11 +270,11 @@ def _plain_length(
             if layer.sliding_window != window or window < 2 or getattr(layer, "record_past", False):
                 return 0
             kept = min(length, window - 1)
-        if not _are_alike(layers[0].keys, layer, rows, device):
-            return 0
+            if layer.get_seq_length() != length:
+                return 0
         if layer.keys.shape[2] != kept or layer.values.shape[2] != kept:
             return 0
-        if layer.get_seq_length() != length:
+        if not _are_alike(layers[0].keys, layer, rows, device):
             return 0
     return length
 
@@ -303,8 +304,7 @@ def _run_blocks(
         seen = layer.keys.shape[2]
         # A token sees itself too.
         seen = seen if window is None else min(seen, window - 1)
-        start = buffer.end - seen
-        caches.append((buffer.keys[:, :, start:], buffer.values[:, :, start:], seen))
+        caches.append((*buffer.after(buffer.end - seen), seen))
     if isinstance(blocks[0], on_gpu.Block):
         y = on_gpu.run(blocks, x, rotary or None, [on_gpu.Cache(*cache) for cache in caches])
     else:

@@ -28,8 +28,22 @@ class KVBuffer:
 
     def last(self, count: int) -> tuple[Tensor, Tensor]:
         """The last `count` tokens that are written: views (rows, heads, count, head_dim)."""
-        here = slice(self.end - count, self.end)
-        return self.keys[:, :, here], self.values[:, :, here]
+        start = self.end - count
+        return self.keys.narrow(2, start, count), self.values.narrow(2, start, count)
+
+    def after(self, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values from a token on, with the room behind them."""
+        if start == 0:
+            return self.keys, self.values
+        return self.keys[:, :, start:], self.values[:, :, start:]
+
+    def ends_with(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether keys and values lie where the last tokens of as many are."""
+        start = (self.end - keys.shape[2]) * self.keys.stride(2) * self.keys.element_size()
+        return (
+            keys.data_ptr() == self.keys.data_ptr() + start
+            and values.data_ptr() == self.values.data_ptr() + start
+        )
 
 
 def kv_buffer(layer: Any) -> KVBuffer:
@@ -43,10 +57,9 @@ def kv_buffer(layer: Any) -> KVBuffer:
     # that only a cache whose tokens are the buffer's last ones appends to it. Keys elsewhere in
     # memory were replaced by transformers, which knows nothing of the buffer.
     # ---------------------------------------------------------------------------------------------
-    if buffer is not None and length <= buffer.end < buffer.keys.shape[2]:
-        last = buffer.last(length)
-        if all(a.data_ptr() == b.data_ptr() for a, b in zip(last, (keys, values), strict=True)):
-            return buffer
+    has_room = buffer is not None and length <= buffer.end < buffer.keys.shape[2]
+    if has_room and buffer.ends_with(keys, values):
+        return buffer
     shape = (*keys.shape[:2], max(MIN_CAPACITY, length + min(length, MOST_SPARE)), keys.shape[3])
     buffer = KVBuffer(keys.new_empty(shape), values.new_empty(shape), length)
     buffer.keys[:, :, :length], buffer.values[:, :, :length] = keys, values
