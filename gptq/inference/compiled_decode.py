@@ -46,8 +46,12 @@ CACHE_NAME = (
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let a model decode single tokens in compiled code, if it is of a class of `CODES`."""
-    if (library.compiled() or gpu_library.available()) and type(model) in CODES:
+    """Let a model decode single tokens in compiled code, if it is of a class of `CODES` that the
+    code for a CPU or for a GPU takes."""
+    code = CODES.get(type(model))
+    if code is None:
+        return
+    if (library.compiled() and code.slopes is None) or gpu_library.available():
         # -----------------------------------------------------------------------------------------
         # Why the class of the model is replaced: its forward has to change, but the model must stay
         # the object that its owner holds, and an instance of transformers' class, which generate,

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import SIZES, make_model
+from conftest import SIZES, bloom_config, make_model
 from transformers import AttentionInterface, AutoConfig, DynamicCache
 from transformers.activations import ACT2FN
 from transformers.integrations import sdpa_attention
+from transformers.models.bloom import modeling_bloom
 from transformers.models.llama import modeling_llama
 
 import gptq
@@ -19,6 +20,7 @@ from gptq import QuantConfig
 from gptq.inference import compiled_decode
 from gptq.nn import QuantLinear
 from quant_cuda.cpu import decoder_block, library
+from quant_cuda.cuda import library as gpu_library
 
 pytestmark = pytest.mark.skipif(not library.compiled(), reason="the CPU code was not built")
 # transformers 5.24 has renamed it, and warns of the old name.
@@ -571,6 +573,14 @@ def test_models_are_copied_and_pickled(model, compiled_steps):
         before = len(compiled_steps)
         assert torch.equal(logits(twin, tokens)[0], result)
         assert len(compiled_steps) == before + 8
+
+
+def test_what_a_cpu_does_not_take_is_not_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_library, "available", lambda: False)
+    source = make_model(tmp_path / "model", bloom_config())
+    config = QuantConfig(bits=4, group_size=32, method="rtn")
+    gptq.quantize(source, None, config, save_dir=tmp_path / "packed", device="cpu")
+    assert type(loaded(tmp_path / "packed")) is modeling_bloom.BloomForCausalLM
 
 
 def test_without_compiled_code_nothing_is_changed(folder, monkeypatch):
