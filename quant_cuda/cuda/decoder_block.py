@@ -67,7 +67,7 @@ class _Token(ctypes.Structure):
         *_pointers("x y cosines sines slopes residual normed query key value attended gate up"),
         *_pointers("sums attention"),
         ("scale", ctypes.c_float),
-        *_integers("type rows hidden heads key_heads dim inner splits"),
+        *_integers("type rows hidden heads key_heads dim inner splits overlaps"),
     )
 
 
@@ -189,6 +189,7 @@ def run(
     rotary: tuple[Tensor, Tensor] | None,
     caches: Sequence[Cache],
     launch: Launch | None = None,
+    overlaps: bool = False,
 ) -> Tensor:
     """x float16 or bfloat16 (rows, 1, hidden), rows 1..8, through blocks of one `common`, each on
     the output of the one before.
@@ -197,6 +198,8 @@ def run(
         None with ALiBi, whose slopes are the first block's.
     caches: of each block.
     launch: where the kernels run, by default on the current stream of x's GPU.
+    overlaps: whether a kernel may begin, and read weights, before the one before it has ended,
+        which needs compute capability 9.0.
     Returns the last block's output, of x's shape. Raises RuntimeError if a launch fails.
     """
     launch = current(x) if launch is None else launch
@@ -227,6 +230,7 @@ def run(
         dim=first.head_dim,
         inner=first.inner,
         splits=splits,
+        overlaps=overlaps,
     )
     with torch.cuda.device_of(x):
         launch("decode", ctypes.addressof(records), len(blocks), ctypes.addressof(token))

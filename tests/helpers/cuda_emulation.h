@@ -4,8 +4,9 @@
 // What goes wrong on a GPU only sometimes goes wrong here always: shared memory is filled with NaN
 // when a block starts, asynchronous copies land as late as they are allowed to (or at once, if
 // `emulation_settings` says so), what the copy engine writes is NaN until all threads wait for it,
-// thread blocks of a cluster run at once, fibers run in an order of choice, and a barrier or
-// warp-wide operation that only some threads reach ends the launch with an error. With AddressSanitizer, an
+// thread blocks of a cluster run at once, fibers run in an order of choice, a kernel that may overlap
+// the one before it begins before that one does, and a barrier or warp-wide operation that only some
+// threads reach ends the launch with an error. With AddressSanitizer, an
 // access outside a shared or global array ends the program.
 #pragma once
 
@@ -171,28 +172,37 @@ struct Machine {
   void* scheduler_fake = nullptr;
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
+  dim3 grid, block;
 };
 
-inline Machine machine;
+// The second runs the kernel that a thread of the first waits for.
+inline Machine machines[2];
+inline int level = 0;
+inline Machine& machine() { return machines[level]; }
+
+// Of kernels that may overlap the one before them: which of each two is put off (0 or 1), how many
+// there were, and what is put off until a thread of the next kernel waits for it.
+inline int put_off_at = 0, overlapping = 0;
+inline std::function<void()> put_off;
 
 inline void to_fiber(Fiber& fiber) {
-  machine.current = &fiber;
+  machine().current = &fiber;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&machine.scheduler_fake, fiber.stack.get(), STACK);
+  __sanitizer_start_switch_fiber(&machine().scheduler_fake, fiber.stack.get(), STACK);
 #endif
-  swapcontext(&machine.scheduler, &fiber.context);
+  swapcontext(&machine().scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(machine.scheduler_fake, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(machine().scheduler_fake, nullptr, nullptr);
 #endif
 }
 
 inline void to_scheduler(bool last) {
-  Fiber& fiber = *machine.current;
+  Fiber& fiber = *machine().current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
-                                 machine.scheduler_size);
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, machine().scheduler_stack,
+                                 machine().scheduler_size);
 #endif
-  swapcontext(&fiber.context, &machine.scheduler);
+  swapcontext(&fiber.context, &machine().scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
@@ -200,16 +210,16 @@ inline void to_scheduler(bool last) {
 
 inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
+  __sanitizer_finish_switch_fiber(nullptr, &machine().scheduler_stack, &machine().scheduler_size);
 #endif
-  (*machine.body)();
-  machine.current->done = true;
+  (*machine().body)();
+  machine().current->done = true;
   to_scheduler(true);
 }
 
 // Memory of a block, alike for all its threads; NaN and large numbers at first.
 inline void* shared_memory(const char* name, size_t bytes) {
-  Block& block = *machine.current->block;
+  Block& block = *machine().current->block;
   for (auto& [known, memory] : block.named)
     if (known == name) return memory;
   // Alike in all thread blocks of a cluster, to the last bit that boxes are swizzled by.
@@ -233,13 +243,13 @@ inline void complete(barrier_t& barrier) {
 // What a transfer writes is unknown from its start on.
 inline void begin(Transfer transfer) {
   for (const Transfer::Row& row : transfer.rows) std::memset(row.to, 0xFF, row.bytes);
-  machine.transfers.push_back(std::move(transfer));
+  machine().transfers.push_back(std::move(transfer));
 }
 
 // Complete the transfer that was started last, or first.
 inline void land_transfer(bool last) {
-  const Transfer transfer = std::move(last ? machine.transfers.back() : machine.transfers.front());
-  last ? machine.transfers.pop_back() : machine.transfers.pop_front();
+  const Transfer transfer = std::move(last ? machine().transfers.back() : machine().transfers.front());
+  last ? machine().transfers.pop_back() : machine().transfers.pop_front();
   for (const Transfer::Row& row : transfer.rows)
     if (row.from)
       std::memcpy(row.to, row.from, row.bytes);
@@ -250,7 +260,7 @@ inline void land_transfer(bool last) {
 }
 
 inline void barrier(const char* site) {
-  machine.current->waits_at = site;
+  machine().current->waits_at = site;
   to_scheduler(false);
 }
 
@@ -258,12 +268,12 @@ inline void barrier(const char* site) {
 template <typename Mine>
 const Mine (&exchange(const char* operation, const Mine& mine))[WARP] {
   static_assert(sizeof(Mine) == 32, "a slot");
-  Fiber& fiber = *machine.current;
-  Warp& warp = machine.warps[fiber.rank / WARP];
+  Fiber& fiber = *machine().current;
+  Warp& warp = machine().warps[fiber.rank / WARP];
   Slot& slot = warp.slots[fiber.exchanges++ % 2];
   if (slot.arrived == 0) slot.operation = operation;
-  if (slot.operation != operation && machine.error.empty())
-    machine.error = std::string("lanes of a warp met in ") + slot.operation + " and " + operation;
+  if (slot.operation != operation && machine().error.empty())
+    machine().error = std::string("lanes of a warp met in ") + slot.operation + " and " + operation;
   std::memcpy(slot.bytes[fiber.rank % WARP], &mine, 32);
   if (++slot.arrived == WARP) {
     slot.arrived = 0;
@@ -279,7 +289,7 @@ inline bool runnable(Fiber& fiber) {
   if (fiber.done || fiber.waits_at) return false;
   if (fiber.barrier && fiber.barrier->phase % 2 == fiber.parity) return false;
   fiber.barrier = nullptr;
-  if (fiber.awaited && machine.warps[fiber.rank / WARP].completed < fiber.awaited) return false;
+  if (fiber.awaited && machine().warps[fiber.rank / WARP].completed < fiber.awaited) return false;
   fiber.awaited = 0;
   return true;
 }
@@ -288,10 +298,10 @@ inline bool runnable(Fiber& fiber) {
 inline bool release() {
   bool released = false;
   size_t at_cluster = 0;
-  const size_t threads = machine.fibers.size() / machine.blocks.size();
-  for (size_t first = 0; first < machine.fibers.size(); first += threads) {
-    const char* site = machine.fibers[first]->waits_at;
-    const auto begin = machine.fibers.begin() + first;
+  const size_t threads = machine().fibers.size() / machine().blocks.size();
+  for (size_t first = 0; first < machine().fibers.size(); first += threads) {
+    const char* site = machine().fibers[first]->waits_at;
+    const auto begin = machine().fibers.begin() + first;
     // Threads that have ended are not waited for by a cluster.
     const bool all = std::all_of(begin, begin + threads, [&](auto& f) {
       return f->waits_at == site || (f->done && site == CLUSTER);
@@ -302,20 +312,20 @@ inline bool release() {
     std::for_each(begin, begin + threads, [](auto& f) { f->waits_at = nullptr; });
     released = true;
   }
-  if (at_cluster < machine.blocks.size()) return released;
-  for (auto& fiber : machine.fibers) fiber->waits_at = nullptr;
+  if (at_cluster < machine().blocks.size()) return released;
+  for (auto& fiber : machine().fibers) fiber->waits_at = nullptr;
   return true;
 }
 
 // What keeps a cluster in which no thread can run, and nothing is released, from going on.
 inline std::string stuck() {
   const char* site = nullptr;
-  for (auto& fiber : machine.fibers) {
+  for (auto& fiber : machine().fibers) {
     if (fiber->awaited) return "a warp-wide operation was reached by only some lanes of a warp";
     if (fiber->barrier) return "a barrier in shared memory is never completed";
   }
   const Block* block = nullptr;
-  for (auto& fiber : machine.fibers) {
+  for (auto& fiber : machine().fibers) {
     if (!fiber->waits_at) continue;
     if (site && site != fiber->waits_at && block == fiber->block)
       return "threads of a block wait at two barriers";
@@ -328,16 +338,16 @@ inline std::string stuck() {
 // Runs thread blocks of `block` threads each at once: those at `places`.
 inline void run_cluster(const std::vector<dim3>& places, dim3 block) {
   const int size = block.x * block.y * block.z, threads = places.size() * size;
-  machine.transfers.clear();
-  machine.blocks = std::vector<Block>(places.size());
-  machine.warps.assign(threads / WARP, {});
+  machine().transfers.clear();
+  machine().blocks = std::vector<Block>(places.size());
+  machine().warps.assign(threads / WARP, {});
   for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = *machine.fibers[i];
+    Fiber& fiber = *machine().fibers[i];
     std::unique_ptr<char[]> stack = std::move(fiber.stack);
     fiber = Fiber{};
     fiber.stack = stack ? std::move(stack) : std::unique_ptr<char[]>(new char[STACK]);
     fiber.rank = i;
-    fiber.block = &machine.blocks[i / size];
+    fiber.block = &machine().blocks[i / size];
     fiber.block->at = places[i / size];
     ++fiber.block->running;
     const unsigned r = i % size;
@@ -348,16 +358,16 @@ inline void run_cluster(const std::vector<dim3>& places, dim3 block) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
-  const bool backward = machine.order == Order::BACKWARD || machine.order == Order::LAST;
-  const bool in_turn = machine.order != Order::FIRST && machine.order != Order::LAST;
+  const bool backward = machine().order == Order::BACKWARD || machine().order == Order::LAST;
+  const bool in_turn = machine().order != Order::FIRST && machine().order != Order::LAST;
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = backward ? threads - 1 - i : i;
-  if (machine.order == Order::ODD_FIRST)
+  if (machine().order == Order::ODD_FIRST)
     std::stable_partition(order.begin(), order.end(), [](int i) { return i % 2; });
   while (true) {
     bool ran = false, alive = false;
     for (int i : order) {
-      Fiber& fiber = *machine.fibers[i];
+      Fiber& fiber = *machine().fibers[i];
       if (runnable(fiber)) {
         to_fiber(fiber);
         ran = true;
@@ -367,51 +377,49 @@ inline void run_cluster(const std::vector<dim3>& places, dim3 block) {
         if (fiber.done && --fiber.block->running == 0)
           for (auto& [memory, bytes] : fiber.block->sizes) std::memset(memory, 0xFF, bytes);
       }
-      if (!machine.error.empty()) return;
+      if (!machine().error.empty()) return;
       alive = alive || !fiber.done;
       if (ran && !in_turn) break;
     }
     if (ran) continue;
     if (!alive) return;
     if (release()) continue;
-    if (machine.transfers.empty()) {
-      machine.error = stuck();
+    if (machine().transfers.empty()) {
+      machine().error = stuck();
       return;
     }
     land_transfer(backward);
   }
 }
 
-inline dim3 grid_size, block_size;
-
 // wide: thread blocks of a cluster along y, which has all along z; 0 for none.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
                    int wide = 0) {
   const int threads = block.x * block.y * block.z;
-  if (!machine.error.empty()) return;
+  if (!machine().error.empty()) return;
   if (threads % WARP || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.y > 65535 || grid.z > 65535) {
-    machine.error = "a launch of an impossible size";
+    machine().error = "a launch of an impossible size";
     return;
   }
-  if (shared_bytes > std::max<size_t>(machine.shared_limit, 48 * 1024)) {
-    machine.error = "more shared memory than the kernel was allowed";
+  if (shared_bytes > std::max<size_t>(machine().shared_limit, 48 * 1024)) {
+    machine().error = "more shared memory than the kernel was allowed";
     return;
   }
   const unsigned high = wide ? wide : 1, deep = wide ? grid.z : 1;
   if (high * deep > 8 || grid.y % high) {
-    machine.error = "a cluster of more than eight thread blocks, or one that does not divide the grid";
+    machine().error = "a cluster of more than eight thread blocks, or one that does not divide the grid";
     return;
   }
-  while (machine.fibers.size() != high * deep * threads)
-    if (machine.fibers.size() < high * deep * threads)
-      machine.fibers.emplace_back(new Fiber);
+  while (machine().fibers.size() != high * deep * threads)
+    if (machine().fibers.size() < high * deep * threads)
+      machine().fibers.emplace_back(new Fiber);
     else
-      machine.fibers.pop_back();
-  machine.body = &body;
-  machine.dynamic_bytes = shared_bytes;
-  grid_size = grid;
-  block_size = block;
+      machine().fibers.pop_back();
+  machine().body = &body;
+  machine().dynamic_bytes = shared_bytes;
+  machine().grid = grid;
+  machine().block = block;
   for (unsigned z = 0; z < grid.z; z += deep)
     for (unsigned y = 0; y < grid.y; y += high)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -419,10 +427,45 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
         for (unsigned i = 0; i < deep; ++i)
           for (unsigned j = 0; j < high; ++j) places.emplace_back(x, y + j, z + i);
         run_cluster(places, block);
-        if (!machine.error.empty()) return;
+        if (machine().error.empty()) continue;
+        machine().current = nullptr;
+        return;
       }
-  machine.blocks.clear();
-  machine.shared_limit = 0;
+  machine().blocks.clear();
+  machine().shared_limit = 0;
+  machine().current = nullptr;
+}
+
+// Runs what was put off; in a kernel, when its first thread waits for the kernel before it.
+inline void run_put_off() {
+  if (!put_off) return;
+  const std::function<void()> kernel = std::move(put_off);
+  put_off = nullptr;
+  const bool nested = machine().current != nullptr;
+  if (nested) {
+    machines[1].order = machine().order;
+    machines[1].eager_copies = machine().eager_copies;
+    ++level;
+  }
+  kernel();
+  if (!nested) return;
+  --level;
+  if (machine().error.empty()) machine().error = machines[1].error;
+  machines[1].error.clear();
+}
+
+// A launch that may begin before the kernel before it has ended, or even begun.
+inline void launch_overlapping(dim3 grid, dim3 block, const std::function<void()>& body) {
+  const auto kernel = [=] { launch(grid, block, 0, body); };
+  const bool is_second = static_cast<bool>(put_off);
+  if (!is_second && overlapping++ % 2 == put_off_at) {
+    put_off = kernel;
+    return;
+  }
+  if (is_second) ++overlapping;
+  kernel();
+  // Nobody has waited for it.
+  run_put_off();
 }
 
 template <typename T>
@@ -430,7 +473,7 @@ T& shared_array(const char* name) {
   return *static_cast<T*>(shared_memory(name, sizeof(T)));
 }
 
-inline void* dynamic_memory() { return shared_memory("dynamic", machine.dynamic_bytes); }
+inline void* dynamic_memory() { return shared_memory("dynamic", machine().dynamic_bytes); }
 
 inline void land(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
@@ -444,10 +487,10 @@ inline void land(std::vector<Copy>& copies) {
 
 }  // namespace emulation
 
-#define threadIdx (emulation::machine.current->thread)
-#define blockIdx (emulation::machine.current->block->at)
-#define blockDim (emulation::block_size)
-#define gridDim (emulation::grid_size)
+#define threadIdx (emulation::machine().current->thread)
+#define blockIdx (emulation::machine().current->block->at)
+#define blockDim (emulation::machine().block)
+#define gridDim (emulation::machine().grid)
 
 #define EMULATION_TEXT2(x) #x
 #define EMULATION_TEXT(x) EMULATION_TEXT2(x)
@@ -463,32 +506,41 @@ inline void land(std::vector<Copy>& copies) {
   name##_type& name = emulation::shared_array<name##_type>(name##_name)
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulation::dynamic_memory())
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream),                                             \
+  ((void)(stream), emulation::run_put_off(),                   \
    emulation::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+#define LAUNCH_OVERLAPPING(kernel, grid, block, stream, ...) \
+  ((void)(stream), emulation::launch_overlapping(grid, block, [=] { kernel(__VA_ARGS__); }))
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   if (static_cast<size_t>(bytes) > emulation::MOST_SHARED) return cudaErrorInvalidValue;
-  emulation::machine.shared_limit = bytes;
+  emulation::machine().shared_limit = bytes;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() {
-  return emulation::machine.error.empty() ? cudaSuccess : emulation_error;
+  emulation::run_put_off();
+  return emulation::machine().error.empty() ? cudaSuccess : emulation_error;
 }
 
 inline const char* cudaGetErrorString(cudaError_t code) {
   static std::string text;
-  text = code == emulation_error ? emulation::machine.error : "invalid argument";
-  emulation::machine.error.clear();
+  text = code == emulation_error ? emulation::machine().error : "invalid argument";
+  emulation::machine().error.clear();
   return text.c_str();
 }
 
 // For tests: an emulation::Order, and whether asynchronous copies land at once.
 extern "C" inline __attribute__((visibility("default"), used)) void emulation_settings(
     int order, int eager_copies) {
-  emulation::machine.order = static_cast<emulation::Order>(order);
-  emulation::machine.eager_copies = eager_copies;
+  emulation::machine().order = static_cast<emulation::Order>(order);
+  emulation::machine().eager_copies = eager_copies;
+}
+
+// For tests: which of two overlapping kernels is put off, 0 or 1.
+extern "C" inline __attribute__((visibility("default"), used)) void emulation_put_off(int which) {
+  emulation::put_off_at = which;
+  emulation::overlapping = 0;
 }
 
 #include "cuda_twins.h"

@@ -17,7 +17,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   std::memcpy(mine.a, &value, 4);
   const auto& all = emulation::exchange("shfl", mine);
   T got;
-  std::memcpy(&got, all[(emulation::machine.current->rank % emulation::WARP) ^ mask].a, 4);
+  std::memcpy(&got, all[(emulation::machine().current->rank % emulation::WARP) ^ mask].a, 4);
   return got;
 }
 
@@ -31,7 +31,7 @@ inline unsigned __ballot_sync(unsigned, int vote) {
 }
 
 inline void __trap() {
-  if (emulation::machine.error.empty()) emulation::machine.error = "a trap";
+  if (emulation::machine().error.empty()) emulation::machine().error = "a trap";
   emulation::to_scheduler(false);
 }
 
@@ -57,7 +57,7 @@ template <typename T>
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {}};
   const auto& all = emulation::exchange("mma", mine);
-  const int lane = emulation::machine.current->rank % emulation::WARP, g = lane / 4, t = lane % 4;
+  const int lane = emulation::machine().current->rank % emulation::WARP, g = lane / 4, t = lane % 4;
   for (int r = 0; r < 2; ++r)
     for (int c = 0; c < 2; ++c) {
       float sum = d[2 * r + c];
@@ -120,29 +120,29 @@ inline uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 inline uint4 load_once(const uint4* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 && emulation::machine.error.empty())
-    emulation::machine.error = "a 16-byte load from an address that is no multiple of 16";
+  if (reinterpret_cast<uintptr_t>(p) % 16 && emulation::machine().error.empty())
+    emulation::machine().error = "a 16-byte load from an address that is no multiple of 16";
   return *p;
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
   if ((reinterpret_cast<uintptr_t>(global) | reinterpret_cast<uintptr_t>(shared)) % 16 &&
-      emulation::machine.error.empty())
-    emulation::machine.error = "a 16-byte copy at an address that is no multiple of 16";
-  std::vector<emulation::Copy>& open = emulation::machine.current->open;
+      emulation::machine().error.empty())
+    emulation::machine().error = "a 16-byte copy at an address that is no multiple of 16";
+  std::vector<emulation::Copy>& open = emulation::machine().current->open;
   open.push_back({shared, global, valid});
-  if (emulation::machine.eager_copies) emulation::land(open);
+  if (emulation::machine().eager_copies) emulation::land(open);
 }
 
 inline void copy_commit() {
-  emulation::Fiber& fiber = *emulation::machine.current;
+  emulation::Fiber& fiber = *emulation::machine().current;
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
 }
 
 template <int PENDING>
 void copy_wait() {
-  auto& groups = emulation::machine.current->groups;
+  auto& groups = emulation::machine().current->groups;
   while (groups.size() > PENDING) {
     emulation::land(groups.front());
     groups.pop_front();

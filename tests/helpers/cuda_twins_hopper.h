@@ -26,23 +26,23 @@ namespace emulation {
 // The same place in the dynamic shared memory of another thread block of the cluster.
 inline char* place_in(int rank, const void* mine) {
   const auto offset = static_cast<const char*>(mine) - static_cast<const char*>(dynamic_memory());
-  for (auto& [name, memory] : machine.blocks[rank].named)
+  for (auto& [name, memory] : machine().blocks[rank].named)
     if (std::string(name) == "dynamic") return static_cast<char*>(memory) + offset;
-  if (machine.error.empty())
-    machine.error = "shared memory of a thread block that has not started";
+  if (machine().error.empty())
+    machine().error = "shared memory of a thread block that has not started";
   return static_cast<char*>(dynamic_memory()) + offset;
 }
 
 }  // namespace emulation
 
 inline void barrier_arrive_at(barrier_t* barrier, int rank) {
-  if (emulation::machine.blocks[rank].running == 0 && emulation::machine.error.empty())
-    emulation::machine.error = "a barrier of a thread block that has ended";
+  if (emulation::machine().blocks[rank].running == 0 && emulation::machine().error.empty())
+    emulation::machine().error = "a barrier of a thread block that has ended";
   barrier_arrive(reinterpret_cast<barrier_t*>(emulation::place_in(rank, barrier)));
 }
 
 inline void barrier_wait(barrier_t* barrier, int parity) {
-  emulation::Fiber& fiber = *emulation::machine.current;
+  emulation::Fiber& fiber = *emulation::machine().current;
   fiber.barrier = barrier;
   fiber.parity = parity;
   if (!emulation::runnable(fiber)) emulation::to_scheduler(false);
@@ -52,7 +52,7 @@ inline void barrier_wait_cluster(barrier_t* barrier, int parity) { barrier_wait(
 
 // The stores land when this thread makes them visible to `wgmma`.
 inline void fence_async() {
-  std::vector<emulation::Row>& rows = emulation::machine.current->unfenced;
+  std::vector<emulation::Row>& rows = emulation::machine().current->unfenced;
   for (const emulation::Row& row : rows) std::memcpy(row.to, row.words, 16);
   rows.clear();
 }
@@ -65,11 +65,11 @@ inline void store_matrices(void* shared, const uint4& words) {
   };
   const Mine mine = {shared, {words.x, words.y, words.z, words.w}, 0};
   const auto& all = emulation::exchange("stmatrix", mine);
-  const int lane = emulation::machine.current->rank % emulation::WARP;
+  const int lane = emulation::machine().current->rank % emulation::WARP;
   emulation::Row row = {shared, {}};
   for (int t = 0; t < 4; ++t) row.words[t] = all[4 * (lane % 8) + t].words[lane / 8];
-  emulation::machine.current->unfenced.push_back(row);
-  if (emulation::machine.eager_copies) fence_async();
+  emulation::machine().current->unfenced.push_back(row);
+  if (emulation::machine().eager_copies) fence_async();
 }
 
 template <int COUNT>
@@ -86,11 +86,11 @@ void lower_registers() {
 
 inline void copy_bulk(void* shared, const void* global, int bytes, barrier_t* barrier) {
   const auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
-  if ((to | from | bytes) % 16 && emulation::machine.error.empty())
-    emulation::machine.error = "a bulk copy whose addresses or size are no multiples of 16";
+  if ((to | from | bytes) % 16 && emulation::machine().error.empty())
+    emulation::machine().error = "a bulk copy whose addresses or size are no multiples of 16";
   emulation::begin({{{static_cast<char*>(shared), static_cast<const char*>(global),
                       static_cast<size_t>(bytes)}}, barrier, bytes});
-  if (emulation::machine.eager_copies) emulation::land_transfer(true);
+  if (emulation::machine().eager_copies) emulation::land_transfer(true);
 }
 
 struct tensor_map_t {
@@ -119,8 +119,8 @@ inline char* swizzled(char* linear) {
 
 inline void copy_box(void* shared, const tensor_map_t* map, int input, int row,
                      barrier_t* barrier) {
-  if (reinterpret_cast<uintptr_t>(shared) % 1024 && emulation::machine.error.empty())
-    emulation::machine.error = "a box whose place is no multiple of 1024";
+  if (reinterpret_cast<uintptr_t>(shared) % 1024 && emulation::machine().error.empty())
+    emulation::machine().error = "a box whose place is no multiple of 1024";
   emulation::Transfer made = {{}, barrier, map->box_rows * 128};
   for (int r = 0; r < map->box_rows; ++r)
     for (int piece = 0; piece < 8; ++piece) {
@@ -131,7 +131,7 @@ inline void copy_box(void* shared, const tensor_map_t* map, int input, int row,
       made.rows.push_back({to, there ? map->x + 2 * at : nullptr, 16});
     }
   emulation::begin(std::move(made));
-  if (emulation::machine.eager_copies) emulation::land_transfer(true);
+  if (emulation::machine().eager_copies) emulation::land_transfer(true);
 }
 
 inline void copy_box_to_two(void* shared, const tensor_map_t* map, int input, int row,
@@ -163,8 +163,8 @@ cudaError_t launch_cluster(void (*kernel)(Formal...), dim3 grid, int wide, int t
 inline uint64_t matrix_descriptor(const void* shared, uint32_t along, uint32_t across) {
   const auto from = reinterpret_cast<const char*>(shared) -
                     static_cast<const char*>(emulation::dynamic_memory());
-  if ((from | along | across) % 16 && emulation::machine.error.empty())
-    emulation::machine.error = "a matrix in shared memory that does not start at 16 bytes";
+  if ((from | along | across) % 16 && emulation::machine().error.empty())
+    emulation::machine().error = "a matrix in shared memory that does not start at 16 bytes";
   return static_cast<uint64_t>(from >> 4 & 0x3FFF) | static_cast<uint64_t>(along >> 4) << 16 |
          static_cast<uint64_t>(across >> 4) << 32;
 }
@@ -181,7 +181,7 @@ float number_of(uint16_t bits) {
 }
 
 inline void multiply(std::vector<Product>& products) {
-  const int t = machine.current->rank % 4;
+  const int t = machine().current->rank % 4;
   for (const Product& product : products)
     for (int column = 0; column < product.columns / 4; ++column) {
       const int j = column / 2, e = column % 2, n = 8 * j + 2 * t + e;
@@ -207,10 +207,13 @@ inline void multiply(std::vector<Product>& products) {
 
 }  // namespace emulation
 
-inline void wgmma_fence() { emulation::machine.current->may_multiply = true; }
+inline void release_next() {}
+inline void await_previous() { emulation::run_put_off(); }
+
+inline void wgmma_fence() { emulation::machine().current->may_multiply = true; }
 
 inline void wgmma_commit() {
-  emulation::Fiber& fiber = *emulation::machine.current;
+  emulation::Fiber& fiber = *emulation::machine().current;
   fiber.may_multiply = false;
   fiber.product_groups.push_back(std::move(fiber.products));
   fiber.products.clear();
@@ -218,7 +221,7 @@ inline void wgmma_commit() {
 
 template <int PENDING>
 void wgmma_wait() {
-  auto& groups = emulation::machine.current->product_groups;
+  auto& groups = emulation::machine().current->product_groups;
   while (groups.size() > PENDING) {
     emulation::multiply(groups.front());
     groups.pop_front();
@@ -228,9 +231,9 @@ void wgmma_wait() {
 
 template <int COUNT>
 void wgmma_settle(float (&)[COUNT]) {
-  const emulation::Fiber& fiber = *emulation::machine.current;
-  if (fiber.products.size() + fiber.product_groups.size() && emulation::machine.error.empty())
-    emulation::machine.error = "sums are read before all products are done";
+  const emulation::Fiber& fiber = *emulation::machine().current;
+  if (fiber.products.size() + fiber.product_groups.size() && emulation::machine().error.empty())
+    emulation::machine().error = "sums are read before all products are done";
 }
 
 // Runs when it is waited for, or at once if copies land at once.
@@ -243,9 +246,9 @@ void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, int add, T) {
   };
   const Mine mine = {{a[0], a[1], a[2], a[3]}, b, add, 0};
   const auto& all = emulation::exchange("wgmma", mine);
-  emulation::Fiber& fiber = *emulation::machine.current;
-  if (!fiber.may_multiply && emulation::machine.error.empty())
-    emulation::machine.error = "a product without a fence since the last group";
+  emulation::Fiber& fiber = *emulation::machine().current;
+  if (!fiber.may_multiply && emulation::machine().error.empty())
+    emulation::machine().error = "a product without a fence since the last group";
   emulation::Product product;
   product.d = d;
   const int g = fiber.rank % emulation::WARP / 4;
@@ -253,8 +256,8 @@ void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, int add, T) {
     for (int k = 0; k < 16; ++k)
       product.a[r][k] = half_of<T>(all[4 * g + k % 8 / 2].a[k / 8 * 2 + r], k % 2);
   for (int lane = 0; lane < emulation::WARP; ++lane)
-    if ((all[lane].b != b || all[lane].add != add) && emulation::machine.error.empty())
-      emulation::machine.error = "lanes of a warp give different descriptors";
+    if ((all[lane].b != b || all[lane].add != add) && emulation::machine().error.empty())
+      emulation::machine().error = "lanes of a warp give different descriptors";
   product.b = static_cast<const char*>(emulation::dynamic_memory()) + (b & 0x3FFF) * 16;
   product.along = (b >> 16 & 0x3FFF) * 16;
   product.across = (b >> 32 & 0x3FFF) * 16;
@@ -263,5 +266,5 @@ void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, int add, T) {
   product.add = add != 0;
   product.number = emulation::number_of<T>;
   fiber.products.push_back(product);
-  if (emulation::machine.eager_copies) emulation::multiply(fiber.products);
+  if (emulation::machine().eager_copies) emulation::multiply(fiber.products);
 }

@@ -172,6 +172,7 @@ def run_and_compare(
     blocks: int = 1,
     processors: int = 4,
     captured: bool = False,
+    overlaps: bool = False,
 ) -> None:
     """Blocks on random tokens and caches, against float64 and against torch in the same dtype."""
     device, dtype = kernels.device, shape.dtype
@@ -199,6 +200,7 @@ def run_and_compare(
         None if shape.is_bloom else tuple(it.to(device) for it in angles),
         caches,
         launch=kernels.launch(processors),
+        overlaps=overlaps,
     )
     outputs = {}
     for kind in (torch.float64, dtype):

@@ -63,6 +63,21 @@ def test_every_order_of_threads(kernels, order, changes):
     kernels.settle(0, 0)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("order", [0, 3, 4])
+@pytest.mark.parametrize("changes", [{"has_head_norms": True}, BLOOM], ids=["llama", "bloom"])
+def test_kernels_that_overlap(kernels, changes, order, which):
+    """Of each two kernels the first runs when a thread of the second waits for it, or after all."""
+    if kernels.device == "cuda" and not kernels.wgmma:
+        pytest.skip("a GPU of another compute capability than 9.0")
+    if kernels.device == "cpu":
+        kernels.library.emulation_put_off(which)
+    kernels.settle(order, 1)
+    shape = Shape(**changes, inner=1024, group_size=128)
+    run_and_compare(kernels, shape, rows=2, length=70, blocks=2, processors=60, overlaps=True)
+    kernels.settle(0, 0)
+
+
 def test_inputs_shared_by_thread_blocks(kernels):
     """The partial sums of the output and down products, which the next norm adds."""
     shape = Shape(hidden=64, heads=16, key_heads=16, inner=4096, has_bias=True)

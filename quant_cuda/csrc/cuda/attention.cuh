@@ -86,6 +86,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
   SHARED(float, set_sums, [SETS][GROUP][DIM]);
   SHARED(float, set_most, [SETS][GROUP]);
   SHARED(float, set_total, [SETS][GROUP]);
+  release_next();
+  await_previous();
   const int warp = threadIdx.x / 32, row = blockIdx.z, split = blockIdx.x;
   const int key_head = blockIdx.y / blocks_of_group, of_key = a.heads / a.key_heads;
   const int first = blockIdx.y % blocks_of_group * GROUP;  // of the group's query heads
@@ -206,7 +208,9 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 // has a head.
 template <typename T, int DIM>
 __global__ void __launch_bounds__(DIM)
-    combine(const float* __restrict__ partial, T* __restrict__ y, int splits) {
+    combine(const float* partial, T* __restrict__ y, int splits) {
+  release_next();
+  await_previous();
   const size_t head = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   const float* mine = partial + head * splits * (DIM + 2);
   float highest = NOTHING, sum = 0, all = 0;
@@ -220,22 +224,21 @@ __global__ void __launch_bounds__(DIM)
   y[head * DIM + threadIdx.x] = from_float<T>(sum / all);
 }
 
-template <typename T, int DIM, int GROUP>
-void launch_attend(const Attention<T>& a, int rows, cudaStream_t stream) {
+// queue: calls (kernel, grid, block, arguments...).
+template <typename T, int DIM, int GROUP, typename Queue>
+void launch_attend(const Attention<T>& a, int rows, const Queue& queue) {
   const int blocks_of_group = ceil_div(a.heads / a.key_heads, GROUP);
-  const auto kernel = attend<T, DIM, GROUP>;
-  LAUNCH(kernel, dim3(a.splits, a.key_heads * blocks_of_group, rows), ATTENTION_WARPS * 32, 0,
-         stream, a, blocks_of_group);
+  queue(attend<T, DIM, GROUP>, dim3(a.splits, a.key_heads * blocks_of_group, rows),
+        ATTENTION_WARPS * 32, a, blocks_of_group);
 }
 
-template <typename T, int DIM>
-void launch_attention(const Attention<T>& a, T* y, int rows, cudaStream_t stream) {
+template <typename T, int DIM, typename Queue>
+void launch_attention(const Attention<T>& a, T* y, int rows, const Queue& queue) {
   if (a.heads == a.key_heads)
-    launch_attend<T, DIM, 1>(a, rows, stream);
+    launch_attend<T, DIM, 1>(a, rows, queue);
   else
-    launch_attend<T, DIM, 4>(a, rows, stream);
-  const auto kernel = combine<T, DIM>;
-  LAUNCH(kernel, dim3(a.heads, rows), DIM, 0, stream, a.partial, y, a.splits);
+    launch_attend<T, DIM, 4>(a, rows, queue);
+  queue(combine<T, DIM>, dim3(a.heads, rows), DIM, a.partial, y, a.splits);
 }
 
 }  // namespace

@@ -17,6 +17,26 @@ using bfloat_t = __nv_bfloat16;
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define LAUNCH_OVERLAPPING(kernel, grid, block, stream, ...) \
+  launch_overlapping(kernel, grid, block, stream, __VA_ARGS__)
+
+// A kernel that may begin before the one before it in the stream has ended (programmatic dependent
+// launch, compute capability 9.0): it calls `await_previous` before it reads what that one writes,
+// and before it writes at all.
+template <typename... Wanted, typename... Given>
+void launch_overlapping(void (*kernel)(Wanted...), dim3 grid, dim3 block, cudaStream_t stream,
+                        Given... given) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, given...);
+}
 
 #else
 

@@ -63,6 +63,21 @@ struct Token {
   float* attention;           // (rows, heads, splits, dim + 2)
   float scale;
   int type, rows, hidden, heads, key_heads, dim, inner, splits;
+  int overlaps;  // whether a kernel may begin before the one before it has ended
+};
+
+// Launches kernels of a token one after another.
+struct Queue {
+  cudaStream_t stream;
+  bool overlaps;
+
+  template <typename... Wanted, typename... Given>
+  void operator()(void (*kernel)(Wanted...), dim3 grid, int threads, Given... given) const {
+    if (overlaps)
+      LAUNCH_OVERLAPPING(kernel, grid, threads, stream, given...);
+    else
+      LAUNCH(kernel, grid, threads, 0, stream, given...);
+  }
 };
 
 // Of all threads of the thread block. shared: (THREADS / 32,), of this call alone.
@@ -80,13 +95,15 @@ __device__ float sum_of_block(float x, float* shared) {
 // Rounded to T where transformers' modules do.
 template <typename T, bool CENTERED>
 __global__ void __launch_bounds__(THREADS)
-    add_norm(const T* x, const float* __restrict__ partial, const T* __restrict__ bias, T* y,
-             Norm norm, T* __restrict__ normed, int splits, int hidden) {
+    add_norm(const T* x, const float* partial, const T* __restrict__ bias, T* y, Norm norm,
+             T* __restrict__ normed, int splits, int hidden) {
   SHARED(float, of_sums, [THREADS / 32]);
   SHARED(float, of_squares, [THREADS / 32]);
   const size_t row = static_cast<size_t>(blockIdx.x) * hidden;
   const size_t all = static_cast<size_t>(gridDim.x) * hidden;
   float sum = 0, squares = 0;
+  release_next();
+  await_previous();
   for (int i = threadIdx.x * 8; i < hidden; i += THREADS * 8) {
     Eight<T> mine = load_eight(x + row + i);
     if (partial) {
@@ -140,7 +157,9 @@ __global__ void __launch_bounds__(THREADS)
 // up = SiLU(gate) * up. count: a multiple of 8.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    silu_gate(const T* __restrict__ gate, T* up, int64_t count) {
+    silu_gate(const T* gate, T* up, int64_t count) {
+  release_next();
+  await_previous();
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * 8;
   if (i >= count) return;
   const Eight<T> by = load_eight(gate + i);
@@ -169,8 +188,9 @@ struct Part {
 // of the only one, without the bias.
 template <int BITS, typename T, bool FINE>
 __global__ void __launch_bounds__(WARPS * 32, 2)
-    multiply_parts(const T* __restrict__ x, Part first, Part second, Part third,
+    multiply_parts(const T* x, Part first, Part second, Part third,
                    float* __restrict__ partial, int rows, int inputs, bool has_gelu) {
+  release_next();
   int block = blockIdx.x;
   Part part = first;
   if (block >= part.weight.columns / COLUMNS) {
@@ -193,7 +213,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     static_cast<T*>(part.y)[at] = from_float<T>(has_gelu ? gelu(rounded<T>(y)) : y);
   };
   multiply_columns<BITS, T, FINE, 1>(x, part.weight.words, part.weight.table, rows, inputs, outputs,
-                                     part.weight.columns, part.weight.shift, block, write);
+                                     part.weight.columns, part.weight.shift, block,
+                                     [] { await_previous(); }, write);
 }
 
 bool is_fine(const Weight& weight) {
@@ -202,27 +223,26 @@ bool is_fine(const Weight& weight) {
 
 template <int BITS, typename T>
 void launch_parts(const T* x, const Part (&parts)[3], float* partial, int splits, int rows,
-                  int inputs, bool has_gelu, cudaStream_t stream) {
+                  int inputs, bool has_gelu, const Queue& queue) {
   int columns = 0;
   for (const Part& part : parts) columns += part.weight.columns;
   const auto kernel = is_fine(parts[0].weight) ? multiply_parts<BITS, T, true>
                                                : multiply_parts<BITS, T, false>;
-  LAUNCH(kernel, dim3(columns / COLUMNS, splits), WARPS * 32, 0, stream, x, parts[0], parts[1],
-         parts[2], partial, rows, inputs, has_gelu);
+  queue(kernel, dim3(columns / COLUMNS, splits), WARPS * 32, x, parts[0], parts[1], parts[2],
+        partial, rows, inputs, has_gelu);
 }
 
 template <typename T>
 struct Decoder {
   const Token& token;
-  cudaStream_t stream;
+  Queue queue;
 
   // from: the weight that left the partial sums, or NULL if there are none.
   void add(const void* x, const Weight* from, void* y, const Norm& norm) const {
     const auto kernel = norm.bias ? add_norm<T, true> : add_norm<T, false>;
-    LAUNCH(kernel, token.rows, THREADS, 0, stream, static_cast<const T*>(x),
-           from ? token.sums : nullptr, static_cast<const T*>(from ? from->bias : nullptr),
-           static_cast<T*>(y), norm, static_cast<T*>(token.normed), from ? from->splits : 0,
-           token.hidden);
+    queue(kernel, token.rows, THREADS, static_cast<const T*>(x), from ? token.sums : nullptr,
+          static_cast<const T*>(from ? from->bias : nullptr), static_cast<T*>(y), norm,
+          static_cast<T*>(token.normed), from ? from->splits : 0, token.hidden);
   }
 
   // The parts that are alike in one launch, others in launches of their own.
@@ -234,7 +254,7 @@ struct Decoder {
       if (count == 0) return;
       const auto run = together[0].weight.bits == 4 ? launch_parts<4, T> : launch_parts<8, T>;
       run(static_cast<const T*>(x), together, partial, partial ? together[0].weight.splits : 1,
-          token.rows, inputs, has_gelu, stream);
+          token.rows, inputs, has_gelu, queue);
       for (Part& part : together) part = {};
       count = 0;
     };
@@ -276,11 +296,11 @@ struct Decoder {
     a.splits = token.splits;
     a.row_stride = block.row_stride;
     a.head_stride = block.head_stride;
-    const auto run = token.dim == 32    ? launch_attention<T, 32>
-                     : token.dim == 64  ? launch_attention<T, 64>
-                     : token.dim == 128 ? launch_attention<T, 128>
-                                        : launch_attention<T, 256>;
-    run(a, static_cast<T*>(token.attended), token.rows, stream);
+    const auto run = token.dim == 32    ? launch_attention<T, 32, Queue>
+                     : token.dim == 64  ? launch_attention<T, 64, Queue>
+                     : token.dim == 128 ? launch_attention<T, 128, Queue>
+                                        : launch_attention<T, 256, Queue>;
+    run(a, static_cast<T*>(token.attended), token.rows, queue);
   }
 
   // x: the block's input, without the partial sums that `from` left.
@@ -298,9 +318,8 @@ struct Decoder {
              nullptr, !has_gate);
     if (has_gate) {
       const int64_t count = static_cast<int64_t>(token.rows) * token.inner;
-      const auto kernel = silu_gate<T>;
-      LAUNCH(kernel, static_cast<unsigned>((count / 8 + THREADS - 1) / THREADS), THREADS, 0, stream,
-             static_cast<const T*>(token.gate), static_cast<T*>(token.up), count);
+      queue(silu_gate<T>, static_cast<unsigned>((count / 8 + THREADS - 1) / THREADS), THREADS,
+            static_cast<const T*>(token.gate), static_cast<T*>(token.up), count);
     }
     multiply(token.up, {{weights[DOWN], nullptr}}, token.inner, token.sums);
   }
@@ -308,7 +327,7 @@ struct Decoder {
 
 template <typename T>
 void decode(const DecoderBlock* blocks, int count, const Token& token, cudaStream_t stream) {
-  const Decoder<T> decoder = {token, stream};
+  const Decoder<T> decoder = {token, {stream, token.overlaps != 0}};
   const Weight* from = nullptr;
   for (int i = 0; i < count; ++i) {
     decoder.run(blocks[i], from ? token.residual : token.x, from);

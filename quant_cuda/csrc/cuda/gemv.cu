@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(WARPS * 32, EIGHTS == 4 ? 1 : 2)
       y[at] = from_float<T>(bias ? total + bias[column] : total);
   };
   multiply_columns<BITS, T, FINE, EIGHTS>(x, words, table, rows, inputs, outputs, columns, shift,
-                                          blockIdx.x, write);
+                                          blockIdx.x, [] {}, write);
 }
 
 template <int BITS, typename T, int EIGHTS>

@@ -45,17 +45,18 @@ struct Stage {
   }
 };
 
-// Calls write(row, column, sum) for each row of x and column of the thread block's 32.
+// Calls write(row, column, sum) for each row of x and column of the thread block's 32; and `begin` once
+// after the first loads of weights, before x is read.
 //
 // x: (rows, inputs), rows at most 8 * EIGHTS. words: (tiles, blocks, 256). table: (units, columns),
 // one row for each 2**shift inputs; FINE if that is fewer than a block. gridDim.y thread blocks
 // share the inputs. All threads of the thread block call it.
-template <int BITS, typename T, bool FINE, int EIGHTS, typename Write>
-__device__ __forceinline__ void multiply_columns(const T* __restrict__ x,
+template <int BITS, typename T, bool FINE, int EIGHTS, typename Begin, typename Write>
+__device__ __forceinline__ void multiply_columns(const T* x,
                                                  const uint32_t* __restrict__ words,
                                                  const Grid* __restrict__ table, int rows,
                                                  int inputs, int outputs, int columns, int shift,
-                                                 int column_block, Write write) {
+                                                 int column_block, Begin begin, Write write) {
   constexpr int BLOCK = layout::block_inputs<BITS>;
   constexpr int RUNS = BLOCK / layout::RUN;
   constexpr int ROWS = 8 * EIGHTS, AHEAD = ahead<EIGHTS>;
@@ -75,6 +76,7 @@ __device__ __forceinline__ void multiply_columns(const T* __restrict__ x,
     if (start + i * stride < blocks)
       stages[i].template load<BITS>(words, table, first, start + i * stride, blocks, columns, shift,
                                     lane);
+  begin();
 
   float sum[TILES][EIGHTS][4] = {};
   for (int base = start; base < blocks; base += AHEAD * stride) {

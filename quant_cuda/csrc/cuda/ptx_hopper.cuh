@@ -11,6 +11,21 @@ constexpr int WGMMA_ROWS = 128;
 
 #define GRID_CONSTANT __grid_constant__
 
+// Of kernels launched by LAUNCH_OVERLAPPING; without effect in others. Lets the next one begin as soon
+// as all thread blocks have called this.
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before this one has ended and what it wrote can be read.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A barrier in shared memory (mbarrier): when as many threads have arrived as it was started for, its
 // phase is complete and the next begins. One thread starts it, before a __syncthreads.
 struct barrier_t {
