@@ -11,7 +11,7 @@ from gptq.tuning.streams import Streams
 
 Show = Callable[[int, int, float], None]
 """Given the steps done, the steps in all and the held-out loss, in nats a token."""
-_FIELDS = ("step", "steps", "loss", "least", "first", "worse")
+_FIELDS = ("step", "steps", "loss", "least", "first", "rises")
 _PARTS = ("optimizer", BEST)
 
 

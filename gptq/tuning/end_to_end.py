@@ -30,7 +30,8 @@ BETAS = (0.9, 0.95)
 CHECK = 8
 """Steps between two looks at the held-out windows."""
 PATIENCE = 2
-"""Looks in a row without a lower loss after which training ends."""
+"""Looks in a row, each with a higher loss than the one before it, after which training ends. A loss
+above that of the beginning is no reason: the first steps, at the full rate, may raise it."""
 LOGIT_TOKENS = 128
 """Tokens whose logits are in memory at once; more take as long for each."""
 
@@ -46,8 +47,8 @@ class State:
     least: float
     first: float
     """The loss before the training."""
-    worse: int
-    """Looks in a row without a lower loss."""
+    rises: int
+    """Looks in a row, each with a higher loss than the one before it."""
     optimizer: Mapping[str, Tensor] = field(repr=False)
     """As `Parameters.state`."""
     best: Mapping[str, Tensor] = field(repr=False)
@@ -55,7 +56,7 @@ class State:
 
     @property
     def done(self) -> bool:
-        return self.step >= self.steps or self.worse >= PATIENCE
+        return self.step >= self.steps or self.rises >= PATIENCE
 
 
 def tune_model(
@@ -79,7 +80,7 @@ def tune_model(
             loss = passes.held_out_loss()
             steps = EPOCHS * len(streams.training)
             kept = {"optimizer": parameters.state(), "best": parameters.as_stored()}
-            state = State(0, steps, loss, least=loss, first=loss, worse=0, **kept)
+            state = State(0, steps, loss, least=loss, first=loss, rises=0, **kept)
             yield state
         else:
             parameters.restore(state.optimizer, state.step)
@@ -101,7 +102,7 @@ def _look(before: State, step: int, loss: float, parameters: Parameters) -> Stat
         loss=loss,
         least=min(loss, before.least),
         first=before.first,
-        worse=0 if better else before.worse + 1,
+        rises=0 if loss <= before.loss else before.rises + 1,
         optimizer=parameters.state(),
         best=parameters.as_stored() if better else before.best,
     )
