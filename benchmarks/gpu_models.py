@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,8 @@ def _blocks(config: PretrainedConfig) -> int:
 
 def decode() -> Iterator[dict[str, Any]]:
     """Tokens a second at batch 1 from a captured graph, and memory, of 7B-shaped models. By
-    transformers' modules first, then by the decoding kernels where they take the model."""
+    transformers' modules first, then by the decoding kernels where they take the model, one after
+    another and overlapping."""
     for spec, config in SEVEN_BILLION:
         for bits in WIDTHS[spec.model_type]:
             torch.cuda.empty_cache()
@@ -159,7 +160,10 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     compiled_decode.install(model)
     # Memory that only loading needed is not counted.
     torch.cuda.empty_cache()
-    with patch.object(decoder_block, "run", wraps=decoder_block.run) as kernels:
+    with _watched(overlaps=True) as kernels:
+        overlapping = _rate(stepper(model, DECODED)) if can_overlap() else None
+    gc.collect()
+    with _watched(overlaps=False) as kernels:
         step = stepper(model, DECODED)
     rate = _rate(step)
     free, total = torch.cuda.mem_get_info()
@@ -167,10 +171,22 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
         "tokens_per_second": rate,
         # Nothing to compare with where modules did it again.
         "by_modules": by_modules if kernels.called else None,
+        "overlapping": overlapping if kernels.called else None,
         "memory": torch.cuda.memory_allocated(),
         # As nvidia-smi shows it: the driver's own and other programs' too.
         "used": total - free,
     }
+
+
+def can_overlap() -> bool:
+    """Whether kernels of this GPU may overlap."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+def _watched(overlaps: bool) -> Any:
+    """Makes the decoding kernels overlap or not; with it a record of whether they were called."""
+    run = partial(decoder_block.run, overlaps=overlaps)
+    return patch.object(decoder_block, "run", Mock(wraps=run))
 
 
 def _rate(step: Callable[[Tensor], Tensor]) -> float:
@@ -188,23 +204,22 @@ def _rate(step: Callable[[Tensor], Tensor]) -> float:
 
 
 @torch.no_grad()
-def decoded_both_ways(
+def decoded_each_way(
     spec: ModelSpec, config: PretrainedConfig, bits: int, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Logits of a small random model, one token after another: by transformers' modules, and by
-    the decoding kernels. Float16 (tokens, vocab) each."""
+) -> dict[str, Tensor]:
+    """Logits of a small random model, one token after another: by transformers' modules, by the
+    decoding kernels, and by these overlapping, if they can. Float16 (tokens, vocab) each."""
     model = random_model(spec, config, bits, "cuda", torch.float16)
-    results = []
-    for prepare in (lambda _: None, compiled_decode.install):
-        prepare(model)
-        with patch.object(decoder_block, "run", wraps=decoder_block.run) as kernels:
+    ids = torch.arange(2, 2 + tokens, device="cuda")
+    results = {}
+    for way in ("modules", "kernels", *(["overlapping"] if can_overlap() else [])):
+        if way == "kernels":
+            compiled_decode.install(model)
+        with _watched(overlaps=way == "overlapping") as kernels:
             step = stepper(model, tokens)
-        assert kernels.called == (prepare is compiled_decode.install), (
-            "not by the kernels, or by them alone"
-        )
-        ids = torch.arange(2, 2 + tokens, device="cuda")
-        results.append(torch.cat([step(token.view(1, 1)).clone()[0] for token in ids]))
-    return results[0], results[1]
+        assert kernels.called == (way != "modules"), "not by the kernels, or by them alone"
+        results[way] = torch.cat([step(token.view(1, 1)).clone()[0] for token in ids])
+    return results
 
 
 def released(decoded: Rows) -> Rows:

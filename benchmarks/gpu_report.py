@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.page import markdown, write
 from gptq.errors import UserError
-from gptq.files.atomic import whole_file
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = ROOT / "benchmarks" / "results" / "nvidia-h200.json"
@@ -31,7 +31,7 @@ def kernel_table(rows: Rows, peers: Sequence[dict[str, Any]] = ()) -> str:
     theirs = {(row["peer"], row["bits"], row["rows"]): row["seconds"] for row in peers}
     packages = list(dict.fromkeys(row["peer"] for row in peers))
     header = ["bits", "rows", *KERNELS, *packages, "torch float16", "chosen, times faster"]
-    lines = [header, ["---"] * len(header)]
+    lines: list[list[str]] = []
     for row in rows:
         chosen = row.get("chosen") or next(k for k, most in UNTUNED.items() if row["rows"] <= most)
         times = {
@@ -44,22 +44,24 @@ def kernel_table(rows: Rows, peers: Sequence[dict[str, Any]] = ()) -> str:
         if chosen not in times:
             faster += f": {chosen}, **{1e6 * row[chosen]:.1f}**"
         key = row["bits"], row["rows"]
-        beside = [theirs.get((package, *key)) for package in packages]
-        beside = [f"{1e6 * seconds:.1f}" if seconds else "" for seconds in beside]
+        seconds = [theirs.get((package, *key)) for package in packages]
+        beside = [f"{1e6 * it:.1f}" if it else "" for it in seconds]
         dense = f"{1e6 * row['cublas_fp16']:.1f}"
         lines.append([*map(str, key), *times.values(), *beside, dense, faster])
-    return _markdown(lines)
+    return markdown(header, lines)
 
 
 def decode_table(rows: Rows) -> str:
     """Tokens a second and GiB of memory."""
-    lines = [["model", "bits", "tokens/s", "by modules", "tensors", "in use"], ["---"] * 6]
+    lines: list[list[str]] = []
     for row in rows:
-        rate, modules = row["tokens_per_second"], row.get("by_modules")
+        rate, *others = (row.get(k) for k in ("tokens_per_second", "overlapping", "by_modules"))
         gib = [f"{row[k] / 2**30:.2f}" if row[k] else "" for k in ("memory", "used")]
         shown = [row["model"], str(row["bits"]), f"{rate:.0f}" if rate else "does not fit"]
-        lines.append([*shown, f"{modules:.0f}" if modules else "", *gib])
-    return _markdown(lines)
+        lines.append([*shown, *(f"{it:.0f}" if it else "" for it in others), *gib])
+    return markdown(
+        ["model", "bits", "tokens/s", "overlapping", "by modules", "tensors", "in use"], lines
+    )
 
 
 def about(result: dict[str, Any]) -> str:
@@ -74,39 +76,23 @@ def about(result: dict[str, Any]) -> str:
     )
 
 
-def updated(page: str, result: dict[str, Any]) -> str:
-    """The page with its parts between markers made anew. Raises UserError if one is not there."""
-    parts = {
+def parts(result: dict[str, Any]) -> dict[str, str]:
+    """The parts of the page."""
+    return {
         "about": about(result),
         "kernels": kernel_table(result["kernels"], result.get("peers", [])),
         "decode": decode_table(result["decode"]),
     }
-    for name, text in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise UserError(f"{PAGE}: has no part '{name}'; put it between {begin!r} and {end!r}")
-        before, _, rest = page.partition(begin)
-        page = before + begin + text + end + rest.partition(end)[2]
-    return page
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    first, rule, *others = lines
-    cells = [" | ".join(line) for line in (first, *others)]
-    made = [f"| {line} |" for line in cells]
-    return "\n".join([made[0], "|" + "|".join(rule) + "|", *made[1:]])
 
 
 def main(arguments: list[str]) -> int:
     path = Path(arguments[0]) if arguments else DEFAULT
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        page = updated(PAGE.read_text(encoding="utf-8"), result)
+        write(PAGE, parts(result))
     except (OSError, ValueError, KeyError, UserError) as error:
         print(f"error: {path}: {error}; measure with benchmarks/gpu.sh", file=sys.stderr)
         return 2
-    with whole_file(PAGE) as temporary:
-        temporary.write_text(page, encoding="utf-8")
     print(f"{PAGE}: written from {path}")
     return 0
 

@@ -5,13 +5,14 @@ import json
 import pytest
 
 from benchmarks import gpu_report
+from benchmarks.common import page
 
 RESULT = json.loads(gpu_report.DEFAULT.read_text(encoding="utf-8"))
 
 
 def test_the_page_is_what_the_results_make_of_it():
-    page = gpu_report.PAGE.read_text(encoding="utf-8")
-    assert gpu_report.updated(page, RESULT) == page
+    path = gpu_report.PAGE
+    assert page.updated(path, gpu_report.parts(RESULT)) == path.read_text(encoding="utf-8")
 
 
 def test_the_chosen_variant_is_named():
@@ -25,9 +26,10 @@ def test_the_chosen_variant_is_named():
 
 def test_a_model_that_does_not_fit():
     row = {"model": "bloom", "bits": 32, "tokens_per_second": None, "memory": None, "used": None}
-    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | does not fit |  |  |  |")
+    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | does not fit |  |  |  |  |")
     row |= {"tokens_per_second": 450.2, "by_modules": 209.4, "memory": 2**32, "used": 2**33}
-    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | 450 | 209 | 4.00 | 8.00 |")
+    row |= {"overlapping": 510.3}
+    assert gpu_report.decode_table([row]).endswith("| bloom | 32 | 450 | 510 | 209 | 4.00 | 8.00 |")
 
 
 def test_versions_are_named():
@@ -38,9 +40,9 @@ def test_versions_are_named():
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     path = tmp_path / "result.json"
-    page = tmp_path / "cuda.md"
-    page.write_text("no markers")
-    monkeypatch.setattr(gpu_report, "PAGE", page)
+    target = tmp_path / "cuda.md"
+    target.write_text("no markers")
+    monkeypatch.setattr(gpu_report, "PAGE", target)
     for text, expected in (
         ("", "Expecting value"),
         ("{}", "'gpu'"),
@@ -53,7 +55,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         assert expected in error
         assert error.count("\n") == 1
     assert gpu_report.main([str(tmp_path / "none.json")]) == 2
-    assert page.read_text() == "no markers"
+    assert target.read_text() == "no markers"
 
 
 @pytest.mark.parametrize("ours", ["gemv", "dense"])
