@@ -286,6 +286,8 @@ PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
     "quantization": lambda: (
         quantization(setting, 32, host) for setting in ("fast", "default") for host in (False, True)
     ),
+    # A quarter of the steps of `--quality tune`: each takes as long.
+    "tuning": lambda: [quantization("fast", 32, steps=16)],
 }
 
 

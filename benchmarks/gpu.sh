@@ -8,10 +8,11 @@
 #   peers         times those of GPTQModel (Marlin), humming-kernels and gemlite, where they are installed
 #   decode        times decoding
 #   quantization  times the quantization of a layer, of two blocks and of a whole model
+#   tuning        times the training after it, of a whole model
 #
 #   benchmarks/gpu.sh tune kernels      these; all of them, in this order, if none is named
 #
-# The last four write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that into
+# The last five write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that into
 # docs/cuda.md. Tuning before timing, because a table changes what is chosen.
 #
 # Needs nvcc (in PATH or CUDA_HOME) and a Python that has torch with CUDA and this package's
@@ -24,7 +25,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.
 [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null || export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
-PARTS="build sanitize tune kernels peers decode quantization"
+PARTS="build sanitize tune kernels peers decode quantization tuning"
 LIMIT=530
 
 for part in "$@"; do
@@ -86,6 +87,8 @@ peers() {
 decode() { step 520 $PYTHON -m benchmarks.gpu measure decode; }
 
 quantization() { step 520 $PYTHON -m benchmarks.gpu measure solving blocks quantization; }
+
+tuning() { step 520 $PYTHON -m benchmarks.gpu measure tuning; }
 
 status=0
 for part in ${*:-$PARTS}; do

@@ -22,7 +22,7 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
-from gptq.device import peak_memory, reset_peak_memory
+from gptq.device import peak_memory, reset_peak_memory, training_dtype
 from gptq.files.lazy import Entry, LazyTensors
 from gptq.inference import compiled_decode
 from gptq.inference.cuda_graph import stepper
@@ -31,7 +31,10 @@ from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
 from gptq.nn import QuantLinear
 from gptq.pipeline.blocks import quantize_blocks
-from gptq.pipeline.journal import open_journal
+from gptq.pipeline.journal import Journal, open_journal
+from gptq.pipeline.training import train_model
+from gptq.tuning.end_to_end import EPOCHS
+from gptq.tuning.streams import TuneWindows, open_streams
 from quant_cuda import PackedWeight
 from quant_cuda.cuda import decoder_block
 from quant_cuda.packing import pack_zeros, words_for
@@ -248,11 +251,13 @@ def quantize_model(
     dtype: torch.dtype,
     setting: str = "default",
     host: bool = False,
+    tuned: TuneWindows | None = None,
 ) -> dict[str, Any]:
     """Seconds to quantize a whole model of random weights to 4 bits, journal and all, by stage.
 
     windows: int64 (nsamples, seqlen), the tokens to calibrate on. setting: one of SETTINGS.
     host: whether activations are kept in the machine's memory.
+    tuned: what scales and norms are then trained on, which "seconds" do not contain.
     """
     source = random_source(spec, config, str(device), dtype)
     settings = QuantConfig(bits=4, group_size=GROUP_SIZE, **SETTINGS[setting])
@@ -264,12 +269,13 @@ def quantize_model(
     with (
         tempfile.TemporaryDirectory() as folder,
         open_journal([Path(folder) / "model.pt"], {"model": "random"}, False) as journal,
-        watch.watching(),
     ):
-        cache = ActivationCache(host=host)
-        model = BlockwiseModel.from_source(source, device, dtype)
-        layers = list(quantize_blocks(model, windows, settings, journal, cache))
-    seconds = _clock(device) - started
+        with watch.watching():
+            cache = ActivationCache(host=host)
+            model = BlockwiseModel.from_source(source, device, dtype)
+            layers = list(quantize_blocks(model, windows, settings, journal, cache))
+        seconds = _clock(device) - started
+        training = {} if tuned is None else _trained(model, journal, tuned, cache)
     return {
         "model": spec.model_type,
         "setting": setting,
@@ -278,10 +284,22 @@ def quantize_model(
         "layers": len(layers),
         "tokens": windows.numel(),
         "seconds": seconds,
+        **training,
         "memory": peak_memory(device),
         **watch.seconds,
         "all else": seconds - sum(watch.seconds.values()),
     }
+
+
+def _trained(
+    model: BlockwiseModel, journal: Journal, windows: TuneWindows, cache: ActivationCache
+) -> dict[str, float]:
+    """Steps, and seconds from the full model's activations to the last step."""
+    steps: list[int] = []
+    started = _clock(model.device)
+    streams = open_streams(model, windows, cache)
+    train_model(model, journal, streams, lambda step, *_: steps.append(step))
+    return {"steps": steps[-1], "training": _clock(model.device) - started}
 
 
 def _clock(device: torch.device) -> float:
@@ -291,12 +309,22 @@ def _clock(device: torch.device) -> float:
     return perf_counter()
 
 
-def quantization(setting: str, blocks: int, host: bool = False) -> dict[str, Any]:
-    """`quantize_model` for the shape of LLaMA-7B with so many blocks, on the GPU."""
+def quantization(setting: str, blocks: int, host: bool = False, steps: int = 0) -> dict[str, Any]:
+    """`quantize_model` for the shape of LLaMA-7B with so many blocks, on the GPU.
+
+    steps: of training after it, at most; `--quality tune` takes 64 by default.
+    """
     spec, config = SEVEN_BILLION[0]
     config = copy.deepcopy(config)
     config.num_hidden_layers = blocks
     generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(config.vocab_size, (NSAMPLES, SEQLEN), generator=generator)
-    device = torch.device("cuda")
-    return quantize_model(spec, config, windows, device, torch.float16, setting=setting, host=host)
+
+    def windows(count: int) -> Tensor:
+        return torch.randint(config.vocab_size, (count, SEQLEN), generator=generator)
+
+    device, calibration = torch.device("cuda"), windows(NSAMPLES)
+    tuned = None
+    if steps:
+        compute = training_dtype(device)
+        tuned = TuneWindows(windows(steps // EPOCHS), windows(4), compute, torch.float16)
+    return quantize_model(spec, config, calibration, device, torch.float16, setting, host, tuned)

@@ -19,6 +19,7 @@ from gptq.inference.cuda_graph import stepper
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
 from gptq.nn import QuantLinear
+from gptq.tuning.streams import TuneWindows
 
 NO_GPU = "error: torch finds no GPU here; run this where there is one"
 
@@ -52,6 +53,16 @@ def test_a_whole_random_model_is_quantized(spec, config):
     assert row["tokens"] == 32
     stages = ("forward", "moments", "sweep", "refinement", "pack", "all else")
     assert 0 < sum(row[stage] for stage in stages) < row["seconds"]
+
+
+def test_a_whole_random_model_is_tuned():
+    config = llama_config()
+    windows = torch.randint(config.vocab_size, (5, 16))
+    tuned = TuneWindows(windows[:3], windows[3:], torch.float32, torch.float16)
+    arguments = (LLAMA, config, windows[:2], torch.device("cpu"), torch.float32, "fast")
+    row = gpu_models.quantize_model(*arguments, tuned=tuned)
+    assert row["steps"] == 2
+    assert row["training"] > 0
 
 
 def test_every_released_model_has_its_row():
