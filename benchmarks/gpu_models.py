@@ -327,4 +327,5 @@ def quantization(setting: str, blocks: int, host: bool = False, steps: int = 0) 
     if steps:
         compute = training_dtype(device)
         tuned = TuneWindows(windows(steps // EPOCHS), windows(4), compute, torch.float16)
-    return quantize_model(spec, config, calibration, device, torch.float16, setting, host, tuned)
+    run = partial(quantize_model, spec, config, calibration, device, torch.float16)
+    return run(setting=setting, host=host, tuned=tuned)
