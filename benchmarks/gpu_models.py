@@ -161,11 +161,11 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     by_modules = _rate(stepper(model, DECODED))
     gc.collect()
     compiled_decode.install(model)
-    # Memory that only loading needed is not counted.
-    torch.cuda.empty_cache()
-    with _watched(overlaps=True) as kernels:
+    with _watched(overlaps=True):
         overlapping = _rate(stepper(model, DECODED)) if can_overlap() else None
     gc.collect()
+    # Memory that only loading and the other ways needed is not counted.
+    torch.cuda.empty_cache()
     with _watched(overlaps=False) as kernels:
         step = stepper(model, DECODED)
     rate = _rate(step)

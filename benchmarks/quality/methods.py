@@ -58,9 +58,9 @@ METHODS: dict[str, Method] = {
     "default, 64 windows": Method(nsamples=64),
     "default, rotated": Method({"rotate": True}),
     "tune": Method(QUALITIES["tune"]),
+    "tune, rotated": Method({**QUALITIES["tune"], "rotate": True}),
     "tune, 128 windows": Method(QUALITIES["tune"], nsamples=128),
     "tune, 128 windows, rotated": Method({**QUALITIES["tune"], "rotate": True}, nsamples=128),
-    "tune, rotated": Method({**QUALITIES["tune"], "rotate": True}),
     "GPTQModel, its defaults": Method(toolkit="gptqmodel"),
     "GPTQModel, its best": Method(
         {"desc_act": True, "act_group_aware": False, "mse": 2.4, "damp_percent": 0.01},

@@ -4,6 +4,7 @@ What they consist of is looked up in transformers once, at import.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -126,7 +127,7 @@ def _like_llama(
     """The code of a module of transformers whose classes begin with `prefix`."""
     names = _LLAMA
     if has_head_norms:
-        names = Names(**{**vars(names), "norms": (*names.norms, *_HEAD_NORMS)})
+        names = replace(names, norms=(*names.norms, *_HEAD_NORMS))
     classes = {
         "causal": getattr(module, f"{prefix}ForCausalLM"),
         "model": getattr(module, f"{prefix}Model"),

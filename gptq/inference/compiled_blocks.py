@@ -235,12 +235,14 @@ def _make_block(
         and gpu_library.available()
         and on_gpu.refuses(weights, attention.head_dim) is None
         # The kernels load 16 bytes of them at a time.
-        and all(it.data_ptr() % 16 == 0 for norm in made for it in norm[::2] if it is not None)
+        and all(it.data_ptr() % 16 == 0 for it in _read_in_place((), norms))
     ):
-        slopes = None
-        if code.slopes is not None:
-            slopes = code.slopes(attention.num_heads, in_place[0].device)
-        return on_gpu.Block(weights, biases, made, *sizes, slopes)
+        if code.slopes is None:
+            return on_gpu.Block(weights, biases, made, *sizes)
+        slopes = code.slopes(attention.num_heads, in_place[0].device)
+        block = on_gpu.Block(weights, biases, made, *sizes, slopes)
+        # The kernels would read slopes that are not there.
+        return block if block.heads == attention.num_heads else None
     return None
 
 

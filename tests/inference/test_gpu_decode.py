@@ -187,6 +187,7 @@ BLOOM_CHANGES = {
     "residual": ("transformer.h.1", "apply_residual_connection_post_layernorm", True),
     "slices": ("transformer.h.1.mlp", "slow_but_exact", True),
     "beta": ("transformer.h.0.self_attention", "beta", 0.5),
+    "heads": ("transformer.h.1.self_attention", "num_heads", 2),
     "dropout": ("transformer.h.0.self_attention.attention_dropout", "training", True),
 }
 

@@ -359,8 +359,8 @@ EXPORT int quant_cuda_decode(const void* blocks, int count, const void* token, c
   const auto* all = static_cast<const DecoderBlock*>(blocks);
   const bool has_dim = one.dim == 32 || one.dim == 64 || one.dim == 128 || one.dim == 256;
   if (count < 1 || one.rows < 1 || one.rows > MOST_ROWS || !has_dim || one.hidden % 8 ||
-      one.inner % 8 || !one.cosines != !one.sines || one.key_heads < 1 || one.heads % one.key_heads || one.splits < 1 ||
-      (one.type != HALF && one.type != BFLOAT))
+      one.inner % 8 || !one.cosines != !one.sines || one.key_heads < 1 ||
+      one.heads % one.key_heads || one.splits < 1 || (one.type != HALF && one.type != BFLOAT))
     return cudaErrorInvalidValue;
   if (!std::all_of(all, all + count, [&](const DecoderBlock& it) { return is_taken(it, one); }))
     return cudaErrorInvalidValue;
