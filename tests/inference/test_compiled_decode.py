@@ -483,9 +483,10 @@ def test_unusual_arguments_are_left_to_transformers(arguments, model, compiled_s
     """Whatever it makes of them: a result, or its own error."""
     outcomes = []
     for kind in (compiled_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
-        model.__class__ = kind
+        # Of one kind, so that results can be equal: compiled code adds in another order.
+        model.__class__ = modeling_llama.LlamaForCausalLM
         cache = logits(model, some_tokens(6))[1]
-        compiled_steps.clear()
+        model.__class__ = kind
         try:
             with torch.no_grad():
                 token = torch.tensor([[9]])

