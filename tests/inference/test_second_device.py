@@ -9,10 +9,9 @@ import torch
 from conftest import ROOT
 from helpers.elsewhere import DEVICE, Elsewhere, is_there
 
-from benchmarks.common.stopwatch import SETTINGS
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import open_model
-from gptq.config import QuantConfig
+from gptq.config import QUALITIES, QuantConfig
 from gptq.pipeline.blocks import quantize_blocks
 from gptq.pipeline.journal import open_journal
 
@@ -69,7 +68,15 @@ def test_no_kernel_adds_atomically():
 
 
 SOLVES = {
-    **SETTINGS,
+    "default": {},
+    "fast": QUALITIES["fast"],
+    "plain": {
+        "order": "natural",
+        "scale_search": "minmax",
+        "adaptive_damp": False,
+        "error_feedback": 0.0,
+        "refine": 0,
+    },
     "best": {"sweeps": 2, "refine": 1},
     "act": {"order": "act"},
     "static": {"order": "act", "static_groups": True, "scale_search": "mse"},

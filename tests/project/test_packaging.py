@@ -292,6 +292,24 @@ def test_everything_has_an_oldest_version():
     assert {normal(line.partition("==")[0]) for line in oldest} > set(wanted)
 
 
+def test_what_runs_beside_an_installed_package_needs_nothing_of_the_checkout():
+    """Test files of `make test-installed` and `make test-oldest`; benchmarks are not installed."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lists = [
+        line.split() for line in re.findall(r"^test-.*: FILES := (.*)$", makefile, re.MULTILINE)
+    ]
+    places = {ROOT / "tests" / name.removesuffix(".py") for names in lists for name in names}
+    files = {
+        path
+        for place in places
+        for path in (place.rglob("test_*.py") if place.is_dir() else [place.with_suffix(".py")])
+    }
+    assert len(lists) == 2
+    assert ROOT / "tests/inference/test_second_device.py" in files
+    found = r"^\s*(?:from|import) benchmarks\b"
+    assert [path for path in files if re.search(found, path.read_text(), re.MULTILINE)] == []
+
+
 @pytest.mark.parametrize("found", ["2.11.0", "2.11.0+cu128", "2.13.0", "2.13.0+cpu"])
 def test_torch_is_taken_as_it_is_found(found):
     torch = requirements(PROJECT["dependencies"])["torch"]
