@@ -481,20 +481,25 @@ def test_arguments_are_as_transformers_takes_them(name, model, compiled_steps):
 )
 def test_unusual_arguments_are_left_to_transformers(arguments, model, compiled_steps):
     """Whatever it makes of them: a result, or its own error."""
-    outcomes = []
-    for kind in (compiled_decode.LlamaForCausalLM, modeling_llama.LlamaForCausalLM):
-        # Of one kind, so that results can be equal: compiled code adds in another order.
+    token = torch.tensor([[9]])
+
+    @torch.no_grad()
+    def step(kind, **arguments):
+        # Caches of one kind, so that results can be equal: compiled code adds in another order.
         model.__class__ = modeling_llama.LlamaForCausalLM
         cache = logits(model, some_tokens(6))[1]
         model.__class__ = kind
         try:
-            with torch.no_grad():
-                token = torch.tensor([[9]])
-                outcomes.append(model(input_ids=token, **arguments, **{CACHE: cache}).logits)
+            return model(input_ids=token, **arguments, **{CACHE: cache}).logits
         except (RuntimeError, IndexError, ValueError) as error:
-            outcomes.append(str(error))
-        assert not compiled_steps
-    ours, theirs = outcomes
+            return str(error)
+
+    step(compiled_decode.LlamaForCausalLM)
+    assert compiled_steps  # without the arguments
+    compiled_steps.clear()
+    ours = step(compiled_decode.LlamaForCausalLM, **arguments)
+    theirs = step(modeling_llama.LlamaForCausalLM, **arguments)
+    assert not compiled_steps
     assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
 
 

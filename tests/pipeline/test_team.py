@@ -75,7 +75,7 @@ def test_two_processes_do_what_one_does(
         values.append(gptq.api.perplexity(opened, windows))
     # A few integers that fall the other way move it by 0.15 to 0.4%, as other batches do with one
     # process; how many do depends on the processor.
-    assert values[1] == pytest.approx(values[0], rel=1e-2)
+    assert values[1] == pytest.approx(values[0], rel=5e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
