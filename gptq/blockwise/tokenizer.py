@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -58,31 +59,35 @@ def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTra
         number = getattr(config, f"{kind}_token_id", None)
         if number is not None:
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
-    _restore_splitting(tokenizer, folder / name)
+    restore_splitting(tokenizer, folder / name)
     return tokenizer
 
 
-def _restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     """Split text as the file says, if transformers has not done so."""
     # Only here: that format's package is read for nothing else.
     from gptq.files.gguf_file import read_header
 
     try:
-        from transformers.integrations.gguf import gguf_tokenizer_mapping as known
-    # Older versions have no table of splittings.
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+            GGUF_PRE_TOKENIZER_SPLITS as splits,
+        )
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import set_split_regex
+    # Older versions, 5.17 among them, have no table of splittings.
     except ImportError:
-        return
+        splits = {}
     values = read_header(path).metadata
     name = str(values.get("tokenizer.ggml.pre", "default"))
-    done = ("default", *_LIKE_GPT2, *known.GGUF_PRE_TOKENIZER_SPLITS)
-    if values.get("tokenizer.ggml.model") != "gpt2" or name in done:
+    if values.get("tokenizer.ggml.model") != "gpt2" or name in ("default", *_LIKE_GPT2, *splits):
         return
-    if name in _KNOWN_AS:
-        known.set_split_regex(tokenizer, {"pre_tokenizer_type": _KNOWN_AS[name]})
+    known_as = _KNOWN_AS.get(name)
+    if known_as in splits:
+        set_split_regex(tokenizer, {"pre_tokenizer_type": known_as})
         return
     warnings.warn(
-        f"{path}: how its tokenizer splits text before merging ('{name}') is not known here: some "
-        "texts become other tokens than in llama.cpp",
+        f"{path}: how its tokenizer splits text before merging ('{name}') is not known to "
+        f"transformers {transformers.__version__}: some texts become other tokens than in "
+        "llama.cpp",
         stacklevel=2,
     )
 

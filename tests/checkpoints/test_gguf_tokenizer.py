@@ -11,8 +11,10 @@ from gguf import TokenType
 from helpers.gguf_models import GEMMA_PIECES, sentencepiece_model, write_dense
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from gptq.blockwise.source import open_model
+from gptq.blockwise.tokenizer import restore_splitting
 from gptq.checkpoints import gguf_tokenizer
 from gptq.checkpoints.gguf_tokenizer import tokenizer_keys
 from gptq.data.chat import BELLE_TEMPLATE
@@ -162,7 +164,7 @@ def test_a_splitting_is_restored(name, bytes_dir, tmp_path, monkeypatch):
     write_dense(bytes_dir, tmp_path / "m.gguf", name)
     source = open_model(tmp_path / "m.gguf")
     if name == "hunyuan-dense":
-        with pytest.warns(UserWarning, match="'hunyuan-dense'.* is not known here"):
+        with pytest.warns(UserWarning, match="'hunyuan-dense'.* is not known to transformers"):
             tokenizer = source.tokenizer()
     else:
         tokenizer = source.tokenizer()
@@ -171,6 +173,19 @@ def test_a_splitting_is_restored(name, bytes_dir, tmp_path, monkeypatch):
     numbers = {"stablelm2": ["Ġ", *"12345"], "glm4": ["Ġ", "123", "45"]}.get(name, ["Ġ12345"])
     assert pieces[1 : 1 + len(numbers)] == numbers
     assert ("'T" in pieces) == (len(numbers) > 1)
+
+
+@pytest.mark.parametrize("name", ["smollm", "glm4", "llama-bpe"])
+def test_a_transformers_without_a_table_of_splittings(
+    name, bytes_dir, tmp_path, monkeypatch, recwarn
+):
+    """Such as 5.17: a tokenizer stays as it is, and a line says what that may do to text."""
+    write_dense(bytes_dir, tmp_path / "m.gguf", name)
+    monkeypatch.delattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", raising=False)
+    tokenizer = open_model(bytes_dir).tokenizer()
+    restore_splitting(tokenizer, tmp_path / "m.gguf")
+    said = [str(it.message) for it in recwarn if "splits text before merging" in str(it.message)]
+    assert len(said) == (name != "smollm")
 
 
 # Other parts -----------------------------------------------------------------------------------
