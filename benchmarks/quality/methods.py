@@ -89,10 +89,16 @@ SETTINGS: dict[str, Setting] = {
     for kind in ("asym", "sym")
 }
 LLAMA_CPP_TYPES = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
-# Two are the sizes of uniform widths: W4 g128 takes 4.2144 bits a weight of SmolLM2, whose 576
-# inputs leave a short last group, and W2 g64 2.3264. A file of mixed widths also names the width of
-# each layer, which takes the rest: it is to be no larger.
-AVERAGES = {"3.5 bits asym": 3.5, "4.21 bits asym": 4.213, "2.33 bits asym": 2.325}
+# Sizes of others, and none is larger than theirs: W4 g128 takes 4.2144 bits a weight of SmolLM2, whose
+# 576 inputs leave a short last group, W2 g64 2.3264, Q3_K_M of llama.cpp 4.6344, Q4_K_M 5.5344. A
+# file of mixed widths also names the width of each layer, which takes the rest.
+AVERAGES = {
+    "3.5 bits asym": 3.5,
+    "4.21 bits asym": 4.213,
+    "2.33 bits asym": 2.325,
+    "4.63 bits asym": 4.63,
+    "5.53 bits asym": 5.53,
+}
 SETTINGS |= {name: Setting({"sym": False}, bits) for name, bits in AVERAGES.items()}
 SETTINGS |= {name: Setting(llama_cpp_type=name.lower()) for name in LLAMA_CPP_TYPES}
 

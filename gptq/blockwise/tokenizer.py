@@ -1,10 +1,12 @@
 """The tokenizer of a model's folder or .gguf file, with the quirks of each."""
 
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import decoders, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -47,8 +49,13 @@ def open_tokenizer(
         raise
     # Damaged tokenizer files make the libraries raise almost anything.
     except Exception as error:
+        mend = "copy its files again"
+        # transformers 5.17 goes by the architecture that a .gguf file names, later versions by the
+        # kind of its tokenizer.
+        if gguf is not None and not _splittings():
+            mend = f"install transformers 5.18 or later, this is {transformers.__version__}"
         raise UserError(
-            f"the tokenizer in {where} cannot be read ({first_line(error)}): copy its files again"
+            f"the tokenizer in {where} cannot be read ({first_line(error)}): {mend}"
         ) from error
 
 
@@ -59,29 +66,34 @@ def _gguf_tokenizer(folder: Path, name: str, config: PretrainedConfig) -> PreTra
         number = getattr(config, f"{kind}_token_id", None)
         if number is not None:
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
-    restore_splitting(tokenizer, folder / name)
+    restore_byte_level(tokenizer, folder / name)
     return tokenizer
 
 
-def restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Split text as the file says, if transformers has not done so."""
+def restore_byte_level(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Give a byte-level tokenizer what the .gguf file says of it and transformers has not taken."""
     # Only here: that format's package is read for nothing else.
     from gptq.files.gguf_file import read_header
 
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            GGUF_PRE_TOKENIZER_SPLITS as splits,
-        )
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import set_split_regex
-    # Older versions, 5.17 among them, have no table of splittings.
-    except ImportError:
-        splits = {}
     values = read_header(path).metadata
+    if values.get("tokenizer.ggml.model") != "gpt2":
+        return
+    splits = _splittings()
+    if not splits:
+        # transformers 5.17 makes LLaMA's from parts of sentencepiece's: the decoder drops a leading
+        # space.
+        backend = tokenizer.backend_tokenizer
+        backend.model.byte_fallback = False
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
     name = str(values.get("tokenizer.ggml.pre", "default"))
-    if values.get("tokenizer.ggml.model") != "gpt2" or name in ("default", *_LIKE_GPT2, *splits):
+    if name in ("default", *_LIKE_GPT2, *splits):
         return
     known_as = _KNOWN_AS.get(name)
     if known_as in splits:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import set_split_regex
+
         set_split_regex(tokenizer, {"pre_tokenizer_type": known_as})
         return
     warnings.warn(
@@ -90,6 +102,15 @@ def restore_splitting(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
         "llama.cpp",
         stacklevel=2,
     )
+
+
+def _splittings() -> Container[str]:
+    """The names of splittings that transformers knows: none before 5.18."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return {}
+    return GGUF_PRE_TOKENIZER_SPLITS
 
 
 def _folder_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from helpers.gguf_models import (
     dense,
     logits,
     make_tiny,
+    needs_tokenizer,
     with_scaled_positions,
     write_dense,
 )
@@ -103,6 +104,7 @@ def test_names_are_those_of_the_gguf_package(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", QUIRKS)
 def test_packed_layers_of_other_architectures(arch, tmp_path, monkeypatch):
+    needs_tokenizer(arch)
     # An architecture's own splitting is known by its vocabulary, which the test's is not.
     monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
     # Of 64 layers those of two blocks are enough.
@@ -161,6 +163,7 @@ def test_settings_that_llama_cpp_does_not_compute(arch, changes, words, tmp_path
 
 @pytest.mark.parametrize("arch", ["helium", "granite", "phi3", "apertus", "gemma3_text"])
 def test_other_architectures_to_a_folder_and_back(arch, tmp_path, monkeypatch):
+    needs_tokenizer(arch)
     monkeypatch.setattr(gguf_tokenizer, "_splitting", lambda *_: "gpt-2")
     config = QuantConfig(sym=True, method="rtn", group_size=32)
     gptq.quantize(make_tiny(tmp_path / "model", arch), None, config, save=tmp_path / "m.gguf")

@@ -20,6 +20,7 @@ from quant_cuda.cpu import library
 
 RUN = {"nsamples": 4, "seqlen": 32}
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-3}  # activations are rounded to 16 bits on either way
+STEP = {"rtol": 2e-2, "atol": 2e-2}
 TOKENS = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(4))
 # Of every layer its own, so that no two that share an input are alike.
 UNLIKE = {
@@ -80,7 +81,8 @@ def test_compiled_blocks(name, int8, folders, compiled_steps):
     found = one_by_one(model)
     # The first token of a sequence has no cache yet, and transformers computes it.
     assert len(compiled_steps) == 2 * (TOKENS.shape[1] - 1)
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+    # Where an input lies between two of 255 steps, a difference in the last bit is one step.
+    torch.testing.assert_close(found, expected, **(STEP if int8 else TOLERANCE))
     dense, _ = gptq.load(folders[name], device="cpu", dtype="float32")
     hf.PackedQuantizer._dequantize(None, dense, torch.float32)
     error = (found - whole(dense)).abs().max() / found.std()
