@@ -89,8 +89,8 @@ SETTINGS: dict[str, Setting] = {
     for kind in ("asym", "sym")
 }
 LLAMA_CPP_TYPES = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
-# Sizes of others, and none is larger than theirs: W4 g128 takes 4.2144 bits a weight of SmolLM2, whose
-# 576 inputs leave a short last group, W2 g64 2.3264, Q3_K_M of llama.cpp 4.6344, Q4_K_M 5.5344. A
+# Sizes of others, and none is larger: W4 g128 takes 4.2144 bits a weight of SmolLM2, whose 576
+# inputs leave a short last group, W2 g64 2.3264, llama.cpp's Q3_K_M 4.6344 and Q4_K_M 5.5344. A
 # file of mixed widths also names the width of each layer, which takes the rest.
 AVERAGES = {
     "3.5 bits asym": 3.5,
