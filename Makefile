@@ -8,8 +8,9 @@
 #
 # make test-rest        the cases that `make test` leaves out
 # make test-all         every case, in one run
-# make test-installed   what pip installs of the wheel of the source archive, in an empty environment
-# make test-oldest      the same with the oldest of everything that pyproject.toml allows
+# make test-installed   what pip installs of the wheel of the source archive, in an empty environment,
+#                       with the oldest of everything that pyproject.toml allows but torch
+# make test-oldest      the same with the oldest torch, too, and more tests
 # make test-extras      what needs optional packages: serving, adapters, lm-eval; in an environment
 #                       that adds them to this one, made again when pyproject.toml changes
 # make test-slow        the slow cases that compile nothing and take less than three minutes
@@ -55,10 +56,11 @@ test test-rest test-all: venv
 # Each in an environment of its own, with tests that need nothing of the checkout. None of them runs
 # a CUDA kernel: those are compiled for `test` already, and there is no nvcc in BARE. ninja, which
 # compiles the rest, would take the flags of make for its own.
+test-installed: NEWER := torch
 test-installed: WANTED := "$(TORCH)"
 test-installed: EXTRAS := data
-test-installed: FILES := cli/test_run checkpoints/test_convert inference/test_hf
-test-oldest: WANTED = --constraint $(BARE)/floors.txt openai httpx
+test-installed: FILES := cli/test_run checkpoints/test_convert checkpoints/test_gguf_format checkpoints/test_gguf_tokenizer inference/test_hf
+test-oldest: WANTED := openai httpx
 test-oldest: EXTRAS := data,serve,train,report
 test-oldest: FILES := blockwise checkpoints cli data files inference models pipeline/test_blocks project/test_nn serving
 test-oldest: CHOSEN := -m "not slow and not peers" -k "not lm_eval and not of_the_page"
@@ -66,10 +68,10 @@ test-installed test-oldest: BARE = .cache/$@
 test-installed test-oldest: venv
 	@rm -rf $(BARE)
 	@$(PYTHON) -m venv $(BARE)
-	@$(RUN) tests/helpers/floors.py > $(BARE)/floors.txt
+	@$(RUN) tests/helpers/floors.py | grep -v "^$(NEWER)==" > $(BARE)/floors.txt
 	@MAKEFLAGS= CUDA_HOME="$(abspath $(BARE))" $(RUN) -m build --outdir $(BARE)/dist . > $(BARE)/build.log
 	@$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check \
-		$(WANTED) "$$(echo $(BARE)/dist/*.whl)[$(EXTRAS)]" "accelerate>=1.5" "pytest>=8"
+		--constraint $(BARE)/floors.txt $(WANTED) "$$(echo $(BARE)/dist/*.whl)[$(EXTRAS)]" "accelerate>=1.5" "pytest>=8"
 	@cd tests && ../$(BARE)/bin/python -c "import gptq; assert 'site-packages' in gptq.__file__"
 	@cd tests && ../$(BARE)/bin/pytest $(CHOSEN) $(foreach file,$(FILES),$(if $(findstring test_,$(file)),$(file).py,$(file)))
 
