@@ -4,7 +4,6 @@
 helpers/selection.py has the rule. Models, text and compiled kernels are made once a session.
 """
 
-import fcntl
 import os
 from pathlib import Path
 
@@ -146,16 +145,9 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def host_library(request, tmp_path_factory) -> Path:
-    """The CUDA kernels' own source, compiled for the host; once for all processes of a run."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent  # which pytest-xdist's processes share
-    library = folder / "emulated" / "emulated.so"
-    library.parent.mkdir(exist_ok=True)
-    with (library.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return library if library.exists() else emulated.build(library.parent, emulated.KERNELS)
+def host_library() -> Path:
+    """The CUDA kernels' own source, compiled for the host."""
+    return emulated.library()
 
 
 @pytest.fixture(params=["llama", "bloom"])

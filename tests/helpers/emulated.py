@@ -1,5 +1,7 @@
 """CUDA source as libraries for the host, under cuda_emulation.h, and a GPU's where there is one."""
 
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from quant_cuda.cuda import kernels, layout
 
 HERE = Path(__file__).parent
 KERNELS = sorted((HERE.parents[1] / "quant_cuda" / "csrc" / "cuda").glob("*.cu"))
+CACHE = HERE.parents[1] / ".cache" / "emulated"
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-x", "c++"]
@@ -46,6 +49,36 @@ def build(
         [COMPILER, "-shared", *extra, *made, *map(str, objects), "-o", str(library)], check=True
     )
     return library
+
+
+def library() -> Path:
+    """All kernels as one library beside their objects, kept in .cache until their source changes.
+
+    Of several processes that ask for it one compiles.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = CACHE / _digest()
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            for other in CACHE.iterdir():
+                if other.is_dir():
+                    shutil.rmtree(other)
+            # A folder with this name is whole.
+            unfinished = CACHE / "unfinished"
+            build(unfinished, KERNELS)
+            unfinished.rename(folder)
+    return folder / "emulated.so"
+
+
+def _digest() -> str:
+    """Of everything that the library is made from."""
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    found = hashlib.sha256(version + " ".join([COMPILER, *FLAGS]).encode())
+    headers = [*KERNELS[0].parents[1].rglob("*.[hc]*"), *HERE.glob("*.h")]
+    for path in sorted({*KERNELS, *headers}):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def sanitizer() -> str:

@@ -150,6 +150,22 @@ kernels.matmul(x, short)
 """
 
 
+def test_the_library_is_kept_until_its_source_changes(tmp_path, monkeypatch):
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    source, header = folder / "one.cu", folder.parent / "number.h"
+    source.write_text('#include "../number.h"\nextern "C" int number() { return NUMBER; }\n')
+    monkeypatch.setattr(emulated, "KERNELS", [source])
+    monkeypatch.setattr(emulated, "CACHE", tmp_path / "cache")
+    paths = []
+    for number in (3, 3, 4):
+        header.write_text(f"#define NUMBER {number}\n")
+        paths.append(emulated.library())
+        assert ctypes.CDLL(str(paths[-1])).number() == number
+    assert paths[0] == paths[1] != paths[2]
+    assert not paths[0].exists()
+
+
 def test_no_access_outside_an_array(tmp_path):
     """Under AddressSanitizer, which must stop a product whose weight is a block short."""
     library = emulated.build(tmp_path, emulated.KERNELS, sanitize=True)
