@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,13 +90,17 @@ def made(llama_dir, text_file, tmp_path_factory):
 
 
 def command(script, *argv, cwd, **kwargs):
-    """A real process, as a user starts it."""
+    """A real process, as a user starts it, with the package that is tested: that of the script's
+    folder, or what pip has installed."""
+    installed = Path(gptq.__file__).parents[1] != ROOT
     return subprocess.Popen(
         [sys.executable, ROOT / script, *map(str, argv)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Python 3.10 knows no such variable, and imports from the script's folder.
+        env={**os.environ, **({"PYTHONSAFEPATH": "1"} if installed else {})},
         # Python leaves SIGINT alone where its parent ignores it, as shells in the background do.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **kwargs,
