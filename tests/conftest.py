@@ -18,9 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import gptq
 from quant_cuda.cpu import decoder_block
 
 ROOT = Path(__file__).parent.parent
+# Where the package that is tested lies: the checkout, or what pip has installed.
+PACKAGES = Path(gptq.__file__).parents[1]
 WORDS = "the cat sat on a mat and saw that one dog run over hills while rain fell in the night"
 
 # Nothing a test does may reach for a model hub.

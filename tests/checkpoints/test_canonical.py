@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, bloom_config, llama_config, make_model
+from conftest import PACKAGES, bloom_config, llama_config, make_model
 from safetensors.torch import load_file
 
 import gptq
@@ -122,7 +122,7 @@ def test_names_and_the_table_agree():
 def test_names_load_nothing_heavy():
     code = "import sys, gptq.checkpoints.names, gptq.cli.arguments; print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=PACKAGES, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
 

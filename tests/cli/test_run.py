@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, llama_config, make_model
+from conftest import PACKAGES, ROOT, llama_config, make_model
 from helpers.logs import without_progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +91,6 @@ def made(llama_dir, text_file, tmp_path_factory):
 def command(script, *argv, cwd, **kwargs):
     """A real process, as a user starts it, with the package that is tested: that of the script's
     folder, or what pip has installed."""
-    installed = Path(gptq.__file__).parents[1] != ROOT
     return subprocess.Popen(
         [sys.executable, ROOT / script, *map(str, argv)],
         cwd=cwd,
@@ -100,7 +98,7 @@ def command(script, *argv, cwd, **kwargs):
         stderr=subprocess.PIPE,
         text=True,
         # Python 3.10 knows no such variable, and imports from the script's folder.
-        env={**os.environ, **({"PYTHONSAFEPATH": "1"} if installed else {})},
+        env={**os.environ, **({"PYTHONSAFEPATH": "1"} if PACKAGES != ROOT else {})},
         # Python leaves SIGINT alone where its parent ignores it, as shells in the background do.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **kwargs,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, llama_config, make_model, make_tokenizer
+from conftest import PACKAGES, ROOT, llama_config, make_model, make_tokenizer
 from helpers.old_tools import PROBE
 
 import gptq
@@ -182,7 +182,7 @@ def test_the_lora_example(folder, tmp_path):
     script = str(ROOT / "examples" / "lora.py")
     done = subprocess.run(
         [sys.executable, script, str(folder), str(records), str(tmp_path / "adapter")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(PACKAGES)},
         capture_output=True,
         text=True,
         check=False,

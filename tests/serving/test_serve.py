@@ -12,7 +12,7 @@ import sys
 import urllib.request
 
 import pytest
-from conftest import ROOT, make_model, make_tokenizer
+from conftest import PACKAGES, make_model, make_tokenizer
 from transformers import OPTConfig
 
 from gptq import serve
@@ -109,7 +109,7 @@ def test_it_tells_how_to_ask_and_ends_on_ctrl_c(folder):
     """In the middle of an answer."""
     process = subprocess.Popen(
         [sys.executable, "-m", "gptq.serve", str(folder), "--port", "0", "--device", "cpu"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(PACKAGES)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
