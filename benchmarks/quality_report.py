@@ -15,6 +15,8 @@ from benchmarks.quality.results import RESULTS, Result, read_results
 from gptq.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+# Rows at the sizes of llama.cpp's types, all of them of one machine, which may be another.
+SIZES = RESULTS.with_name("quality-sizes.jsonl")
 PAGE = ROOT / "docs" / "algorithm.md"
 MODELS = ("smollm2", "llama-tiny", "bloom-tiny")
 COLUMNS = {"wiki": "gap, encyclopedia", "c4": "gap, web pages", "held out": "gap"}
@@ -101,12 +103,16 @@ def _gaps(row: Result, digits: int) -> list[str]:
     return [f"{gap:.{digits}f}" for gap in row.gaps.values()]
 
 
-def pages(results: Sequence[Result]) -> dict[Path, dict[str, str]]:
-    """The parts of each page. Raises UserError if a model or a row of a README is not there."""
+def pages(results: Sequence[Result], sizes: Sequence[Result]) -> dict[Path, dict[str, str]]:
+    """The parts of each page. Raises UserError if a model or a row of a README is not there.
+
+    sizes: the rows of SIZES.
+    """
     of_model = {name: [row for row in results if row.model == name] for name in MODELS}
     if missing := [name for name, rows in of_model.items() if not rows]:
         raise UserError(f"has no rows of {missing[0]}")
     made = {PAGE: {f"quality of {name}": quality_table(rows) for name, rows in of_model.items()}}
+    made[PAGE]["quality at the sizes of llama.cpp"] = quality_table(sizes)
     for front in (ENGLISH, CHINESE):
         made[front.path] = {
             f"quality at {part}": front_table(of_model["smollm2"], setting, front)
@@ -120,7 +126,7 @@ def main(arguments: list[str]) -> int:
     try:
         if not path.exists():
             raise UserError("is not there")
-        for page, parts in pages(read_results(path)).items():
+        for page, parts in pages(read_results(path), read_results(SIZES)).items():
             write(page, parts)
             print(f"{page}: written from {path}")
     except (OSError, ValueError, TypeError, UserError) as error:

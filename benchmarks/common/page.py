@@ -20,11 +20,12 @@ def updated(path: Path, parts: Mapping[str, str]) -> str:
     """
     page = path.read_text(encoding="utf-8")
     for name, text in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise UserError(f"{path}: has no part '{name}'; put it between {begin!r} and {end!r}")
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = page.partition(begin)
-        page = before + begin + text + end + rest.partition(end)[2]
+        _, _, after = rest.partition(end)
+        if page.count(begin) != 1 or rest.count(end) != 1:
+            raise UserError(f"{path}: has no part '{name}'; put it between {begin!r} and {end!r}")
+        page = before + begin + text + "\n" + end + after
     return page
 
 

@@ -14,14 +14,15 @@ ROW = Result("smollm2", "W4 g128 asym", "default", {"wiki": 0.0876, "c4": 0.07},
 
 
 def test_the_pages_are_what_the_results_make_of_them():
-    pages = quality_report.pages(read_results(RESULTS))
+    pages = quality_report.pages(read_results(RESULTS), read_results(quality_report.SIZES))
     assert {path.name for path in pages} == {"algorithm.md", "README.md", "README.zh.md"}
     for path, parts in pages.items():
         assert page.updated(path, parts) == path.read_text(encoding="utf-8")
 
 
-def test_every_row_says_what_made_it():
-    rows = read_results(RESULTS)
+@pytest.mark.parametrize("path", [RESULTS, quality_report.SIZES])
+def test_every_row_says_what_made_it(path):
+    rows = read_results(path)
     assert not [row.key for row in rows if UNKNOWN in (row.version, row.machine)]
     assert len({row.machine for row in rows}) == 1
 
