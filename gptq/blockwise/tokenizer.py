@@ -1,7 +1,7 @@
 """The tokenizer of a model's folder or .gguf file, with the quirks of each."""
 
 import warnings
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def restore_byte_level(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     )
 
 
-def _splittings() -> Container[str]:
+def _splittings() -> Collection[str]:
     """The names of splittings that transformers knows: none before 5.18."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
