@@ -60,7 +60,7 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "gptq.data": ("torch", "datasets", "pyarrow", "jinja2"),
     "gptq.nn": ("torch",),
     "gptq.solver": ("torch",),
-    "gptq.blockwise": ("torch", "transformers", "huggingface_hub", "gguf", "numpy"),
+    "gptq.blockwise": ("torch", "transformers", "tokenizers", "huggingface_hub", "gguf", "numpy"),
     "gptq.tuning": ("torch",),
     "gptq.pipeline": ("torch", "transformers"),
     "gptq.checkpoints": ("torch", "transformers", "gguf"),
