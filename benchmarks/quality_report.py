@@ -15,7 +15,7 @@ from benchmarks.quality.results import RESULTS, Result, read_results
 from gptq.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-# Rows at the sizes of llama.cpp's types, all of them of one machine, which may be another.
+# Rows at the sizes of llama.cpp's types and of other grids, all of one machine, maybe another.
 SIZES = RESULTS.with_name("quality-sizes.jsonl")
 PAGE = ROOT / "docs" / "algorithm.md"
 MODELS = ("smollm2", "llama-tiny", "bloom-tiny")
@@ -111,6 +111,8 @@ def pages(results: Sequence[Result], sizes: Sequence[Result]) -> dict[Path, dict
     of_model = {name: [row for row in results if row.model == name] for name in MODELS}
     if missing := [name for name, rows in of_model.items() if not rows]:
         raise UserError(f"has no rows of {missing[0]}")
+    if not sizes:
+        raise UserError(f"has no rows beside it, in {SIZES}")
     made = {PAGE: {f"quality of {name}": quality_table(rows) for name, rows in of_model.items()}}
     made[PAGE]["quality at the sizes of llama.cpp"] = quality_table(sizes)
     for front in (ENGLISH, CHINESE):

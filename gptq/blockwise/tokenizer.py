@@ -79,16 +79,19 @@ def restore_byte_level(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     if values.get("tokenizer.ggml.model") != "gpt2":
         return
     splits = _splittings()
-    if not splits:
-        # transformers 5.17 makes LLaMA's from parts of sentencepiece's: the decoder drops a leading
-        # space.
-        backend = tokenizer.backend_tokenizer
+    backend = tokenizer.backend_tokenizer
+    # transformers 5.17 makes LLaMA's from parts of sentencepiece's: the decoder drops a leading
+    # space.
+    if backend.model.byte_fallback:
         backend.model.byte_fallback = False
         backend.normalizer = None
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     name = str(values.get("tokenizer.ggml.pre", "default"))
     if name in ("default", *_LIKE_GPT2, *splits):
+        return
+    # 5.17 goes by the architecture: text of Qwen's is split by their own rule.
+    if name == "qwen2" and not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         return
     known_as = _KNOWN_AS.get(name)
     if known_as in splits:

@@ -77,3 +77,12 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         assert expected in error
         assert error.count("\n") == 1
     assert not written
+
+
+def test_rows_at_other_sizes_are_missing(tmp_path, capsys, monkeypatch):
+    written = []
+    monkeypatch.setattr(quality_report, "write", lambda *args: written.append(args))
+    monkeypatch.setattr(quality_report, "SIZES", tmp_path / "sizes.jsonl")
+    assert quality_report.main([]) == 2
+    assert "sizes.jsonl" in capsys.readouterr().err
+    assert not written

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from conftest import WORDS, llama_config, make_model
 from gguf import TokenType
-from helpers.gguf_models import GEMMA_PIECES, READS_ALL, sentencepiece_model, write_dense
+from helpers.gguf_models import GEMMA_PIECES, READS_ALL, make_tiny, sentencepiece_model, write_dense
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import gguf_tokenizer_mapping
@@ -175,6 +175,16 @@ def test_a_splitting_is_restored(name, bytes_dir, tmp_path, monkeypatch):
     numbers = {"stablelm2": ["Ġ", *"12345"], "glm4": ["Ġ", "123", "45"]}.get(name, ["Ġ12345"])
     assert pieces[1 : 1 + len(numbers)] == numbers
     assert ("'T" in pieces) == (len(numbers) > 1)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_text_of_qwen_is_split_by_its_own_rule(arch, tmp_path, recwarn):
+    """By every version of transformers: 5.17 goes by the architecture."""
+    write_dense(make_tiny(tmp_path / "model", arch), tmp_path / "m.gguf", "qwen2")
+    tokenizer = open_model(tmp_path / "m.gguf").tokenizer()
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 123 don'T")
+    assert [piece for piece, _ in split] == ["in", "Ġ", *"123", "Ġdon", "'T"]
+    assert not [it for it in recwarn if "splits text before merging" in str(it.message)]
 
 
 @pytest.mark.parametrize("name", ["smollm", "glm4", "llama-bpe"])

@@ -81,8 +81,10 @@ def test_compiled_blocks(name, int8, folders, compiled_steps):
     found = one_by_one(model)
     # The first token of a sequence has no cache yet, and transformers computes it.
     assert len(compiled_steps) == 2 * (TOKENS.shape[1] - 1)
-    # Where an input lies between two of 255 steps, a difference in the last bit is one step.
+    # Where an input lies between two of 255 steps, a difference in the last bit is one step. Few
+    # inputs do.
     torch.testing.assert_close(found, expected, **(STEP if int8 else TOLERANCE))
+    assert torch.isclose(found, expected, **TOLERANCE).double().mean() > 0.98
     dense, _ = gptq.load(folders[name], device="cpu", dtype="float32")
     hf.PackedQuantizer._dequantize(None, dense, torch.float32)
     error = (found - whole(dense)).abs().max() / found.std()
