@@ -18,8 +18,8 @@ import torch
 from benchmarks.common.assets import model_path, text_path
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
-from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
-from gptq.config import EMBEDDING_BITS
+from gptq.checkpoints.embeddings import pack_rows
+from gptq.config import EMBEDDING_BITS, EMBEDDING_GROUP
 from gptq.data.windows import evaluation_windows
 from gptq.errors import UserError
 from gptq.files.lazy import Entry, LazyTensors

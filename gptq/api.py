@@ -6,10 +6,10 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gptq.allocation.target import Target
+from gptq.allocation.target import EMBEDDING_CHOICES, Target
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
-from gptq.config import QuantConfig, Widths
+from gptq.config import DEFAULTS, QuantConfig, Widths
 from gptq.device import calibration_dtype, parse_size, pick_device
 from gptq.errors import UserError
 from gptq.inference import perplexity as evaluation
@@ -79,6 +79,8 @@ def quantize(
     size, average_bits: instead, each layer gets the bits and group size with which the model is
         closest to the full one, so that each file (of a folder, its weight files) has at most
         `size`, such as "3.5GiB", or the layers so many bits a weight, with scales and zero points.
+        For a size, an embedding and a head that are packed get 4 or 8 bits, unless `config` has
+        other bits than the default for them.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
@@ -92,18 +94,23 @@ def quantize(
         resume=resume,
         max_memory=max_memory,
         widths=widths,
-        target=_target(size, average_bits, widths),
+        target=_target(size, average_bits, widths, config),
     )
     return run(open_full(model, device, dtype), job, progress)
 
 
-def _target(size: str | None, bits: float | None, widths: Widths | None) -> Target | None:
+def _target(
+    size: str | None, bits: float | None, widths: Widths | None, config: QuantConfig | None
+) -> Target | None:
     given = [it for it in (size, bits, widths) if it is not None]
     if len(given) > 1:
         raise UserError("size, average_bits and widths exclude each other; give one of them")
     if size is None and bits is None:
         return None
-    return Target(None if size is None else parse_size(size, "size"), bits)
+    if size is None:
+        return Target(bits=bits)
+    is_default = config is None or config.embedding_bits == DEFAULTS["embedding_bits"]
+    return Target(parse_size(size, "size"), embedding_bits=EMBEDDING_CHOICES if is_default else ())
 
 
 def open_full(

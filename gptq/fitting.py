@@ -1,7 +1,8 @@
 """A quantization that has to fit a size: which widths its outputs can hold, and which it takes."""
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.formats import FORMATS
 from gptq.checkpoints.preflight import planned_layers
 from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes
-from gptq.config import QuantConfig, Width, Widths, is_packable, with_width
+from gptq.config import EMBEDDING_GROUP, QuantConfig, Width, Widths, is_packable, with_width
 from gptq.errors import UserError
 from gptq.pipeline.team import Team
 
@@ -28,11 +29,15 @@ class Choice:
     sizes: dict[Width, dict[str, int]]
     """Bytes of each layer in each possible width, by its full name; the most any output takes."""
     budget: int
-    """Bytes of all of them together."""
+    """Bytes of all of them together, and of `ends`."""
     weights: int
+    ends: dict[Width, int] = field(default_factory=dict)
+    """Bytes of the embedding and the head in each possible width, above those in the smallest; none
+    if there is nothing to choose. The width to measure comes first."""
 
     def size(self, name: str, width: Width) -> int:
-        return self.sizes[width][name]
+        """Bytes of a layer; of the embedding, which stands for the head too, as in `ends`."""
+        return self.sizes[width][name] if name in self.sizes.get(width, {}) else self.ends[width]
 
     @property
     def smallest(self) -> dict[str, Width]:
@@ -47,9 +52,17 @@ class Choice:
 
 
 def choice_of(
-    model: BlockwiseModel, config: QuantConfig, target: Target, outputs: Collection[Output]
+    model: BlockwiseModel,
+    config: QuantConfig,
+    target: Target,
+    possible: Mapping[int, Collection[Output]],
 ) -> Choice:
-    """Raises UserError if no width can be written, or if none is small enough."""
+    """What there is to choose from.
+
+    possible: what is written, by the bits of the embedding and the head that there are to choose
+    from. Raises UserError if no width can be written, or if none is small enough.
+    """
+    outputs = next(iter(possible.values()))
     sizes, weights, refused = {}, 0, ""
     for width in target.widths:
         facts = planned_layers(model, with_width(config, width), 16)
@@ -66,13 +79,16 @@ def choice_of(
     names = next(iter(sizes.values()))
     least = sum(min(layers[name] for layers in sizes.values()) for name in names)
     if target.size is not None:
-        fixed = max(fixed_bytes(model, output) for output in outputs)
+        ends = _ends_bytes(model, config, possible)
+        fixed = min(ends.values())
         if target.size < fixed + least:
             raise UserError(
                 f"a size of {_mib(target.size)} is too little; the smallest possible is "
                 f"{_mib(fixed + least)}, of which {_mib(fixed)} are not quantized layers"
             )
-        return Choice(sizes, target.size - fixed, weights)
+        chosen = sorted(ends) if len(ends) > 1 else []
+        above = {Width(bits, EMBEDDING_GROUP): ends[bits] - fixed for bits in chosen}
+        return Choice(sizes, target.size - fixed, weights, above)
     assert target.bits is not None
     if 8 * least > target.bits * weights:
         raise UserError(
@@ -92,13 +108,38 @@ def fitting_widths(
     team: Team,
     progress: Callable[[int, int], None] | None,
 ) -> Widths:
-    """The widths that cost the model least, measured on calibration windows int64 (n, seqlen)."""
-    widths = list(choice.sizes)
-    reference = reference_width(choice.bits)
+    """The widths that cost the model least, measured on calibration windows int64 (n, seqlen).
+
+    If the embedding's and the head's are chosen too, the embedding's name has them.
+    """
+    shared: dict[str, Any] = {"cache": cache, "team": team, "progress": progress}
+    reference, ends = reference_width(choice.bits), list(choice.ends)
     sensitivities = measure(
-        model, windows, config, widths, reference, cache=cache, team=team, progress=progress
+        model, windows, config, list(choice.sizes), reference, ends=ends, **shared
     )
-    return best_widths(sensitivities, widths, choice.size, choice.budget)
+    return best_widths(sensitivities, choice.size, choice.budget)
+
+
+def _ends_bytes(
+    model: BlockwiseModel, config: QuantConfig, possible: Mapping[int, Collection[Output]]
+) -> dict[int, int]:
+    """Bytes of all that is no quantized layer, the most any output takes, by the bits of the
+    embedding and the head. Only bits that can be written, and of equal bytes the most bits."""
+    sizes: dict[int, int] = {}
+    for bits, outputs in sorted(possible.items()):
+        packing = [output for output in outputs if output.embedding_bits == bits]
+        ends = [it for it in planned_layers(model, config, bits) if it.is_end]
+        whole_words = all(it.layer.inputs * bits % 32 == 0 for it in ends)
+        if bits == config.embedding_bits or (whole_words and _end_refusal(ends, packing) is None):
+            sizes[bits] = max(fixed_bytes(model, output) for output in outputs)
+    most = {size: bits for bits, size in sizes.items()}
+    return {bits: size for size, bits in most.items()}
+
+
+def _end_refusal(ends: Sequence[LayerFacts], outputs: Collection[Output]) -> str | None:
+    """Why an output cannot hold the embedding or the head; None if each can."""
+    reasons = (FORMATS[output.format].refuses(end) for output in outputs for end in ends)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _refusal(facts: Sequence[LayerFacts], outputs: Collection[Output]) -> str | None:

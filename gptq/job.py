@@ -1,6 +1,6 @@
 """One quantization as it was asked for: what is written where, on which text, in what size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq import torchrun
@@ -90,6 +90,19 @@ class Job:
     widths: Widths | None = None
     target: Target | None = None
     """Widths are chosen so that the outputs fit this."""
+
+    def with_embedding_bits(self, bits: int) -> "Job":
+        """The same job with so many bits for the embedding and the head, where they are packed."""
+        return replace(self, config=replace(self.config, embedding_bits=bits))
+
+    @property
+    def possible_outputs(self) -> dict[int, list[Output]]:
+        """What is written, by the bits of the embedding and the head that it may have."""
+        chosen = () if self.target is None else self.target.embedding_bits
+        return {
+            bits: self.with_embedding_bits(bits).written
+            for bits in chosen or (self.config.embedding_bits,)
+        }
 
     @property
     def folder_bits(self) -> int:

@@ -2,10 +2,12 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable
-from dataclasses import astuple, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +15,26 @@ from torch import Tensor
 from gptq import torchrun
 from gptq.allocation.sensitivity import probe_bytes
 from gptq.blockwise.activation_cache import ActivationCache
-from gptq.blockwise.activations import batches
+from gptq.blockwise.activations import Activations, batches
 from gptq.blockwise.empty_model import linear
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.rotation import rotated
 from gptq.blockwise.source import ModelSource, max_positions
 from gptq.checkpoints.assembly import from_blocks
+from gptq.checkpoints.canonical import Canonical
 from gptq.checkpoints.embeddings import pack_embeddings
 from gptq.checkpoints.formats import check_layers, default_format, write
 from gptq.checkpoints.preflight import check_before_run, check_gguf, planned_layers
 from gptq.checkpoints.settings import from_config
 from gptq.checkpoints.writing import FOLDER, is_ours
-from gptq.config import Width, Widths
+from gptq.config import EMBEDDING_GROUP, Width
 from gptq.data.windows import calibration_windows, distinct_tokens, text_fingerprint
 from gptq.device import available_memory, parse_size, peak_memory
 from gptq.errors import UserError
 from gptq.fitting import Choice, choice_of, fitting_widths
 from gptq.job import Job
 from gptq.pipeline.blocks import quantize_blocks
+from gptq.pipeline.head import head_hessian, head_solver
 from gptq.pipeline.identity import agreed, identity
 from gptq.pipeline.journal import Journal, shared_journal
 from gptq.pipeline.memory import FIXED, Needs, fits, needs
@@ -41,6 +45,7 @@ from gptq.pipeline.training import Show, train_model
 from gptq.pipeline.training_memory import check_training_fits, with_training
 from gptq.pipeline.widths import check_layers as check_widths
 from gptq.pipeline.widths import complete_widths
+from gptq.solver.hessian import Hessian
 from gptq.tuned_text import identity_of, tuned_text
 from gptq.tuning.streams import TuneWindows, open_streams
 
@@ -73,8 +78,6 @@ def run(
     tuned_on = tuned_text(model, job, windows)
     calibration = _fingerprints(windows, tuned_on)
     needed, in_memory = _needs(model, job, windows, choice, tuned_on)
-    total = len(model.spec.linears) * model.block_count
-    layers = []
     own_identity = identity(model, config, job.widths, **calibration, **_asked(choice))
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(open_team(model.device))
@@ -83,15 +86,13 @@ def run(
             shared_journal(team, job.outputs.paths, declared, job.resume, is_ours)
         )
         cache = None if in_memory else _activation_cache(needed, model.device, journal, team)
-        widths = complete_widths(model, config, job.widths)
+        shared = _Shared(journal, cache, team)
         if choice is not None and windows is not None:
             begun = perf_counter()
-            widths = _chosen_widths(model, windows, job, choice, (journal, cache, team), measuring)
+            job = _with_chosen_widths(model, windows, job, choice, shared, measuring)
             stages.append(("choosing widths", perf_counter() - begun))
-        for layer in quantize_blocks(model, windows, config, journal, cache, team, widths=widths):
-            layers.append(layer)
-            if progress is not None:
-                progress(layer, total)
+        job = replace(job, widths=complete_widths(model, config, job.widths))
+        layers, head = _solve(model, windows, job, shared, progress)
         if tuned_on is not None:
             begun = perf_counter()
             train_model(model, journal, open_streams(model, tuned_on, cache), training)
@@ -100,14 +101,24 @@ def run(
         team.wait()
         writing_started = perf_counter()
         if team.leads:
-            named = {} if job.dataset is None else {"dataset": _utf8_name(job.dataset)}
-            _write(model, replace(job, widths=widths), journal, {**calibration, **named})
+            _write(model, job, journal, calibration, head)
             journal.remove()
     now = perf_counter()
     stages.append(("writing", now - writing_started))
     seconds, peak = now - started, peak_memory(model.device)
     paths = job.outputs.paths
-    return Report(config, tuple(layers), paths, seconds, peak, tuple(stages), warnings=noticed)
+    ends = Width(job.config.embedding_bits, EMBEDDING_GROUP) if choice and choice.ends else None
+    return Report(job.config, tuple(layers), paths, seconds, peak, tuple(stages), noticed, ends)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all stages of a run use."""
+
+    journal: Journal
+    cache: ActivationCache | None
+    """For activations; None: they stay in memory."""
+    team: Team
 
 
 def _checked_choice(model: BlockwiseModel, job: Job) -> Choice | None:
@@ -121,11 +132,14 @@ def _checked_choice(model: BlockwiseModel, job: Job) -> Choice | None:
     job.outputs.check_apart(model_path, job.dataset)
     if job.target is not None and job.dataset is None:
         raise UserError("choosing widths needs DATASET to calibrate on: c4, or a text file")
-    choice = None if job.target is None else choice_of(model, config, job.target, job.written)
+    choice = (
+        None if job.target is None else choice_of(model, config, job.target, job.possible_outputs)
+    )
     widths = job.widths if choice is None else choice.smallest
     widths = complete_widths(model, config, widths)
     check_widths(model, widths)
-    check_before_run(model, _embedding_bits(job), job.outputs.save_dir is not None)
+    ends = {width.bits for width in choice.ends} if choice is not None else set()
+    check_before_run(model, ends | _embedding_bits(job), job.outputs.save_dir is not None)
     if job.outputs.save_dir is not None and job.outputs.format is not None:
         layers_to_be = planned_layers(model, config, job.folder_bits, widths)
         check_layers(job.outputs.format, layers_to_be, model_path)
@@ -146,7 +160,7 @@ def _needs(
     widths = job.widths if choice is None else choice.smallest
     needed = needs(model, job.config, _own_tokens(windows, model.device), widths)
     if choice is not None:
-        more = probe_bytes(model)
+        more = probe_bytes(model, ends=len(choice.ends) > 0)
         needed = replace(needed, activations=needed.activations + more)
     needed = with_training(needed, model, job.config, tuned_on, widths)
     memory = available_memory(model.device) if limit is None else limit
@@ -164,28 +178,56 @@ def _asked(choice: Choice | None) -> dict[str, object]:
     """What decides the widths of a run that chooses them."""
     if choice is None:
         return {}
-    return {"budget": choice.budget, "choice": [astuple(width) for width in choice.sizes]}
+    ends = {"ends": [astuple(width) for width in choice.ends]} if choice.ends else {}
+    return {"budget": choice.budget, "choice": [astuple(it) for it in choice.sizes], **ends}
 
 
-def _chosen_widths(
+def _with_chosen_widths(
     model: BlockwiseModel,
     windows: Tensor,
     job: Job,
     choice: Choice,
-    shared: tuple[Journal, ActivationCache | None, Team],
+    shared: _Shared,
     measuring: Callable[[int, int], None] | None,
-) -> Widths:
-    """The widths of the run: those in its journal, or chosen now and written there."""
-    journal, cache, team = shared
+) -> Job:
+    """The job with the widths in its journal, or those chosen now and written there, and with the
+    bits of the embedding and the head."""
+    journal, team = shared.journal, shared.team
     kept = team.from_leader(journal.widths)
-    if kept is not None:
-        return {name: Width(*width) for name, width in kept.items()}
-    widths = fitting_widths(
-        model, windows, job.config, choice, cache=cache, team=team, progress=measuring
-    )
-    if team.leads:
-        journal.keep_widths({name: astuple(width) for name, width in widths.items()})
-    return widths
+    if kept is None:
+        found = fitting_widths(
+            model, windows, job.config, choice, cache=shared.cache, team=team, progress=measuring
+        )
+        kept = {name: [width.bits, width.group_size] for name, width in found.items()}
+        if team.leads:
+            journal.keep_widths(kept)
+    widths = {name: Width(*width) for name, width in kept.items()}
+    ends = widths.pop(model.spec.embed[0], None)
+    job = replace(job, widths=widths)
+    return job if ends is None else job.with_embedding_bits(ends.bits)
+
+
+def _solve(
+    model: BlockwiseModel,
+    windows: Tensor | None,
+    job: Job,
+    shared: _Shared,
+    progress: Callable[[LayerReport, int], None] | None,
+) -> tuple[list[LayerReport], list[Hessian]]:
+    """Solve all blocks. The reports of their layers, and the statistics of the head's inputs if it
+    is to be solved."""
+    journal, cache, team = shared.journal, shared.cache, shared.team
+    total = len(model.spec.linears) * model.block_count
+    layers: list[LayerReport] = []
+    head: list[Hessian] = []
+    settings: dict[str, Any] = {"widths": job.widths}
+    if _solves_head(model, job):
+        settings["at_end"] = partial(_keep_head, model, job, team, head)
+    for layer in quantize_blocks(model, windows, job.config, journal, cache, team, **settings):
+        layers.append(layer)
+        if progress is not None:
+            progress(layer, total)
+    return layers, head
 
 
 def _embedding_bits(job: Job) -> set[int]:
@@ -195,20 +237,50 @@ def _embedding_bits(job: Job) -> set[int]:
     return files | ({job.folder_bits} if outputs.save_dir else set())
 
 
-def _write(model: BlockwiseModel, job: Job, journal: Journal, meta: dict[str, object]) -> None:
-    """Write every output from the journal's blocks."""
+def _solves_head(model: BlockwiseModel, job: Job) -> bool:
+    """Whether any output has a head of so few bits that rounding it would show."""
+    packed = model.spec.packs_embedding and job.config.method == "gptq"
+    return packed and any(bits < 8 for bits in _embedding_bits(job))
+
+
+def _keep_head(
+    model: BlockwiseModel, job: Job, team: Team, kept: list[Hessian], activations: Activations
+) -> None:
+    """Keep the statistics of the head's inputs, from the activations after the last block."""
+    hessian = head_hessian(model, activations, job.config, team)
+    kept.extend([] if hessian is None else [hessian])
+
+
+def _write(
+    model: BlockwiseModel,
+    job: Job,
+    journal: Journal,
+    calibration: dict[str, object],
+    head: Sequence[Hessian],
+) -> None:
+    """Write every output from the journal's blocks.
+
+    calibration: fingerprints of the texts. head: statistics of the head's inputs, if it is solved.
+    """
     config, outputs = job.config, job.outputs
-    settings = from_config(config, meta, job.widths)
+    named = {} if job.dataset is None else {"dataset": _utf8_name(job.dataset)}
+    settings = from_config(config, {**calibration, **named}, job.widths)
+
+    def with_ends(bits: int) -> Canonical:
+        solves = bits < 8 and len(head) > 0
+        solve = head_solver(head[0], config, bits) if solves else None
+        return pack_embeddings(plain, bits, solve)
+
     plain = from_blocks(model.source, model.module, journal.tensors(), settings, job.widths)
     if outputs.save_dir is not None:
-        packed = pack_embeddings(plain, job.folder_bits)
+        packed = with_ends(job.folder_bits)
         name = outputs.format or default_format(map(packed.facts, packed.layers), FOLDER)
         write(packed, outputs.save_dir, name, container=FOLDER)
     if outputs.gguf is not None:
         write(plain, outputs.gguf, "gguf", container=".gguf")
     files = {".pt": outputs.pt, ".safetensors": outputs.save_safetensors}
     if any(files.values()):
-        packed = pack_embeddings(plain, config.embedding_bits)
+        packed = with_ends(config.embedding_bits)
         for container, path in files.items():
             if path is not None:
                 write(packed, path, "gptq", container=container)

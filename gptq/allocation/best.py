@@ -18,25 +18,24 @@ def reference_width(bits: float) -> Width:
 
 def best_widths(
     sensitivities: Sequence[Sensitivity],
-    widths: Sequence[Width],
     size: Callable[[str, Width], int],
     budget: int,
 ) -> dict[str, Width]:
     """The width of every layer, by its name, that costs the model least within a budget.
 
-    sensitivities: whose losses are those of `widths`. size: bytes of a layer in a width.
+    size: bytes of a layer in a width that its sensitivity has a loss for.
     budget: bytes of all layers together; ValueError if no choice fits.
     """
     items = [
         [
             Option(sum(size(name, width) for name in group.layers), loss)
-            for width, loss in zip(widths, group.losses, strict=True)
+            for width, loss in group.losses.items()
         ]
         for group in sensitivities
     ]
     chosen = choose(items, budget)
     return {
-        name: widths[index]
+        name: list(group.losses)[index]
         for group, index in zip(sensitivities, chosen, strict=True)
         for name in group.layers
     }

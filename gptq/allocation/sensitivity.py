@@ -9,8 +9,9 @@ for the others it is taken to be in proportion to the error of the group's outpu
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from gptq.blockwise.model import Block, BlockwiseModel, free
 from gptq.blockwise.steps import advance, advance_past, finish
 from gptq.config import QuantConfig, Width, with_width
 from gptq.pipeline.blocks import HELD_OUT
+from gptq.pipeline.head import head_hessian, head_solver
 from gptq.pipeline.team import ALONE, Team
 from gptq.solver.compensation import compensate
 from gptq.solver.damping import choose_damping
@@ -36,6 +38,8 @@ ROWS = 128
 HESSIAN_TOKENS = 2**15
 # Tokens of a window whose logits are in memory at once.
 LOGIT_TOKENS = 256
+# Rows of the head that are solved at a time.
+HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class Sensitivity:
     """What a group of layers costs the model at each width."""
 
     layers: tuple[str, ...]
-    """Full names."""
-    losses: tuple[float, ...]
-    """Nats a token, for each of the widths in question."""
+    """Full names. The embedding's stands for the head too."""
+    losses: Mapping[Width, float]
+    """Nats a token."""
 
 
 @torch.no_grad()
@@ -56,6 +60,7 @@ def measure(
     widths: Sequence[Width],
     reference: Width,
     *,
+    ends: Sequence[Width] = (),
     cache: ActivationCache | None = None,
     team: Team = ALONE,
     progress: Callable[[int, int], None] | None = None,
@@ -64,6 +69,8 @@ def measure(
 
     windows: int64 (nsamples, seqlen), the calibration tokens.
     reference: the width whose effect is measured.
+    ends: widths of the embedding and the head, which come last; their effect is measured at the
+        first of them.
     cache: for activations between two uses, by default in memory.
     team: processes that share the groups out; each calls this with all windows.
     progress: called with (blocks done, blocks in all).
@@ -75,6 +82,8 @@ def measure(
     tokens = batches(probed, model.device)
     probe = embed(model, tokens, activations.hidden.empty_like("probe"))
     changed = Activations(probe.hidden.empty_like("changed"), probe.arguments)
+    # What all blocks make of the embedding in the first of `ends`.
+    packed = _embed_rounded(model, tokens, probe, config, ends[:1])
     names: list[tuple[str, ...]] = []
     errors: list[list[float]] = []
     for index in range(model.block_count):
@@ -91,7 +100,8 @@ def measure(
                 _branch_off(probe, changed, other)
             names.append(tuple(f"{block.name}.{name}" for name in group.layers))
         finish(activations, block)
-        probe.through(block)
+        for stream in (probe, *packed):
+            stream.through(block)
         free(block.module)
         if progress is not None:
             progress(index + 1, model.block_count)
@@ -102,13 +112,25 @@ def measure(
     ]
     shares = team.everyones(own)
     losses = [shares[place % team.size][place // team.size] for place in range(len(names))]
-    return [Sensitivity(*both) for both in zip(names, map(tuple, losses), strict=True)]
+    found = [
+        Sensitivity(group, dict(zip(widths, group_losses, strict=True)))
+        for group, group_losses in zip(names, losses, strict=True)
+    ]
+    for stream in packed:
+        # One process decides: the others' sums may differ in their last bits.
+        first = team.everyones(_ends_losses(model, activations, (probe, stream), config, ends))[0]
+        found.append(Sensitivity((model.spec.embed[0],), dict(zip(ends, first, strict=True))))
+    return found
 
 
-def probe_bytes(model: BlockwiseModel) -> int:
-    """Bytes of hidden states that `measure` holds at its end."""
-    streams = 1 + len(model.spec.groups) * model.block_count
-    return streams * PROBE_TOKENS * model.source.config.hidden_size * model.dtype.itemsize
+def probe_bytes(model: BlockwiseModel, ends: bool = False) -> int:
+    """Bytes that `measure` holds at its end: hidden states, and two more heads if it measures the
+    ends."""
+    hidden, heads = model.source.config.hidden_size, 0
+    if ends:
+        heads = 2 * model.source.config.vocab_size * hidden
+    streams = 1 + ends + len(model.spec.groups) * model.block_count
+    return (streams * PROBE_TOKENS * hidden + heads) * model.dtype.itemsize
 
 
 def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +220,59 @@ def _branch_off(probe: Activations, changed: Activations, block: Block) -> None:
     for _, (hidden,), arguments in probe.batches(block):
         output = run_block(block.module, hidden, arguments)
         changed.hidden.put(len(changed.hidden), (output,))
+
+
+def _embed_rounded(
+    model: BlockwiseModel,
+    tokens: Sequence[Tensor],
+    probe: Activations,
+    config: QuantConfig,
+    widths: Sequence[Width],
+) -> list[Activations]:
+    """For each width the tokens' embeddings in that width."""
+
+    def rounded(rows: Tensor, width: Width) -> Tensor:
+        return round_to_nearest(rows, None, with_width(config, width)).dequantize(rows.dtype)
+
+    return [
+        embed(model, tokens, probe.hidden.empty_like("ends"), partial(rounded, width=width))
+        for width in widths
+    ]
+
+
+def _ends_losses(
+    model: BlockwiseModel,
+    activations: Activations,
+    streams: tuple[Activations, Activations],
+    config: QuantConfig,
+    widths: Sequence[Width],
+) -> list[float]:
+    """What the embedding and the head cost the model in each width.
+
+    activations: of the calibration tokens, after the last block.
+    streams: the probe's after the last block, of the full embedding and of that in the first width.
+    """
+    hessian = head_hessian(model, activations, config)
+    assert hessian is not None
+    quick = replace(config, sweeps=1, refine=min(config.refine, 1))
+    solve = head_solver(hessian, quick, widths[0].bits)
+    total, tokens = 0.0, 0
+    with output_layers(model) as logits:
+        head = model.module.get_submodule(model.spec.head)
+        weight: Tensor = head.weight  # type: ignore[assignment]
+        solved = [solve(rows).dequantize(rows.dtype) for rows in weight.split(HEAD_ROWS)]
+        quantized = nn.Parameter(torch.cat(solved), requires_grad=False)
+        for (hidden,), (other,) in zip(*(it.hidden for it in streams), strict=True):
+            tokens += hidden.shape[0] * hidden.shape[1]
+            for start in range(0, hidden.shape[1], LOGIT_TOKENS):
+                part = slice(start, start + LOGIT_TOKENS)
+                head.weight = weight
+                full = logits(hidden[:, part]).float().log_softmax(-1)
+                head.weight = quantized
+                total += divergence(full, logits(other[:, part]))
+        head.weight = weight
+        errors = _relative_errors(weight, hessian.H, config, widths, widths[0])
+    return [total / tokens * error for error in errors]
 
 
 def _divergences(model: BlockwiseModel, probe: Activations, changed: Activations) -> list[float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gptq.config import BITS, Width
 
 GROUP_SIZES = (32, 64, 128)
+EMBEDDING_CHOICES = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Target:
     bits: float | None = None
     """Bits a weight of the quantized layers, with scales and zero points."""
     group_sizes: tuple[int, ...] = GROUP_SIZES
+    embedding_bits: tuple[int, ...] = ()
+    """Of the embedding and the head, to choose from for a size; none: as the settings say."""
 
     @property
     def widths(self) -> list[Width]:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,12 +61,16 @@ def batches(windows: Tensor, device: torch.device) -> list[Tensor]:
 
 
 def embed(
-    model: BlockwiseModel, windows: Sequence[Tensor], cache: ActivationCache | None = None
+    model: BlockwiseModel,
+    windows: Sequence[Tensor],
+    cache: ActivationCache | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Activations:
     """Load the embeddings, run them on batches of windows, and free them.
 
     windows: int64 (batch, seq) each, as from `batches`. cache: for the activations, by default in
         memory.
+    change: what to make of the embedding's rows, (tokens, hidden).
     Of the embedding only the rows of tokens that occur are kept.
     Raises UserError as `check_tokens`.
     """
@@ -77,7 +81,9 @@ def embed(
     used = torch.cat([tokens.unique() for tokens in windows]).unique()
     whole = model.module.get_submodule(first)
     check_tokens(used, whole)
-    replace(model.module, first, _with_rows(whole, _embedding_rows(model, used)))
+    embeddings = _embedding_rows(model, used)
+    embeddings = embeddings if change is None else change(embeddings)
+    replace(model.module, first, _with_rows(whole, embeddings))
     for name in others:
         model.load(name)
     for index, tokens in enumerate(windows):

@@ -1,8 +1,9 @@
-"""The input embedding and the output head as packed integers.
+"""The input embedding and the output head as packed integers, in groups of EMBEDDING_GROUP inputs.
 
-Both are rounded to nearest in groups of EMBEDDING_GROUP inputs, without calibration.
+Both are rounded to nearest, unless the caller solves the head for its inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,34 +11,40 @@ from torch import Tensor
 
 from gptq.checkpoints.canonical import Canonical, with_modules
 from gptq.checkpoints.layouts import PackedLayer
+from gptq.config import EMBEDDING_GROUP
 from gptq.errors import UserError
 from gptq.files.lazy import as_lazy
 from gptq.solver.grid import Grid, find_grid, quantize
+from gptq.solver.solution import Solution
 from quant_cuda.packing import pack, pack_zeros, words_for
 from quant_cuda.weight import group_count
 
-EMBEDDING_GROUP = 64
 # Tokens whose rows are packed at a time. Their zero points fill whole words.
 _CHUNK = 4096
 
+Solve = Callable[[Tensor], Solution]
+"""Quantizes rows of the head, float32 (n, in), in the bits and groups that they are packed in."""
 
-def pack_embeddings(canonical: Canonical, bits: int) -> Canonical:
+
+def pack_embeddings(canonical: Canonical, bits: int, solve: Solve | None = None) -> Canonical:
     """The same model, the embedding and the head packed; itself if `bits` is 16, and for an
     architecture that cannot pack them.
 
-    The packed ones are in memory. A tied head has no tensor of its own: the embedding's serve both.
-    Raises UserError as `pack_rows`.
+    solve: for the head; without it both are rounded.
+    The packed ones are in memory. A tied head has no tensor of its own: the embedding's serve both,
+    and are those of the head. Raises UserError as `pack_rows`.
     """
     if bits == 16 or not canonical.source.spec.packs_embedding:
         return canonical
     spec, sym = canonical.source.spec, canonical.settings.sym
     modules, packed = {}, {}
+    head = spec.head if f"{spec.head}.weight" in canonical.tensors else spec.embed[0]
     for name in (spec.embed[0], spec.head):
         if f"{name}.weight" not in canonical.tensors:
             continue
         weight = canonical.tensors[f"{name}.weight"]
         outputs, inputs = weight.shape
-        made = as_lazy(pack_rows(name, weight, bits, sym))
+        made = as_lazy(pack_rows(name, weight, bits, sym, solve if name == head else None))
         keys = ("qweight", "qzeros", "scales")
         modules[name] = {key: made.entry(f"{name}.{key}") for key in keys}
         groups = group_count(inputs, EMBEDDING_GROUP)
@@ -49,9 +56,12 @@ def pack_embeddings(canonical: Canonical, bits: int) -> Canonical:
     return replace(canonical, tensors=tensors, layers=tuple(ordered))
 
 
-def pack_rows(name: str, weight: Tensor, bits: int, sym: bool) -> dict[str, Tensor]:
+def pack_rows(
+    name: str, weight: Tensor, bits: int, sym: bool, solve: Solve | None = None
+) -> dict[str, Tensor]:
     """`qweight`, `qzeros` and `scales` of a layer `name` with this weight, floating (out, in).
 
+    solve: instead of rounding to nearest.
     Zero points are stored as they are ("gptq_v2"); there is no g_idx. Raises UserError if `in`
     does not fill whole words, and for a weight that is not finite.
     """
@@ -65,7 +75,13 @@ def pack_rows(name: str, weight: Tensor, bits: int, sym: bool) -> dict[str, Tens
         rows = weight[start : start + _CHUNK]
         if not bool(torch.isfinite(rows).all()):
             raise UserError(f"{name}: holds NaN or infinity; the model is damaged, fetch it again")
-        q, zeros, chunk_scales = _round(rows.T.float().contiguous(), bits, sym)
+        if solve is None:
+            q, zeros, chunk_scales = _round(rows.T.float().contiguous(), bits, sym)
+        else:
+            solution = solve(rows.float())
+            q, zeros, chunk_scales = (
+                it.cpu() for it in (solution.q, solution.zeros, solution.scales)
+            )
         columns, word = slice(start, start + len(rows)), start * bits // 32
         qweight[:, columns] = pack(q, bits)
         zero_words = pack_zeros(zeros, bits, zero_offset=0)

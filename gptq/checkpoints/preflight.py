@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource
 from gptq.checkpoints.canonical import LayerFacts
-from gptq.checkpoints.embeddings import EMBEDDING_GROUP, check_rows
+from gptq.checkpoints.embeddings import check_rows
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
-from gptq.config import DEFAULTS, QuantConfig, Widths, config_of_layer
+from gptq.config import DEFAULTS, EMBEDDING_GROUP, QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import LazyTensors
 from quant_cuda.weight import group_count

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from gptq.blockwise import empty_model
 from gptq.blockwise.model import BlockwiseModel
 from gptq.checkpoints.canonical import LayerFacts
-from gptq.checkpoints.embeddings import EMBEDDING_GROUP
 from gptq.checkpoints.layouts import PackedLayer
+from gptq.config import EMBEDDING_GROUP
 from quant_cuda.weight import group_count
 
 # What a file takes for each tensor besides its values, at most: its name and shape, in a zip

@@ -59,6 +59,8 @@ def totals_table(report: Report) -> Table:
     table.add_row("layers", str(count))
     if len(report.widths) > 1:
         table.add_row("widths", ", ".join(f"{it} ({n} layers)" for it, n in report.widths.items()))
+    if report.embedding is not None:
+        table.add_row("embedding and head", str(report.embedding))
     table.add_row("mean loss", f"{sum(x.loss for x in report.layers) / count:.3e} of the output")
     table.add_row("mean loss of rounding", f"{sum(x.rtn_loss for x in report.layers) / count:.3e}")
     kept, rows = sum(x.kept_rtn for x in report.layers), sum(x.rows for x in report.layers)

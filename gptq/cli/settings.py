@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptq.allocation.target import GROUP_SIZES, Target
+from gptq.allocation.target import EMBEDDING_CHOICES, GROUP_SIZES, Target
 from gptq.checkpoints.names import GGUF_GROUP
 from gptq.config import BITS, DEFAULTS, FULL_MODEL, QUALITIES, SETTINGS, QuantConfig, Setting
 from gptq.errors import SettingError, UserError
@@ -84,7 +84,9 @@ def target_from(arguments: argparse.Namespace) -> Target | None:
     # Imports torch.
     from gptq.device import parse_size
 
-    return Target(parse_size(arguments.size, "--size"), group_sizes=sizes)
+    fixed_ends = arguments.embedding_bits is not None or arguments.plain
+    ends = () if fixed_ends else EMBEDDING_CHOICES
+    return Target(parse_size(arguments.size, "--size"), group_sizes=sizes, embedding_bits=ends)
 
 
 def _help(field: str, setting: Setting) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -37,6 +37,7 @@ def quantize_blocks(
     cache: ActivationCache | None = None,
     team: Team = ALONE,
     widths: Widths | None = None,
+    at_end: Callable[[Activations], None] | None = None,
 ) -> Iterator[LayerReport]:
     """Solve every linear layer of every block and write each finished block to the journal.
 
@@ -46,6 +47,7 @@ def quantize_blocks(
     journal: read and written by the first process alone.
     team: the processes that share the run; each calls this.
     widths: of layers that do not have the bits and group size of `config`.
+    at_end: given the quantized model's activations after the last block.
     One block's weights are in memory at a time. Blocks that the journal holds already are only
     run. Yields a report a layer.
     Raises UserError for a layer whose weights or inputs are not finite or cannot be packed, and
@@ -79,6 +81,8 @@ def quantize_blocks(
             if team.leads:
                 journal.write(index, packed, [asdict(report) for report in reports], weights)
         free(block.module)
+    if at_end is not None:
+        at_end(activations)
 
 
 def _agreed_digest(block: Block, team: Team) -> str:
@@ -226,7 +230,7 @@ def _solve_group(
     weight = layers[0].weight if len(layers) == 1 else torch.cat([it.weight for it in layers])
     own, config = run.team.outputs(len(weight)), run.config_of(block, names[0])
     if hessian is not None:
-        _check_inputs(f"{block.name}.{names[0]}", hessian)
+        check_inputs(f"{block.name}.{names[0]}", hessian)
     try:
         if hessian is None:
             solution = solve_layer(weight[own], None, config)
@@ -257,7 +261,8 @@ def _replace_weight(layer: nn.Linear, solution: Solution) -> dict[str, Tensor]:
     return {key: tensor.cpu().contiguous() for key, tensor in packed.state_dict().items()}
 
 
-def _check_inputs(name: str, hessian: Hessian) -> None:
+def check_inputs(name: str, hessian: Hessian) -> None:
+    """Raise UserError if the inputs of a layer `name` were not finite."""
     if not bool(torch.isfinite(hessian.H).all()):
         raise UserError(
             f"{name}: its inputs hold NaN or infinity; the model is damaged, or --dtype float32 "

@@ -45,6 +45,8 @@ class Report:
     """Seconds of what came before and after the layers, by name."""
     warnings: tuple[str, ...] = ()
     """What was noticed before the run that can spoil its result."""
+    embedding: Width | None = None
+    """Of the embedding and the head, if it was chosen for a size."""
 
     @property
     def widths(self) -> dict[Width, int]:

@@ -166,3 +166,75 @@ def test_one_way_of_saying_widths(llama_dir, text_file, tmp_path):
     with pytest.raises(UserError, match="exclude each other"):
         gptq.quantize(llama_dir, text_file, widths=widths, average_bits=3.5, save=tmp_path / "m.pt")
     assert api.Job(CONFIG, api.Outputs(tmp_path / "m.pt"), text_file).target is None
+
+
+# The embedding and the head -----------------------------------------------------------------------
+
+
+def ends_of(folder, path):
+    """Bits of the embedding of a loaded model."""
+    model, _ = gptq.load(folder, path)
+    return model.get_input_embeddings().bits
+
+
+@pytest.mark.parametrize("fixture", ["llama_dir", "bloom_dir"])
+def test_the_embedding_gets_what_the_size_allows(fixture, request, text_file, tmp_path):
+    folder = request.getfixturevalue(fixture)
+    outputs = {"save": tmp_path / "m.pt"}
+    least = least_size(folder, text_file, outputs)
+    fixed = QuantConfig(embedding_bits=16)
+    assert least < least_size(folder, text_file, outputs, fixed)
+    report = gptq.quantize(folder, text_file, size=f"{int(least * 1.01)}B", **outputs, **RUN)
+    assert report.embedding == Width(4, 64)
+    assert ends_of(folder, outputs["save"]) == 4
+    assert weight_bytes(outputs["save"]) <= least * 1.01
+    report = gptq.quantize(folder, text_file, size="10MiB", save=tmp_path / "large.pt", **RUN)
+    assert report.embedding == Width(8, 64)
+    assert ends_of(folder, tmp_path / "large.pt") == 8
+
+
+@pytest.mark.parametrize(("flags", "bits"), [("--embedding-bits 8", 8), ("--plain", None)])
+def test_what_is_asked_for_is_not_chosen(flags, bits, llama_dir, text_file, tmp_path, capsys):
+    path = tmp_path / "m.pt"
+    with_choice = least_size(llama_dir, text_file, {"save": path})
+    argv = [str(llama_dir), str(text_file), *flags.split(), "--save", str(path)]
+    argv += ["--nsamples", "8", "--seqlen", "32", "--size"]
+    assert main(LLAMA, [*argv, f"{int(with_choice * 1.01)}B"]) == 2
+    assert "smallest possible is" in capsys.readouterr().err
+    assert main(LLAMA, [*argv, "1MiB"]) == 0
+    assert "embedding and head" not in capsys.readouterr().out
+    assert getattr(gptq.load(llama_dir, path)[0].get_input_embeddings(), "bits", None) == bits
+
+
+@pytest.mark.parametrize("outputs", [{"save": "m.gguf"}, {"save_dir": "folder"}])
+def test_ends_that_no_output_packs_are_not_chosen(outputs, llama_dir, text_file, tmp_path):
+    outputs = {key: tmp_path / name for key, name in outputs.items()}
+    report = gptq.quantize(
+        llama_dir, text_file, QuantConfig(sym=True), size="1MiB", **outputs, **RUN
+    )
+    assert report.embedding is None
+
+
+def test_a_stopped_run_goes_on_with_the_embedding_it_chose(
+    llama_dir, text_file, tmp_path, monkeypatch
+):
+    least = least_size(llama_dir, text_file, {"save": tmp_path / "m.pt"})
+    settings = {"size": f"{int(least * 1.02)}B", **RUN}
+    gptq.quantize(llama_dir, text_file, save=tmp_path / "whole.pt", **settings)
+
+    def stop(layer, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", progress=stop, **settings)
+    monkeypatch.setattr("gptq.quantization.fitting_widths", None)
+    gptq.quantize(llama_dir, text_file, save=tmp_path / "m.pt", resume=True, **settings)
+    assert (tmp_path / "m.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+def test_the_table_says_what_the_embedding_got(llama_dir, text_file, tmp_path, capsys):
+    argv = [str(llama_dir), str(text_file), "--size", "1MiB", "--save", str(tmp_path / "m.pt")]
+    assert main(LLAMA, [*argv, "--nsamples", "8", "--seqlen", "32"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "embedding and head" in line]
+    assert len(lines) == 1
+    assert "8 bit g64" in lines[0]

@@ -13,8 +13,8 @@ from gptq import hf
 from gptq.api import open_weights, perplexity
 from gptq.blockwise.model import free
 from gptq.checkpoints.compatibility import facts, lines
-from gptq.checkpoints.embeddings import EMBEDDING_GROUP, pack_rows
-from gptq.config import QuantConfig
+from gptq.checkpoints.embeddings import pack_rows
+from gptq.config import EMBEDDING_GROUP, QuantConfig
 from gptq.convert import convert
 from gptq.errors import UserError
 from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
