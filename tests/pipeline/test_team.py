@@ -41,7 +41,7 @@ def quantize(folder, text, path, config=CONFIG, widths=None):
     [
         ("llama_dir", 64, CONFIG, {"model.layers.0.mlp.down_proj": Width(4, -1)}),
         # One batch: the second process has nothing to run, and solves its rows all the same.
-        ("bloom_dir", 4096, QuantConfig(bits=4, group_size=32), None),
+        ("bloom_dir", 4096, QuantConfig(bits=4, group_size=32, embedding_bits=4), None),
     ],
 )
 def test_two_processes_do_what_one_does(
