@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,8 @@ def run(
     calibration = _fingerprints(windows, tuned_on)
     needed, in_memory = _needs(model, job, windows, choice, tuned_on)
     own_identity = identity(model, config, job.widths, **calibration, **_asked(choice))
+    layers: list[LayerReport] = []
+    head: list[Hessian] = []
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(open_team(model.device))
         declared = agreed(team.everyones(own_identity))
@@ -92,7 +94,10 @@ def run(
             job = _with_chosen_widths(model, windows, job, choice, shared, measuring)
             stages.append(("choosing widths", perf_counter() - begun))
         job = replace(job, widths=complete_widths(model, config, job.widths))
-        layers, head = _solve(model, windows, job, shared, progress)
+        for layer in _solved_layers(model, windows, job, shared, head):
+            layers.append(layer)
+            if progress is not None:
+                progress(layer, len(model.spec.linears) * model.block_count)
         if tuned_on is not None:
             begun = perf_counter()
             train_model(model, journal, open_streams(model, tuned_on, cache), training)
@@ -103,12 +108,11 @@ def run(
         if team.leads:
             _write(model, job, journal, calibration, head)
             journal.remove()
-    now = perf_counter()
-    stages.append(("writing", now - writing_started))
-    seconds, peak = now - started, peak_memory(model.device)
-    paths = job.outputs.paths
+    stages.append(("writing", perf_counter() - writing_started))
+    seconds, peak = perf_counter() - started, peak_memory(model.device)
     ends = Width(job.config.embedding_bits, EMBEDDING_GROUP) if choice and choice.ends else None
-    return Report(job.config, tuple(layers), paths, seconds, peak, tuple(stages), noticed, ends)
+    more: dict[str, Any] = {"stages": tuple(stages), "warnings": noticed, "embedding": ends}
+    return Report(job.config, tuple(layers), job.outputs.paths, seconds, peak, **more)
 
 
 @dataclass(frozen=True)
@@ -207,27 +211,18 @@ def _with_chosen_widths(
     return job if ends is None else job.with_embedding_bits(ends.bits)
 
 
-def _solve(
+def _solved_layers(
     model: BlockwiseModel,
     windows: Tensor | None,
     job: Job,
     shared: _Shared,
-    progress: Callable[[LayerReport, int], None] | None,
-) -> tuple[list[LayerReport], list[Hessian]]:
-    """Solve all blocks. The reports of their layers, and the statistics of the head's inputs if it
-    is to be solved."""
-    journal, cache, team = shared.journal, shared.cache, shared.team
-    total = len(model.spec.linears) * model.block_count
-    layers: list[LayerReport] = []
-    head: list[Hessian] = []
-    settings: dict[str, Any] = {"widths": job.widths}
+    head: list[Hessian],
+) -> Iterator[LayerReport]:
+    """Solve all blocks. `head` gets the statistics of the head's inputs if it is to be solved."""
+    settings: dict[str, Any] = {"cache": shared.cache, "team": shared.team, "widths": job.widths}
     if _solves_head(model, job):
-        settings["at_end"] = partial(_keep_head, model, job, team, head)
-    for layer in quantize_blocks(model, windows, job.config, journal, cache, team, **settings):
-        layers.append(layer)
-        if progress is not None:
-            progress(layer, total)
-    return layers, head
+        settings["at_end"] = partial(_keep_head, model, job, shared.team, head)
+    return quantize_blocks(model, windows, job.config, shared.journal, **settings)
 
 
 def _embedding_bits(job: Job) -> set[int]:

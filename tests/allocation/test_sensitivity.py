@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from gptq import QuantConfig, api
 from gptq.allocation import sensitivity
-from gptq.allocation.sensitivity import divergence, measure, probe_bytes
+from gptq.allocation.losses import divergence
+from gptq.allocation.sensitivity import measure, probe_bytes
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.config import Width
 from gptq.data.windows import calibration_windows

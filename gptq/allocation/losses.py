@@ -1,0 +1,59 @@
+"""What a change costs a model: by its next-token distribution, and by the error of a layer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptq.config import QuantConfig, Width, with_width
+from gptq.solver.layer import round_to_nearest
+
+# Outputs of a group that are rounded to know the error of a width that is not measured.
+ROWS = 128
+# Tokens of a window whose logits are in memory at once.
+LOGIT_TOKENS = 256
+
+
+def divergence(full: Tensor, logits: Tensor) -> float:
+    """The sum over tokens of the KL divergence from one distribution to another, in nats.
+
+    full: logarithms of probabilities, float32 (..., vocabulary). logits: of the other distribution,
+    floating, of the same shape.
+    """
+    # ---------------------------------------------------------------------------------------------
+    # Why not entropy and cross entropy: their difference is small, and the rounding of both large
+    # sums is -2e-4 nats for the logits of a real model, as much as what 4 bits cost a layer. Here
+    # each term is at least 0; exp(d) - 1 counts what rounding leaves of the sums of probabilities,
+    # so that it does not show in first order.
+    # ---------------------------------------------------------------------------------------------
+    less = logits.float().log_softmax(-1).sub_(full)
+    terms = less.expm1().sub_(less).mul_(full.exp())
+    return float(terms.sum(dtype=torch.float64))
+
+
+def relative_errors(
+    weight: Tensor, H: Tensor, config: QuantConfig, widths: Sequence[Width], reference: Width
+) -> list[float]:
+    """The output's mean squared error for each width, as a share of that for the reference.
+
+    The share of its bits, at the reference's group size, times the share of its group size. Of
+    plain rounding, for which H need not be factored: the solve lowers the errors of all widths by
+    nearly the same factor (within 10% of it for 12 groups of SmolLM2, mostly 3%). Of ROWS of the
+    outputs, which tell it for all: they share the inputs and the shape.
+    """
+    count = min(ROWS, len(weight))
+    sample = weight[torch.arange(count, device=weight.device) * len(weight) // count]
+    losses: dict[Width, float] = {}
+
+    def share(width: Width) -> float:
+        for each in (width, reference):
+            if each not in losses:
+                solution = round_to_nearest(sample, H, with_width(config, each))
+                losses[each] = float(solution.loss.sum())
+        return losses[width] / max(losses[reference], torch.finfo(torch.float32).tiny)
+
+    return [
+        share(Width(width.bits, reference.group_size))
+        * share(Width(reference.bits, width.group_size))
+        for width in widths
+    ]
