@@ -104,7 +104,8 @@ def table(rows: Sequence[Row]) -> str:
     """Of two rows for the same file the later counts."""
     last = {(row.setting, row.how): row for row in rows}
     lines = []
-    for row in (last[setting, how] for setting in SETTINGS for how in (UNIFORM, CHOSEN)):
+    order = [(setting, how) for setting in SETTINGS for how in (UNIFORM, CHOSEN)]
+    for row in (last[key] for key in order if key in last):
         widths = ", ".join(f"{count} of {width}" for width, count in row.layers.items())
         cells = [row.setting, row.how, f"{row.size / 1e6:.1f}"]
         cells += [f"{gap:.3f}" for gap in row.gaps.values()]

@@ -44,6 +44,7 @@ def test_the_table_has_the_latest_rows():
     lines = table(rows).splitlines()
     assert len(lines) == 2 + 6
     assert lines[2] == "| W4 g128 | uniform | 85.9 | 0.100 | 0.072 | 8 | 210 of 4 bit g128 | 150 |"
+    assert len(table(rows[:1]).splitlines()) == 3
     assert "| 4 | 2 of 4 bit g64, 1 of 3 bit g32 |" in lines[5]
 
 
