@@ -54,6 +54,8 @@ class Row:
 
 def measure(settings: Sequence[str], cache: Path) -> Iterator[Row]:
     """Two files for each setting: uniform, and of as many bytes."""
+    if not settings:
+        return
     model = subject("smollm2", cache)
     evaluation = windows_of(model)[1]
     full = log_perplexities(model.folder, None, evaluation, device="cpu", dtype="float32")
@@ -125,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS, metavar="NAME")
     parser.add_argument("--results", type=Path, default=SIZES, help="file to add to")
+    # Without a name after --settings only the table is made.
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     args = parser.parse_args(arguments)
     try:
