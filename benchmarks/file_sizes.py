@@ -125,9 +125,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.file_sizes", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS, metavar="NAME")
+    parser.add_argument(
+        "--settings",
+        nargs="*",
+        choices=SETTINGS,
+        default=SETTINGS,
+        metavar="NAME",
+        help=f"{', '.join(SETTINGS)}; without a name only the table is made",
+    )
     parser.add_argument("--results", type=Path, default=SIZES, help="file to add to")
-    # Without a name after --settings only the table is made.
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     args = parser.parse_args(arguments)
     try:

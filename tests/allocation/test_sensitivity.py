@@ -133,6 +133,8 @@ def test_processes_share_the_groups_out(llama_dir, text_file):
 def test_the_memory_of_the_probe_is_all_streams(llama_dir):
     model = api.open_full(llama_dir, "cpu", "float32")
     assert probe_bytes(model) == (1 + 2 * 4) * sensitivity.PROBE_TOKENS * 64 * 4
+    heads = 2 * model.source.config.vocab_size * 64 * 4
+    assert probe_bytes(model, ends=True) == (2 + 2 * 4) * sensitivity.PROBE_TOKENS * 64 * 4 + heads
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-3, 1e-2, 0.3])
