@@ -1,10 +1,11 @@
-"""Whole files of one size: uniform bits with an embedding of 8, and what `--size` chooses.
+"""Whole files of one size: uniform bits, llama.cpp's types, and what `--size` chooses.
 
-    python -m benchmarks.file_sizes [--settings NAME...] [--results FILE]
+    python -m benchmarks.file_sizes [--settings NAME...] [--llamacpp PYTHON] [--results FILE]
 
-SmolLM2 is quantized by a uniform setting, as the command line does it, and then for a size of as
-many bytes. Every row is appended to the file of results at once; the table in docs/algorithm.md is
-made from all that are in it.
+SmolLM2 is quantized by a setting, as the command line does it or as llama.cpp does, and then for a
+size of as many bytes. PYTHON is of an environment with llama-cpp-python and gguf; without it its
+types are left out. Every row is appended to the file of results at once; the table in
+docs/algorithm.md and the chart are made from all that are in it.
 """
 
 import argparse
@@ -16,109 +17,142 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import process_time
 
+import torch
+
 from benchmarks.common.assets import DEFAULT_CACHE
-from benchmarks.common.measures import machine, version
-from benchmarks.common.page import markdown, write
-from benchmarks.quality.methods import GRIDS
-from benchmarks.quality.results import RESULTS
+from benchmarks.common.measures import children_seconds, machine, version
+from benchmarks.common.page import write
+from benchmarks.file_sizes_report import (
+    BETWEEN,
+    CHART,
+    CHOSEN,
+    SETTINGS,
+    SIZES,
+    THEIRS,
+    UNIFORM,
+    UNIFORM_SETTINGS,
+    Row,
+    chart,
+    halfway,
+    read,
+    table,
+)
+from benchmarks.llama_cpp_files import Peer, full_file, importance
+from benchmarks.quality.methods import GRIDS, LLAMA_CPP, LLAMA_CPP_TYPES
+from benchmarks.quality.results import RESULTS, read_results
 from benchmarks.quality.subjects import SEED, Subject, log_perplexities, subject, windows_of
 from gptq import QuantConfig, api
 from gptq.allocation.target import EMBEDDING_CHOICES, Target
 from gptq.errors import UserError
 
-SIZES = RESULTS.with_name("file-sizes.jsonl")
 PAGE = Path(__file__).parents[1] / "docs" / "algorithm.md"
 PART = "files of one size"
-SETTINGS = ("W4 g128", "W3 g128", "W2 g64")
-UNIFORM, CHOSEN = "uniform", "chosen for its bytes"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One file."""
+class Made:
+    """A quantized model in one file."""
 
-    setting: str
     how: str
-    """UNIFORM or CHOSEN."""
-    size: int
-    """Bytes."""
-    gaps: dict[str, float]
-    """Nats a token, by text."""
+    folder: Path
+    """The model's, or a .gguf file that is complete in itself."""
+    checkpoint: Path | None
     embedding_bits: int
     layers: dict[str, int]
-    """How many have each width, that of the most first."""
     cpu_seconds: float
     version: str
-    machine: str
+
+    @property
+    def size(self) -> int:
+        return (self.checkpoint or self.folder).stat().st_size
 
 
-def measure(settings: Sequence[str], cache: Path) -> Iterator[Row]:
-    """Two files for each setting: uniform, and of as many bytes."""
+def measure(
+    settings: Sequence[str], cache: Path, python: str | None, known: Sequence[Row] = ()
+) -> Iterator[Row]:
+    """For each setting its own files, and the best of as many bytes.
+
+    known: rows that were measured before.
+    """
     if not settings:
         return
-    model = subject("smollm2", cache)
+    model, rows = subject("smollm2", cache), list(known)
     evaluation = windows_of(model)[1]
     full = log_perplexities(model.folder, None, evaluation, device="cpu", dtype="float32")
     for setting in settings:
-        bits, group_size = GRIDS[setting]
-        config = QuantConfig(bits=bits, group_size=group_size)
-        with tempfile.TemporaryDirectory(prefix="file-sizes-") as folder:
-            path = Path(folder, "model.pt")
-            size = None
-            for how in (UNIFORM, CHOSEN):
-                started = process_time()
-                report = _quantize(model, config, size, path)
-                seconds = process_time() - started
-                size = size or path.stat().st_size
+        with tempfile.TemporaryDirectory(prefix="file-sizes-") as temporary:
+            for made in _files(model, setting, Path(temporary), python, rows):
                 found = log_perplexities(
-                    model.folder, path, evaluation, device="cpu", dtype="float32"
+                    made.folder, made.checkpoint, evaluation, device="cpu", dtype="float32"
                 )
-                yield Row(
+                row = Row(
                     setting,
-                    how,
-                    path.stat().st_size,
+                    made.how,
+                    made.size,
                     {text: found[text] - full[text] for text in found},
-                    report.config.embedding_bits,
-                    {str(width): count for width, count in report.widths.items()},
-                    cpu_seconds=seconds,
-                    version=version(),
-                    machine=machine(),
+                    made.embedding_bits,
+                    made.layers,
+                    made.cpu_seconds,
+                    made.version,
+                    machine(),
                 )
+                rows.append(row)
+                yield row
 
 
-def _quantize(model: Subject, config: QuantConfig, size: int | None, path: Path) -> api.Report:
-    """Write a file by `config`, or the best of at most `size` bytes."""
-    path.unlink(missing_ok=True)
-    target = None if size is None else Target(size, embedding_bits=EMBEDDING_CHOICES)
+def _files(
+    model: Subject, setting: str, folder: Path, python: str | None, rows: Sequence[Row]
+) -> Iterator[Made]:
+    """The files of a setting, the chosen one last. rows: what is measured so far, these too."""
+    if setting == BETWEEN:
+        size = halfway(rows)
+        if size is None:
+            raise UserError(f"{BETWEEN} needs the rows of both; measure W4 g128 and W3 g128 first")
+    else:
+        if setting in LLAMA_CPP_TYPES:
+            made = _theirs(model, setting, folder, str(python))
+        else:
+            bits, group_size = GRIDS[setting]
+            made = iter([_ours(model, folder, QuantConfig(bits=bits, group_size=group_size))])
+        size = sys.maxsize
+        for file in made:
+            yield file
+            size = min(size, file.size)
+    yield _ours(model, folder, QuantConfig(), Target(size, embedding_bits=EMBEDDING_CHOICES))
+
+
+def _ours(model: Subject, folder: Path, config: QuantConfig, target: Target | None = None) -> Made:
+    how = UNIFORM if target is None else CHOSEN
     job = api.Job(
         config,
-        api.Outputs(path),
+        api.Outputs(path := folder / f"{how}.pt"),
         model.calibration,
         nsamples=model.nsamples,
         seqlen=model.seqlen,
         seed=SEED,
         target=target,
     )
-    return api.run(api.open_full(model.folder, "cpu", "float32"), job)
+    started = process_time()
+    report = api.run(api.open_full(model.folder, "cpu", "float32"), job)
+    seconds = process_time() - started
+    layers = {str(width): count for width, count in report.widths.items()}
+    return Made(how, model.folder, path, report.config.embedding_bits, layers, seconds, version())
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Of two rows for the same file the later counts."""
-    last = {(row.setting, row.how): row for row in rows}
-    lines = []
-    order = [(setting, how) for setting in SETTINGS for how in (UNIFORM, CHOSEN)]
-    for row in (last[key] for key in order if key in last):
-        widths = ", ".join(f"{count} of {width}" for width, count in row.layers.items())
-        cells = [row.setting, row.how, f"{row.size / 1e6:.1f}"]
-        cells += [f"{gap:.3f}" for gap in row.gaps.values()]
-        lines.append([*cells, str(row.embedding_bits), widths, f"{row.cpu_seconds:.0f}"])
-    header = ["setting", "widths", "MB", "gap, encyclopedia", "gap, web pages"]
-    return markdown([*header, "bits of the embedding", "layers", "CPU s"], lines)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file of results."""
-    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+def _theirs(model: Subject, kind: str, folder: Path, python: str) -> Iterator[Made]:
+    """llama.cpp's type, without and with an importance matrix; the embedding as it chooses."""
+    peer = Peer(python, folder, torch.get_num_threads(), f"--{LLAMA_CPP}")
+    full = full_file(model.folder, folder / "full.gguf")
+    for how in THEIRS:
+        path, extra = folder / f"{how}.gguf", []
+        started, before = process_time(), children_seconds()
+        if how == THEIRS[1]:
+            matrix = folder / "importance.npz"
+            extra = [importance(model.folder, windows_of(model)[0], matrix)]
+        about = peer("quantize", full, path, kind.lower(), "default", *extra)
+        seconds = process_time() - started + children_seconds() - before
+        origin = f"llama-cpp-python {about['version']}"
+        yield Made(how, path, None, about["embedding_bits"], about["types"], seconds, origin)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,20 +163,30 @@ def main(arguments: list[str] | None = None) -> int:
         "--settings",
         nargs="*",
         choices=SETTINGS,
-        default=SETTINGS,
         metavar="NAME",
-        help=f"{', '.join(SETTINGS)}; without a name only the table is made",
+        help=f"{', '.join(SETTINGS)}; without a name only the table and the chart are made",
+    )
+    parser.add_argument(
+        f"--{LLAMA_CPP}", metavar="PYTHON", help="of an environment with llama-cpp-python and gguf"
     )
     parser.add_argument("--results", type=Path, default=SIZES, help="file to add to")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     args = parser.parse_args(arguments)
+    settings = args.settings
+    if settings is None:
+        # The bytes of BETWEEN come from two others.
+        settings = (*(LLAMA_CPP_TYPES if args.llamacpp else ()), *UNIFORM_SETTINGS, BETWEEN)
     try:
-        for row in measure(args.settings, args.cache):
+        if args.llamacpp is None and (types := set(settings) & set(LLAMA_CPP_TYPES)):
+            raise UserError(f"{types.pop()} is llama.cpp's; give --{LLAMA_CPP} PYTHON")
+        for row in measure(settings, args.cache, args.llamacpp, read(args.results)):
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
             print(f"{row.setting}, {row.how}: {row.size} bytes, {row.gaps}", flush=True)
         if args.results == SIZES:
-            write(PAGE, {PART: table(read(SIZES))})
+            rows = read(SIZES)
+            write(PAGE, {PART: table(rows)})
+            chart(rows, read_results(RESULTS), CHART)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

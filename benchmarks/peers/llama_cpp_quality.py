@@ -6,7 +6,8 @@
 
 The last line of what a task prints is JSON. IMPORTANCE.npz has the mean square of each input of a
 weight, by its name in the file: what llama.cpp calls an importance matrix. TYPE is a key of TYPES,
-EMBEDDING, the type of the embedding and the head, one of EMBEDDINGS.
+EMBEDDING, the type of the embedding and the head, one of EMBEDDINGS, or "default": what llama.cpp
+takes for TYPE.
 """
 
 import ctypes
@@ -36,8 +37,9 @@ def quantize(
 ) -> dict:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = TYPES[kind]
-    settings.token_embedding_type = EMBEDDINGS[embedding]
-    settings.output_tensor_type = EMBEDDINGS[embedding]
+    if embedding != "default":
+        settings.token_embedding_type = EMBEDDINGS[embedding]
+        settings.output_tensor_type = EMBEDDINGS[embedding]
     settings.nthread = int(os.environ.get("OMP_NUM_THREADS", 0))
     if importance is not None:
         kept = {
@@ -59,15 +61,25 @@ def quantize(
 
 
 def described(path: str) -> dict:
-    """Bits a weight of the blocks' matrices, and how many of them are of each type."""
-    bits = weights = 0
+    """Bits a weight of the blocks' matrices, how many of them are of each type, and the bits of the
+    embedding's integers."""
+    bits = weights = embedding = 0
     types: dict[str, int] = {}
     for tensor in gguf.GGUFReader(path).tensors:
         if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
             bits += 8 * int(tensor.n_bytes)
             weights += int(tensor.n_elements)
             types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
-    return {"bytes": Path(path).stat().st_size, "bits": bits / weights, "types": types}
+        if tensor.name == "token_embd.weight":
+            # Scales take less than one bit a weight.
+            embedding = 8 * int(tensor.n_bytes) // int(tensor.n_elements)
+    return {
+        "bytes": Path(path).stat().st_size,
+        "bits": bits / weights,
+        "types": types,
+        "embedding_bits": embedding,
+        "version": llama_cpp.__version__,
+    }
 
 
 def opened(path: str, positions: int, threads: int) -> llama_cpp.Llama:
@@ -95,7 +107,7 @@ def score(path: str, request: str) -> dict:
         most = logits.max(1, keepdims=True)
         total = np.log(np.exp(logits - most).sum(1)) + most[:, 0]
         losses.append(float((total - logits[np.arange(len(total)), window[1:]]).mean()))
-    return {**described(path), "loss": float(np.mean(losses)), "version": llama_cpp.__version__}
+    return {**described(path), "loss": float(np.mean(losses))}
 
 
 def text(path: str, request: str) -> dict:

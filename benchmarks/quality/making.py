@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.measures import bits_per_weight, version
+from benchmarks.common.measures import bits_per_weight, children_seconds, version
 from benchmarks.llama_cpp_files import Peer, full_file, importance
 from benchmarks.quality.methods import LLAMA_CPP, METHODS, OURS, PACKAGES, SETTINGS, Method, Setting
 from benchmarks.quality.results import UNKNOWN
@@ -91,7 +90,7 @@ class Workshop:
         settings = json.dumps({**setting.config, **method.options})
         files = (self.subject.folder.resolve(), tokens, out / "peer")
         python, device = self.pythons[method.toolkit], pick_device(self.device)
-        before = _children_seconds()
+        before = children_seconds()
         # With fewer than two workers GPTQModel stops with an error.
         done = subprocess.run(
             [str(word) for word in (python, script, *files, settings, device)],
@@ -104,18 +103,18 @@ class Workshop:
         if done.returncode:
             raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
         # This includes starting Python and reading the model, which take little of it.
-        return _checkpoint_folder(out / "peer"), _children_seconds() - before
+        return _checkpoint_folder(out / "peer"), children_seconds() - before
 
     def _llama_cpp(self, method: Method, setting: Setting, out: Path) -> Made:
         """A .gguf file whose embedding and head have 16 bits, as in files of the other methods."""
         full = full_file(self.subject.folder, out / "full.gguf")
         peer = Peer(str(self.pythons[LLAMA_CPP]), out, torch.get_num_threads(), f"--{LLAMA_CPP}")
-        started, before = process_time(), _children_seconds()
+        started, before = process_time(), children_seconds()
         argv: list[object] = [full, path := out / "model.gguf", setting.llama_cpp_type, "f16"]
         if method.options.get("importance"):
             argv.append(importance(self.subject.folder, self.calibration, out / "importance.npz"))
         about = peer("quantize", *argv)
-        seconds = process_time() - started + _children_seconds() - before
+        seconds = process_time() - started + children_seconds() - before
         return Made(path, None, seconds, about["bits"])
 
     def _tuning_windows(self) -> Tensor:
@@ -129,11 +128,6 @@ class Workshop:
 def _checkpoint_folder(out: Path) -> Path:
     """The folder with a peer's files: its output folder or one inside."""
     return next(path.parent for path in sorted(out.rglob("*.safetensors")))
-
-
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def toolkit_version(method: str, pythons: Mapping[str, str | None]) -> str:
