@@ -1,6 +1,7 @@
 """Whole files of one size: uniform bits, llama.cpp's types, and what `--size` chooses.
 
     python -m benchmarks.file_sizes [--settings NAME...] [--llamacpp PYTHON] [--results FILE]
+        [--chart FILE]
 
 SmolLM2 is quantized by a setting, as the command line does it or as llama.cpp does, and then for a
 size of as many bytes. PYTHON is of an environment with llama-cpp-python and gguf; without it its
@@ -9,6 +10,7 @@ docs/algorithm.md and the chart are made from all that are in it.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -24,16 +26,16 @@ from benchmarks.common.measures import children_seconds, machine, version
 from benchmarks.common.page import write
 from benchmarks.file_sizes_report import (
     BETWEEN,
-    CHART,
     CHOSEN,
     SETTINGS,
     SIZES,
     THEIRS,
+    TUNED,
     UNIFORM,
     UNIFORM_SETTINGS,
     Row,
+    borrowed_size,
     chart,
-    halfway,
     read,
     table,
 )
@@ -43,6 +45,8 @@ from benchmarks.quality.results import RESULTS, read_results
 from benchmarks.quality.subjects import SEED, Subject, log_perplexities, subject, windows_of
 from gptq import QuantConfig, api
 from gptq.allocation.target import EMBEDDING_CHOICES, Target
+from gptq.cli.progress import show_training
+from gptq.config import QUALITIES
 from gptq.errors import UserError
 
 PAGE = Path(__file__).parents[1] / "docs" / "algorithm.md"
@@ -104,21 +108,20 @@ def _files(
     model: Subject, setting: str, folder: Path, python: str | None, rows: Sequence[Row]
 ) -> Iterator[Made]:
     """The files of a setting, the chosen one last. rows: what is measured so far, these too."""
-    if setting == BETWEEN:
-        size = halfway(rows)
-        if size is None:
-            raise UserError(f"{BETWEEN} needs the rows of both; measure W4 g128 and W3 g128 first")
-    else:
-        if setting in LLAMA_CPP_TYPES:
-            made = _theirs(model, setting, folder, str(python))
-        else:
-            bits, group_size = GRIDS[setting]
-            made = iter([_ours(model, folder, QuantConfig(bits=bits, group_size=group_size))])
-        size = sys.maxsize
-        for file in made:
+    config, size = QuantConfig(), sys.maxsize
+    if setting in (BETWEEN, TUNED):
+        size = borrowed_size(setting, rows)
+    elif setting in LLAMA_CPP_TYPES:
+        for file in _theirs(model, setting, folder, str(python)):
             yield file
             size = min(size, file.size)
-    yield _ours(model, folder, QuantConfig(), Target(size, embedding_bits=EMBEDDING_CHOICES))
+    else:
+        bits, group_size = GRIDS[setting]
+        yield (file := _ours(model, folder, QuantConfig(bits=bits, group_size=group_size)))
+        size = file.size
+    if setting == TUNED:
+        config = QuantConfig(**QUALITIES["tune"])
+    yield _ours(model, folder, config, Target(size, embedding_bits=EMBEDDING_CHOICES))
 
 
 def _ours(model: Subject, folder: Path, config: QuantConfig, target: Target | None = None) -> Made:
@@ -133,7 +136,7 @@ def _ours(model: Subject, folder: Path, config: QuantConfig, target: Target | No
         target=target,
     )
     started = process_time()
-    report = api.run(api.open_full(model.folder, "cpu", "float32"), job)
+    report = api.run(api.open_full(model.folder, "cpu", "float32"), job, training=show_training)
     seconds = process_time() - started
     layers = {str(width): count for width, count in report.widths.items()}
     return Made(how, model.folder, path, report.config.embedding_bits, layers, seconds, version())
@@ -170,23 +173,28 @@ def main(arguments: list[str] | None = None) -> int:
         f"--{LLAMA_CPP}", metavar="PYTHON", help="of an environment with llama-cpp-python and gguf"
     )
     parser.add_argument("--results", type=Path, default=SIZES, help="file to add to")
+    parser.add_argument("--chart", type=Path, help="draw gap against megabytes into this picture")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     args = parser.parse_args(arguments)
     settings = args.settings
     if settings is None:
-        # The bytes of BETWEEN come from two others.
-        settings = (*(LLAMA_CPP_TYPES if args.llamacpp else ()), *UNIFORM_SETTINGS, BETWEEN)
+        # The last two have the bytes of those before them.
+        own = (*UNIFORM_SETTINGS, BETWEEN, TUNED)
+        settings = (*LLAMA_CPP_TYPES, *own) if args.llamacpp else own
     try:
+        if args.chart is not None and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--chart needs matplotlib: pip install '.[report]' first")
         if args.llamacpp is None and (types := set(settings) & set(LLAMA_CPP_TYPES)):
             raise UserError(f"{types.pop()} is llama.cpp's; give --{LLAMA_CPP} PYTHON")
         for row in measure(settings, args.cache, args.llamacpp, read(args.results)):
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
             print(f"{row.setting}, {row.how}: {row.size} bytes, {row.gaps}", flush=True)
+        rows = read(args.results)
         if args.results == SIZES:
-            rows = read(SIZES)
             write(PAGE, {PART: table(rows)})
-            chart(rows, read_results(RESULTS), CHART)
+        if args.chart is not None:
+            chart(rows, read_results(RESULTS), args.chart)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,17 +4,20 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.page import markdown
 from benchmarks.quality.methods import LLAMA_CPP_TYPES
 from benchmarks.quality.results import RESULTS, Result
+from gptq.errors import UserError
 
 SIZES = RESULTS.with_name("file-sizes.jsonl")
-CHART = SIZES.with_suffix(".png")
+UNIFORM_SETTINGS = ("W4 g128", "W3 g128", "W2 g64")
 # Halfway between the bytes of two uniform files, which a line joins.
-BETWEEN, ENDS = "between W4 and W3 g128", ("W4 g128", "W3 g128")
-UNIFORM_SETTINGS = (*ENDS, "W2 g64")
-SETTINGS = (*LLAMA_CPP_TYPES, ENDS[0], BETWEEN, *UNIFORM_SETTINGS[1:])
+BETWEEN, ENDS = "between W4 and W3 g128", UNIFORM_SETTINGS[:2]
+# Trained after the solve, of the bytes of another setting.
+TUNED, PLAIN = "W2 g64, tuned", "W2 g64"
+SETTINGS = (*LLAMA_CPP_TYPES, ENDS[0], BETWEEN, *UNIFORM_SETTINGS[1:], TUNED)
 UNIFORM, CHOSEN, LINE = "uniform", "chosen for its bytes", "uniform, on the line"
 THEIRS = ("llama.cpp", "llama.cpp, importance matrix")
 HOW = (*THEIRS, UNIFORM, LINE, CHOSEN)
@@ -55,22 +58,18 @@ def read(path: Path) -> list[Row]:
     return list({(row.setting, row.how): row for row in rows}.values())
 
 
-def halfway(rows: Sequence[Row]) -> int | None:
-    """Bytes in the middle of the two uniform files; None if one is missing."""
-    ends = _ends(rows)
-    return sum(row.size for row in ends) // 2 if ends else None
+def borrowed_size(setting: str, rows: Sequence[Row]) -> int:
+    """Bytes that BETWEEN or TUNED takes from uniform files. Raises UserError if one is missing."""
+    sources = ENDS if setting == BETWEEN else (PLAIN,)
+    found = _uniform(sources, rows)
+    if missing := [name for name in sources if name not in found]:
+        raise UserError(f"{setting} has the bytes of {missing[0]}; measure that first")
+    return sum(row.size for row in found.values()) // len(found)
 
 
-def _on_the_line(rows: Sequence[Row]) -> dict[str, float]:
-    """Gaps halfway between the two uniform files."""
-    ends = _ends(rows)
-    return {text: sum(row.gaps[text] for row in ends) / 2 for text in ends[0].gaps}
-
-
-def _ends(rows: Sequence[Row]) -> list[Row]:
-    """The latest rows of the two uniform files; none if one is missing."""
-    last = {row.setting: row for row in rows if row.how == UNIFORM and row.setting in ENDS}
-    return list(last.values()) if len(last) == len(ENDS) else []
+def _uniform(settings: Sequence[str], rows: Sequence[Row]) -> dict[str, Row]:
+    """The latest uniform rows of settings."""
+    return {row.setting: row for row in rows if row.how == UNIFORM and row.setting in settings}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -82,8 +81,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _lines(row: Row, rows: Sequence[Row]) -> Iterator[list[str]]:
-    if row.setting == BETWEEN and (size := halfway(rows)):
-        yield [BETWEEN, LINE, f"{size / 1e6:.1f}", *_gaps(_on_the_line(rows)), "8", "", ""]
+    if row.setting == BETWEEN:
+        ends = _uniform(ENDS, rows).values()
+        line = {text: sum(end.gaps[text] for end in ends) / len(ends) for text in row.gaps}
+        size = borrowed_size(BETWEEN, rows) / 1e6
+        yield [BETWEEN, LINE, f"{size:.1f}", *_gaps(line), "8", "", ""]
     widths = ", ".join(f"{count} of {width}" for width, count in row.layers.items())
     cells = [row.setting, row.how, f"{row.size / 1e6:.1f}", *_gaps(row.gaps)]
     yield [*cells, str(row.embedding_bits), widths, f"{row.cpu_seconds:.0f}"]
@@ -97,6 +99,7 @@ def chart(rows: Sequence[Row], quality: Sequence[Result], path: Path) -> None:
     """Gap against megabytes of the whole file.
 
     quality: of benchmarks.quality, for toolkits whose files are not among `rows`.
+    Gaps are drawn on a logarithmic axis, so only those above 0.
     """
     import matplotlib
 
@@ -104,21 +107,30 @@ def chart(rows: Sequence[Row], quality: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
-    named = {CHOSEN: "ours, --size", UNIFORM: "ours, uniform bits"}
-    for how, style in ((CHOSEN, "o-"), (UNIFORM, "s-"), (THEIRS[0], "D"), (THEIRS[1], "D")):
-        points = sorted((row.size / 1e6, row.mean) for row in rows if row.how == how)
-        axis.plot(*zip(*points, strict=True), style, label=named.get(how, how))
+    tuned = [row for row in rows if row.setting == TUNED]
+    solved = [row for row in rows if row.setting != TUNED]
+    for label, some, style in (
+        ("ours, uniform bits", [row for row in solved if row.how == UNIFORM], "s-"),
+        ("ours, --size", [row for row in solved if row.how == CHOSEN], "o-"),
+        ("ours, --size --quality tune", tuned, "*"),
+        *((how, [row for row in solved if row.how == how], "D") for how in THEIRS),
+    ):
+        _draw(axis, sorted((row.size / 1e6, row.mean) for row in some), style, label)
     for method in OTHERS:
         points = sorted(_point(it) for it in quality if _is_of(it, method))
-        axis.plot(
-            *zip(*points, strict=True), "^--", label=f"{method.partition(',')[0]}, 16-bit ends"
-        )
+        _draw(axis, points, "^--", f"{method.partition(',')[0]}, embedding of 16 bits")
     axis.set(title="SmolLM2-135M", xlabel="file, MB", ylabel="gap, nats a token", yscale="log")
     axis.grid(True, which="both", alpha=0.3)
     axis.legend(fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _draw(axis: Any, points: Sequence[tuple[float, float]], style: str, label: str) -> None:
+    above = [(size, gap) for size, gap in points if gap > 0]
+    if above:
+        axis.plot(*zip(*above, strict=True), style, label=label)
 
 
 def _is_of(result: Result, method: str) -> bool:

@@ -103,7 +103,9 @@ def _caption(rows: list[Result]) -> str:
 
 def chart(results: list[Result], path: Path) -> None:
     """Gap against bits a weight, a panel for each model, a line for each method on uniform
-    asymmetric grids, and points for widths that differ by layer and for llama.cpp's types."""
+    asymmetric grids, and points for widths that differ by layer and for llama.cpp's types.
+
+    A gap that is not above 0, which is noise, has no place on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +135,8 @@ def _draw(axis: Any, method: str, rows: list[Result], colour: Any) -> None:
         uniform = "bits" in setting.config
         if not uniform or not setting.config["sym"]:
             mean = sum(row.gaps.values()) / len(row.gaps)
-            lines[uniform].append((row.bits_per_weight, mean))
+            if mean > 0:
+                lines[uniform].append((row.bits_per_weight, mean))
     ours = METHODS[method].toolkit == OURS
     for uniform, style, marker in (
         (True, "-", "o" if ours else "s"),
