@@ -1,6 +1,7 @@
 """The tables of a finished job."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich import box
@@ -49,6 +50,12 @@ def layer_table(report: Report) -> Table:
     return table
 
 
+def _counted(layers: Iterable[tuple[object, int]]) -> str:
+    """What layers have, and how many have it."""
+    parts = (f"{it} ({count} layer{'s' * (count != 1)})" for it, count in layers)
+    return ", ".join(parts)
+
+
 def totals_table(report: Report) -> Table:
     """What the run came to."""
     count = len(report.layers)
@@ -58,14 +65,14 @@ def totals_table(report: Report) -> Table:
     table.add_column(overflow="fold")
     table.add_row("layers", str(count))
     if len(report.widths) > 1:
-        table.add_row("widths", ", ".join(f"{it} ({n} layers)" for it, n in report.widths.items()))
+        table.add_row("widths", _counted(report.widths.items()))
     if report.embedding is not None:
         table.add_row("embedding and head", str(report.embedding))
     table.add_row("mean loss", f"{sum(x.loss for x in report.layers) / count:.3e} of the output")
     table.add_row("mean loss of rounding", f"{sum(x.rtn_loss for x in report.layers) / count:.3e}")
     kept, rows = sum(x.kept_rtn for x in report.layers), sum(x.rows for x in report.layers)
     table.add_row("rows that keep rounding", f"{kept} of {rows}")
-    table.add_row("damp", ", ".join(f"{damp:g} ({n} layers)" for damp, n in sorted(damps.items())))
+    table.add_row("damp", _counted((f"{it:g}", damps[it]) for it in sorted(damps)))
     if dead := sum(layer.dead for layer in report.layers):
         table.add_row("dead inputs", f"{dead}, zero on all calibration tokens; rounded to nearest")
     table.add_row("time", f"{report.seconds:.1f} s")

@@ -65,7 +65,7 @@ def test_widths_are_told_if_layers_have_several():
     assert numbers == [["7", "a", "8", "-1"], ["7", "b", "3", "32"], ["7", "c", "3", "32"]]
     assert any(cells(line)[:4] == ["block", "layer", "bits", "group"] for line in lines)
     rows = dict(re.findall(r"^│ (.+?) +│ (.+?) +│$", rendered(totals_table(report), 300), re.M))
-    assert rows["widths"] == "3 bit g32 (2 layers), 8 bit g-1 (1 layers)"
+    assert rows["widths"] == "3 bit g32 (2 layers), 8 bit g-1 (1 layer)"
 
 
 @pytest.mark.parametrize("spec", [LLAMA, BLOOM], ids=lambda spec: spec.model_type)
