@@ -96,9 +96,9 @@ def measure(
                     {text: found[text] - full[text] for text in found},
                     made.embedding_bits,
                     made.layers,
-                    made.cpu_seconds,
-                    made.version,
-                    machine(),
+                    cpu_seconds=made.cpu_seconds,
+                    version=made.version,
+                    machine=machine(),
                 )
                 rows.append(row)
                 yield row
@@ -139,7 +139,15 @@ def _ours(model: Subject, folder: Path, config: QuantConfig, target: Target | No
     report = api.run(api.open_full(model.folder, "cpu", "float32"), job, training=show_training)
     seconds = process_time() - started
     layers = {str(width): count for width, count in report.widths.items()}
-    return Made(how, model.folder, path, report.config.embedding_bits, layers, seconds, version())
+    return Made(
+        how,
+        model.folder,
+        path,
+        report.config.embedding_bits,
+        layers,
+        cpu_seconds=seconds,
+        version=version(),
+    )
 
 
 def _theirs(model: Subject, kind: str, folder: Path, python: str) -> Iterator[Made]:
@@ -155,7 +163,15 @@ def _theirs(model: Subject, kind: str, folder: Path, python: str) -> Iterator[Ma
         about = peer("quantize", full, path, kind.lower(), "default", *extra)
         seconds = process_time() - started + children_seconds() - before
         origin = f"llama-cpp-python {about['version']}"
-        yield Made(how, path, None, about["embedding_bits"], about["types"], seconds, origin)
+        yield Made(
+            how,
+            path,
+            None,
+            about["embedding_bits"],
+            about["types"],
+            cpu_seconds=seconds,
+            version=origin,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,10 +31,9 @@ class Names:
     attention: str
     """In a layer, as the rest."""
     linears: tuple[str | None, ...]
-    """In the order of WEIGHTS of both decoder_block modules, which compiled code relies on; None
-    for those that are not there."""
+    """In the order of quant_cuda.block_parts.WEIGHTS; None for those that are not there."""
     norms: tuple[str, ...]
-    """In the order of NORMS."""
+    """In the order of quant_cuda.block_parts.NORMS."""
     scale: str
     """In the attention: the factor of the query-key scores."""
     epsilon: str

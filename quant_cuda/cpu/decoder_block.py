@@ -10,12 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quant_cuda.block_parts import NORMS, WEIGHTS
 from quant_cuda.cpu import library
 from quant_cuda.weight import PreparedWeight
-
-WEIGHTS = ("query", "key", "value", "attended", "gate", "up", "down")
-NORMS = ("attention", "mlp", "query", "key")
-"""The last two are of each head."""
 
 
 class _Args(ctypes.Structure):

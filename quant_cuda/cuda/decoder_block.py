@@ -13,17 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quant_cuda.block_parts import NORMS, WEIGHTS
 from quant_cuda.cuda import operator
 from quant_cuda.cuda.launches import TYPES, aligned, splits_for
 from quant_cuda.cuda.layout import COLUMNS, Tiled
 from quant_cuda.cuda.library import Launch, current
 from quant_cuda.weight import PreparedWeight
 
-WEIGHTS = ("query", "key", "value", "attended", "gate", "up", "down")
-"""Without key and value, query has all three of each head (query, key, value), one head after
-another. Without gate, GELU is in place of SiLU."""
-NORMS = ("attention", "mlp", "query", "key")
-"""The last two are of each head."""
 HEAD_DIMS = (32, 64, 128, 256)
 MOST_ROWS = 8
 # Positions that a thread block of the attention should have, so that it is worth its start.

@@ -6,6 +6,7 @@ from helpers import emulated
 from helpers.decoding import ROOM, Shape, make, run_and_compare
 from helpers.products import packed
 
+from quant_cuda.block_parts import WEIGHTS
 from quant_cuda.cuda import decoder_block, operator
 
 BLOOM = {"is_bloom": True, "key_heads": 4, "has_bias": True}
@@ -82,9 +83,7 @@ def test_inputs_shared_by_thread_blocks(kernels):
     """The partial sums of the output and down products, which the next norm adds."""
     shape = Shape(hidden=64, heads=16, key_heads=16, inner=4096, has_bias=True)
     record, most = make(shape, kernels.device).block.record_for(60)
-    splits = [
-        record.weights[decoder_block.WEIGHTS.index(name)].splits for name in ("attended", "down")
-    ]
+    splits = [record.weights[WEIGHTS.index(name)].splits for name in ("attended", "down")]
     assert most == max(splits) > 1
     run_and_compare(kernels, shape, blocks=2, processors=60)
 
