@@ -23,7 +23,7 @@ from gptq.blockwise.activations import batches, embed
 from gptq.blockwise.model import BlockwiseModel, free
 from gptq.blockwise.source import ModelSource, open_model
 from gptq.checkpoints.embeddings import Solve, pack_rows
-from gptq.config import EMBEDDING_BITS, EMBEDDING_GROUP, QuantConfig
+from gptq.config import EMBEDDING_BITS, EMBEDDING_GROUPS, QuantConfig
 from gptq.data.windows import calibration_windows, evaluation_windows
 from gptq.errors import UserError
 from gptq.files.lazy import Entry, LazyTensors
@@ -60,9 +60,9 @@ def _quantized(tensors: LazyTensors, name: str, bits: int, solve: Solve | None) 
     weight = tensors[name]
     packed = pack_rows("x", weight, bits, sym=False, solve=solve)
     qweight, qzeros, scales = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
-    inputs = weight.shape[1]
+    inputs, size = weight.shape[1], EMBEDDING_GROUPS[bits]
     stored = PackedWeight(
-        qweight, qzeros, scales, None, bits, EMBEDDING_GROUP, in_features=inputs, zero_offset=0
+        qweight, qzeros, scales, None, bits, size, in_features=inputs, zero_offset=0
     )
     return dequantize(stored, torch.float32).T
 

@@ -14,8 +14,8 @@ ORDERS = ("gar", "natural", "act")
 SCALE_SEARCHES = ("hessian", "mse", "minmax")
 METHODS = ("gptq", "rtn")
 EMBEDDING_BITS = (4, 8, 16)
-EMBEDDING_GROUP = 64
-"""Inputs that share a scale in a packed embedding or head."""
+EMBEDDING_GROUPS = {4: 32, 8: 64}
+"""Inputs that share a scale in a packed embedding or head, by its bits."""
 # What `--quality` stands for: the closer the model, the more time, from the same calibration text.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"error_feedback": 0.0, "adaptive_damp": False, "refine": 0},

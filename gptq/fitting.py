@@ -15,7 +15,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.formats import FORMATS
 from gptq.checkpoints.preflight import planned_layers
 from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes
-from gptq.config import EMBEDDING_GROUP, QuantConfig, Width, Widths, is_packable, with_width
+from gptq.config import EMBEDDING_GROUPS, QuantConfig, Width, Widths, is_packable, with_width
 from gptq.errors import UserError
 from gptq.pipeline.team import Team
 
@@ -87,7 +87,7 @@ def choice_of(
                 f"{_mib(fixed + least)}, of which {_mib(fixed)} are not quantized layers"
             )
         chosen = sorted(ends) if len(ends) > 1 else []
-        above = {Width(bits, EMBEDDING_GROUP): ends[bits] - fixed for bits in chosen}
+        above = {Width(bits, EMBEDDING_GROUPS[bits]): ends[bits] - fixed for bits in chosen}
         return Choice(sizes, target.size - fixed, weights, above)
     assert target.bits is not None
     if 8 * least > target.bits * weights:

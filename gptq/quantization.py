@@ -27,7 +27,7 @@ from gptq.checkpoints.formats import check_layers, default_format, write
 from gptq.checkpoints.preflight import check_before_run, check_gguf, planned_layers
 from gptq.checkpoints.settings import from_config
 from gptq.checkpoints.writing import FOLDER, is_ours
-from gptq.config import EMBEDDING_GROUP, Width
+from gptq.config import EMBEDDING_GROUPS, Width
 from gptq.data.windows import calibration_windows, distinct_tokens, text_fingerprint
 from gptq.device import available_memory, parse_size, peak_memory
 from gptq.errors import UserError
@@ -110,7 +110,8 @@ def run(
             journal.remove()
     stages.append(("writing", perf_counter() - writing_started))
     seconds, peak = perf_counter() - started, peak_memory(model.device)
-    ends = Width(job.config.embedding_bits, EMBEDDING_GROUP) if choice and choice.ends else None
+    bits = job.config.embedding_bits
+    ends = Width(bits, EMBEDDING_GROUPS[bits]) if choice and choice.ends else None
     more: dict[str, Any] = {"stages": tuple(stages), "warnings": noticed, "embedding": ends}
     return Report(job.config, tuple(layers), job.outputs.paths, seconds, peak, **more)
 

@@ -1,4 +1,4 @@
-"""The input embedding and the output head as packed integers, in groups of EMBEDDING_GROUP inputs.
+"""The input embedding and the output head as packed integers, in groups of EMBEDDING_GROUPS inputs.
 
 Both are rounded to nearest, unless the caller solves the head for its inputs.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptq.checkpoints.canonical import Canonical, with_modules
 from gptq.checkpoints.layouts import PackedLayer
-from gptq.config import EMBEDDING_GROUP
+from gptq.config import EMBEDDING_GROUPS
 from gptq.errors import UserError
 from gptq.files.lazy import as_lazy
 from gptq.solver.grid import Grid, find_grid, quantize
@@ -47,8 +47,8 @@ def pack_embeddings(canonical: Canonical, bits: int, solve: Solve | None = None)
         made = as_lazy(pack_rows(name, weight, bits, sym, solve if name == head else None))
         keys = ("qweight", "qzeros", "scales")
         modules[name] = {key: made.entry(f"{name}.{key}") for key in keys}
-        groups = group_count(inputs, EMBEDDING_GROUP)
-        packed[name] = PackedLayer(name, inputs, outputs, bits, groups, EMBEDDING_GROUP)
+        size = EMBEDDING_GROUPS[bits]
+        packed[name] = PackedLayer(name, inputs, outputs, bits, group_count(inputs, size), size)
     tensors = with_modules(canonical.tensors, modules)
     layers = {layer.name: layer for layer in canonical.layers} | packed
     places = {name.rpartition(".")[0]: place for place, name in enumerate(tensors)}
@@ -67,7 +67,7 @@ def pack_rows(
     """
     outputs, inputs = weight.shape
     check_rows(name, inputs, bits)
-    groups = group_count(inputs, EMBEDDING_GROUP)
+    groups = group_count(inputs, EMBEDDING_GROUPS[bits])
     qweight = torch.empty((words_for(inputs, bits), outputs), dtype=torch.int32)
     qzeros = torch.empty((groups, words_for(outputs, bits)), dtype=torch.int32)
     scales = torch.empty((groups, outputs), dtype=torch.float16)
@@ -109,7 +109,7 @@ def _grid(w: Tensor, bits: int, sym: bool) -> Grid:
 
 def _round(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Integers uint8 (in, out), zero points and scales (groups, out) of w, float32 (in, out)."""
-    parts = [(part, _grid(part, bits, sym)) for part in w.split(EMBEDDING_GROUP)]
+    parts = [(part, _grid(part, bits, sym)) for part in w.split(EMBEDDING_GROUPS[bits])]
     q = torch.cat([quantize(part, grid, bits).to(torch.uint8) for part, grid in parts])
     zeros, scales = (
         torch.stack(values)

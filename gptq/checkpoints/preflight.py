@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.embeddings import check_rows
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
-from gptq.config import DEFAULTS, EMBEDDING_GROUP, QuantConfig, Widths, config_of_layer
+from gptq.config import DEFAULTS, EMBEDDING_GROUPS, QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import LazyTensors
 from quant_cuda.weight import group_count
@@ -59,7 +59,7 @@ def planned_layers(
         outputs, inputs = state[f"{name}.weight"].shape
         is_end = name in ends
         bits = embedding_bits if is_end else configs[name].bits
-        size = EMBEDDING_GROUP if is_end else configs[name].group_size
+        size = EMBEDDING_GROUPS[bits] if is_end else configs[name].group_size
         layer = PackedLayer(name, inputs, outputs, bits, group_count(inputs, size), size)
         layers.append(LayerFacts(layer, config.sym, desc_act, spec.model_type, is_end, mixed))
     return layers

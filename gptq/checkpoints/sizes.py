@@ -6,7 +6,7 @@ from gptq.blockwise import empty_model
 from gptq.blockwise.model import BlockwiseModel
 from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.layouts import PackedLayer
-from gptq.config import EMBEDDING_GROUP
+from gptq.config import EMBEDDING_GROUPS
 from quant_cuda.weight import group_count
 
 # What a file takes for each tensor besides its values, at most: its name and shape, in a zip
@@ -61,7 +61,8 @@ def fixed_bytes(model: BlockwiseModel, output: Output) -> int:
             continue
         if name in ends and (is_gguf or (output.embedding_bits < 16 and spec.packs_embedding)):
             outputs, inputs = tensor.shape
-            bits, size = (8, _GGUF_BLOCK) if is_gguf else (output.embedding_bits, EMBEDDING_GROUP)
+            bits = 8 if is_gguf else output.embedding_bits
+            size = _GGUF_BLOCK if is_gguf else EMBEDDING_GROUPS[bits]
             groups = group_count(inputs, size)
             end = PackedLayer(name, inputs, outputs, bits, groups, size)
             total += layer_bytes(

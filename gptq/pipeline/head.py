@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptq.blockwise.activations import Activations
 from gptq.blockwise.model import BlockwiseModel, free
-from gptq.config import EMBEDDING_GROUP, QuantConfig
+from gptq.config import EMBEDDING_GROUPS, QuantConfig
 from gptq.pipeline.blocks import HELD_OUT, check_inputs
 from gptq.pipeline.team import ALONE, Team
 from gptq.solver.damping import choose_damping
@@ -42,10 +42,11 @@ def head_hessian(
 def head_solver(hessian: Hessian, config: QuantConfig, bits: int) -> Callable[[Tensor], Solution]:
     """A function that quantizes rows of the head, floating (n, in), by the settings of a run.
 
-    hessian: from `head_hessian`. Groups are runs of EMBEDDING_GROUP inputs in their own order.
+    hessian: from `head_hessian`. Groups are runs of EMBEDDING_GROUPS inputs in their own order.
     """
     order = "gar" if config.order == "act" else config.order
-    own = replace(config, bits=bits, group_size=EMBEDDING_GROUP, order=order, error_feedback=0.0)
+    size = EMBEDDING_GROUPS[bits]
+    own = replace(config, bits=bits, group_size=size, order=order, error_feedback=0.0)
     if own.adapts_damp and hessian.held_out is not None:
         damp = choose_damping(hessian.H, hessian.held_out, own)
         own = replace(own, percdamp=damp, adaptive_damp=False)

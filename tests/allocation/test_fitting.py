@@ -185,7 +185,7 @@ def test_the_embedding_gets_what_the_size_allows(fixture, request, text_file, tm
     fixed = QuantConfig(embedding_bits=16)
     assert least < least_size(folder, text_file, outputs, fixed)
     report = gptq.quantize(folder, text_file, size=f"{int(least * 1.01)}B", **outputs, **RUN)
-    assert report.embedding == Width(4, 64)
+    assert report.embedding == Width(4, 32)
     assert ends_of(folder, outputs["save"]) == 4
     assert weight_bytes(outputs["save"]) <= least * 1.01
     report = gptq.quantize(folder, text_file, size="10MiB", save=tmp_path / "large.pt", **RUN)

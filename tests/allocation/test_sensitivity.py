@@ -162,7 +162,7 @@ def naive_ends(folder, spec, windows, bits):
     model(windows)
     hook.remove()
     x = seen[0].flatten(0, 1)
-    config = QuantConfig(bits=bits, group_size=64, error_feedback=0.0, adaptive_damp=False)
+    config = QuantConfig(bits=bits, group_size=32, error_feedback=0.0, adaptive_damp=False)
     embedding, head = model.get_input_embeddings(), model.lm_head
     solved = solve_layer(head.weight, Hessian(x.T @ x / len(x)), replace(config, refine=1))
     rounded = solve_layer(embedding.weight, None, config).dequantize()
@@ -176,7 +176,7 @@ def naive_ends(folder, spec, windows, bits):
 def test_what_the_embedding_and_the_head_lose(fixture, request, text_file):
     folder, spec = request.getfixturevalue(fixture), SPECS[fixture]
     windows = windows_of(folder, text_file)
-    ends = (Width(4, 64), Width(8, 64))
+    ends = (Width(4, 32), Width(8, 64))
     *groups, found = measured(folder, windows, QuantConfig(adaptive_damp=False), ends=ends)
     assert [it.layers for it in groups] == [it.layers for it in measured(folder, windows)]
     assert found.layers == (spec.embed[0],)

@@ -14,7 +14,7 @@ from gptq.api import open_weights, perplexity
 from gptq.blockwise.model import free
 from gptq.checkpoints.compatibility import facts, lines
 from gptq.checkpoints.embeddings import pack_rows
-from gptq.config import EMBEDDING_GROUP, QuantConfig
+from gptq.config import EMBEDDING_GROUPS, QuantConfig
 from gptq.convert import convert
 from gptq.errors import UserError
 from gptq.nn import QuantEmbedding, QuantLinear, TiedHead
@@ -49,7 +49,7 @@ def on_grid(state, name, bits, inputs, offset=1):
     outputs = scales.shape[1]
     q = unpack(state[f"{name}.qweight"], bits, inputs).double()
     zeros = unpack_zeros(state[f"{name}.qzeros"], bits, outputs, offset).double()
-    group = torch.arange(inputs) // EMBEDDING_GROUP
+    group = torch.arange(inputs) // EMBEDDING_GROUPS[bits]
     return ((q - zeros[group]) * scales[group]).T
 
 
@@ -211,11 +211,28 @@ def test_what_cannot_be_packed():
         QuantConfig(embedding_bits=5)
 
 
+def test_four_bits_in_groups_of_64_are_read(models, tmp_path, monkeypatch):
+    """As older files have them."""
+    monkeypatch.setitem(EMBEDDING_GROUPS, 4, 64)
+    rounded(models["llama"], 4, save=tmp_path / "old.pt")
+    monkeypatch.undo()
+    rounded(models["llama"], 4, save=tmp_path / "new.pt")
+    full, _ = gptq.load(models["llama"])
+    tokens, errors = torch.arange(300), []
+    for name, size in (("old", 64), ("new", 32)):
+        model, _ = gptq.load(models["llama"], tmp_path / f"{name}.pt")
+        embedding = model.get_input_embeddings()
+        assert (embedding.group_size, model.lm_head.group_size) == (size, size)
+        wanted = full.get_input_embeddings()(tokens)
+        errors.append(float((embedding(tokens) - wanted).square().sum() / wanted.square().sum()))
+    assert errors[1] < errors[0] < 0.01
+
+
 def test_groups_of_another_size_do_not_mislead(models, tokens, tmp_path):
     """192 inputs in groups of 90 are three groups, as many as in groups of 64."""
     config = QuantConfig(group_size=90, method="rtn", scale_search="minmax")
     gptq.quantize(models["llama"], None, config, save=tmp_path / "m.pt")
     model, _ = gptq.load(models["llama"], tmp_path / "m.pt")
-    assert model.get_input_embeddings().group_size == EMBEDDING_GROUP
-    assert model.lm_head.group_size == EMBEDDING_GROUP
+    assert model.get_input_embeddings().group_size == EMBEDDING_GROUPS[8]
+    assert model.lm_head.group_size == EMBEDDING_GROUPS[8]
     assert model.model.layers[0].mlp.up_proj.group_size == 90

@@ -9,7 +9,7 @@ import gptq
 from gptq import QuantConfig, api
 from gptq.blockwise.activations import batches, embed
 from gptq.checkpoints.embeddings import pack_rows
-from gptq.config import EMBEDDING_GROUP
+from gptq.config import EMBEDDING_GROUPS
 from gptq.data.windows import calibration_windows
 from gptq.errors import UserError
 from gptq.pipeline.head import head_hessian, head_solver
@@ -81,7 +81,7 @@ def rounded_weight(weight, bits):
     packed = pack_rows("x", weight, bits, sym=False)
     parts = (packed[f"x.{key}"] for key in ("qweight", "qzeros", "scales"))
     sizes = {"in_features": weight.shape[1], "zero_offset": 0}
-    stored = PackedWeight(*parts, None, bits, EMBEDDING_GROUP, **sizes)
+    stored = PackedWeight(*parts, None, bits, EMBEDDING_GROUPS[bits], **sizes)
     return dequantize(stored, torch.float32).T
 
 
@@ -141,5 +141,5 @@ def test_a_solver_keeps_groups_in_order(models):
     hessian = gptq.solver.hessian.Hessian(x.T @ x / len(x))
     solve = head_solver(hessian, QuantConfig(order="act"), 4)
     solution = solve(torch.randn(40, 192, generator=generator))
-    assert torch.equal(solution.g_idx.long(), torch.arange(192) // EMBEDDING_GROUP)
-    assert (solution.bits, solution.group_size) == (4, EMBEDDING_GROUP)
+    assert torch.equal(solution.g_idx.long(), torch.arange(192) // EMBEDDING_GROUPS[4])
+    assert (solution.bits, solution.group_size) == (4, EMBEDDING_GROUPS[4])
