@@ -30,12 +30,11 @@ from benchmarks.file_sizes_report import (
     SETTINGS,
     SIZES,
     THEIRS,
-    TUNED,
     UNIFORM,
     UNIFORM_SETTINGS,
     Row,
-    borrowed_size,
     chart,
+    middle,
     read,
     table,
 )
@@ -45,8 +44,6 @@ from benchmarks.quality.results import RESULTS, read_results
 from benchmarks.quality.subjects import SEED, Subject, log_perplexities, subject, windows_of
 from gptq import QuantConfig, api
 from gptq.allocation.target import EMBEDDING_CHOICES, Target
-from gptq.cli.progress import show_training
-from gptq.config import QUALITIES
 from gptq.errors import UserError
 
 PAGE = Path(__file__).parents[1] / "docs" / "algorithm.md"
@@ -108,9 +105,9 @@ def _files(
     model: Subject, setting: str, folder: Path, python: str | None, rows: Sequence[Row]
 ) -> Iterator[Made]:
     """The files of a setting, the chosen one last. rows: what is measured so far, these too."""
-    config, size = QuantConfig(), sys.maxsize
-    if setting in (BETWEEN, TUNED):
-        size = borrowed_size(setting, rows)
+    size = sys.maxsize
+    if setting == BETWEEN:
+        size = middle(rows)
     elif setting in LLAMA_CPP_TYPES:
         for file in _theirs(model, setting, folder, str(python)):
             yield file
@@ -119,9 +116,7 @@ def _files(
         bits, group_size = GRIDS[setting]
         yield (file := _ours(model, folder, QuantConfig(bits=bits, group_size=group_size)))
         size = file.size
-    if setting == TUNED:
-        config = QuantConfig(**QUALITIES["tune"])
-    yield _ours(model, folder, config, Target(size, embedding_bits=EMBEDDING_CHOICES))
+    yield _ours(model, folder, QuantConfig(), Target(size, embedding_bits=EMBEDDING_CHOICES))
 
 
 def _ours(model: Subject, folder: Path, config: QuantConfig, target: Target | None = None) -> Made:
@@ -136,7 +131,7 @@ def _ours(model: Subject, folder: Path, config: QuantConfig, target: Target | No
         target=target,
     )
     started = process_time()
-    report = api.run(api.open_full(model.folder, "cpu", "float32"), job, training=show_training)
+    report = api.run(api.open_full(model.folder, "cpu", "float32"), job)
     seconds = process_time() - started
     layers = {str(width): count for width, count in report.widths.items()}
     return Made(
@@ -194,8 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     settings = args.settings
     if settings is None:
-        # The last two have the bytes of those before them.
-        own = (*UNIFORM_SETTINGS, BETWEEN, TUNED)
+        # The last has bytes between those of two before it.
+        own = (*UNIFORM_SETTINGS, BETWEEN)
         settings = (*LLAMA_CPP_TYPES, *own) if args.llamacpp else own
     try:
         if args.chart is not None and importlib.util.find_spec("matplotlib") is None:

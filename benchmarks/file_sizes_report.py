@@ -15,9 +15,7 @@ SIZES = RESULTS.with_name("file-sizes.jsonl")
 UNIFORM_SETTINGS = ("W4 g128", "W3 g128", "W2 g64")
 # Halfway between the bytes of two uniform files, which a line joins.
 BETWEEN, ENDS = "between W4 and W3 g128", UNIFORM_SETTINGS[:2]
-# Trained after the solve, of the bytes of another setting.
-TUNED, PLAIN = "W2 g64, tuned", "W2 g64"
-SETTINGS = (*LLAMA_CPP_TYPES, ENDS[0], BETWEEN, *UNIFORM_SETTINGS[1:], TUNED)
+SETTINGS = (*LLAMA_CPP_TYPES, ENDS[0], BETWEEN, *UNIFORM_SETTINGS[1:])
 UNIFORM, CHOSEN, LINE = "uniform", "chosen for its bytes", "uniform, on the line"
 THEIRS = ("llama.cpp", "llama.cpp, importance matrix")
 HOW = (*THEIRS, UNIFORM, LINE, CHOSEN)
@@ -58,18 +56,17 @@ def read(path: Path) -> list[Row]:
     return list({(row.setting, row.how): row for row in rows}.values())
 
 
-def borrowed_size(setting: str, rows: Sequence[Row]) -> int:
-    """Bytes that BETWEEN or TUNED takes from uniform files. Raises UserError if one is missing."""
-    sources = ENDS if setting == BETWEEN else (PLAIN,)
-    found = _uniform(sources, rows)
-    if missing := [name for name in sources if name not in found]:
-        raise UserError(f"{setting} has the bytes of {missing[0]}; measure that first")
-    return sum(row.size for row in found.values()) // len(found)
+def middle(rows: Sequence[Row]) -> int:
+    """Bytes halfway between the two uniform files. Raises UserError if one is missing."""
+    return sum(row.size for row in _ends(rows)) // len(ENDS)
 
 
-def _uniform(settings: Sequence[str], rows: Sequence[Row]) -> dict[str, Row]:
-    """The latest uniform rows of settings."""
-    return {row.setting: row for row in rows if row.how == UNIFORM and row.setting in settings}
+def _ends(rows: Sequence[Row]) -> list[Row]:
+    """The latest rows of the two uniform files."""
+    last = {row.setting: row for row in rows if row.how == UNIFORM}
+    if missing := [name for name in ENDS if name not in last]:
+        raise UserError(f"{BETWEEN} has the bytes of {missing[0]}; measure that first")
+    return [last[name] for name in ENDS]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -82,10 +79,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def _lines(row: Row, rows: Sequence[Row]) -> Iterator[list[str]]:
     if row.setting == BETWEEN:
-        ends = _uniform(ENDS, rows).values()
-        line = {text: sum(end.gaps[text] for end in ends) / len(ends) for text in row.gaps}
-        size = borrowed_size(BETWEEN, rows) / 1e6
-        yield [BETWEEN, LINE, f"{size:.1f}", *_gaps(line), "8", "", ""]
+        line = {text: sum(end.gaps[text] for end in _ends(rows)) / len(ENDS) for text in row.gaps}
+        yield [BETWEEN, LINE, f"{middle(rows) / 1e6:.1f}", *_gaps(line), "8", "", ""]
     widths = ", ".join(f"{count} of {width}" for width, count in row.layers.items())
     cells = [row.setting, row.how, f"{row.size / 1e6:.1f}", *_gaps(row.gaps)]
     yield [*cells, str(row.embedding_bits), widths, f"{row.cpu_seconds:.0f}"]
@@ -107,15 +102,10 @@ def chart(rows: Sequence[Row], quality: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
-    tuned = [row for row in rows if row.setting == TUNED]
-    solved = [row for row in rows if row.setting != TUNED]
-    for label, some, style in (
-        ("ours, uniform bits", [row for row in solved if row.how == UNIFORM], "s-"),
-        ("ours, --size", [row for row in solved if row.how == CHOSEN], "o-"),
-        ("ours, --size --quality tune", tuned, "*"),
-        *((how, [row for row in solved if row.how == how], "D") for how in THEIRS),
-    ):
-        _draw(axis, sorted((row.size / 1e6, row.mean) for row in some), style, label)
+    named = {CHOSEN: "ours, --size", UNIFORM: "ours, uniform bits"}
+    for how, style in ((CHOSEN, "o-"), (UNIFORM, "s-"), (THEIRS[0], "D"), (THEIRS[1], "D")):
+        points = sorted((row.size / 1e6, row.mean) for row in rows if row.how == how)
+        _draw(axis, points, style, named.get(how, how))
     for method in OTHERS:
         points = sorted(_point(it) for it in quality if _is_of(it, method))
         _draw(axis, points, "^--", f"{method.partition(',')[0]}, embedding of 16 bits")
