@@ -1,5 +1,6 @@
 """What a change costs a model: by its next-token distribution, and by the error of a layer."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,12 @@ from gptq.config import QuantConfig, Width, with_width
 from gptq.solver.layer import round_to_nearest
 
 # Outputs of a group that are rounded to know the error of a width that is not measured.
-ROWS = 128
+ROWS = 256
 # Tokens of a window whose logits are in memory at once.
 LOGIT_TOKENS = 256
+# Next tokens that stand for all of a distribution. Of 120 groups of SmolLM2, on 512 tokens, 64 tell
+# the divergence within 1.2% (standard deviation; 32: 2.1%, 128: 0.9%).
+SAMPLES = 64
 
 
 def divergence(full: Tensor, logits: Tensor) -> float:
@@ -29,6 +33,35 @@ def divergence(full: Tensor, logits: Tensor) -> float:
     less = logits.float().log_softmax(-1).sub_(full)
     terms = less.expm1().sub_(less).mul_(full.exp())
     return float(terms.sum(dtype=torch.float64))
+
+
+def sample_tokens(probabilities: Tensor, count: int) -> Tensor:
+    """Tokens that stand for a distribution, each for 1 / count of it: int64 (..., count).
+
+    They are the quantiles of the distribution over the tokens in their order (systematic sampling),
+    so that a token comes count times its probability, rounded up or down.
+    probabilities: float32 (..., vocabulary).
+    """
+    # Whole numbers, because the order in which a GPU adds differs from run to run.
+    shares = probabilities.mul(2**30).round_().to(torch.int32)
+    sums = shares.cumsum(-1, dtype=torch.int32)
+    middles = 2 * torch.arange(count, device=sums.device) + 1
+    quantiles = middles * sums[..., -1:].long() // (2 * count)
+    tokens = torch.searchsorted(sums, quantiles.to(torch.int32), right=True)
+    # A distribution that is not finite has no quantiles.
+    return tokens.clamp_(max=sums.shape[-1] - 1)
+
+
+def sampled_divergence(full: Tensor, logits: Tensor) -> float:
+    """`divergence` from the logits of what `sample_tokens` draws from the first distribution.
+
+    full, logits: floating (..., count).
+    With d = logits - full and means over the first distribution it is log(mean(exp(d))) - mean(d).
+    """
+    change = logits.double() - full.double()
+    count = change.shape[-1]
+    terms = change.logsumexp(-1) - math.log(count) - change.mean(-1)
+    return float(terms.sum())
 
 
 def relative_errors(

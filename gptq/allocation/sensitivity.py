@@ -16,10 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from gptq.allocation.ends import embed_rounded, ends_losses
-from gptq.allocation.losses import LOGIT_TOKENS, divergence, relative_errors
+from gptq.allocation.losses import (
+    LOGIT_TOKENS,
+    SAMPLES,
+    relative_errors,
+    sample_tokens,
+    sampled_divergence,
+)
 from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.activations import Activations, batches, embed, run_block
-from gptq.blockwise.logits import output_layers
+from gptq.blockwise.logits import head_of_tokens, output_layers
 from gptq.blockwise.model import Block, BlockwiseModel, free
 from gptq.blockwise.steps import advance, advance_past, finish
 from gptq.config import QuantConfig, Width, with_width
@@ -67,7 +73,8 @@ def measure(
         first of them.
     cache: for activations between two uses, by default in memory.
     team: processes that share the groups out; each calls this with all windows.
-    progress: called with (blocks done, blocks in all).
+    progress: called with (steps done, steps in all): one for each block, and one for the
+        embedding and the head.
     One block's weights are in memory at a time, and for every group of the blocks so far the hidden
     states of PROBE_TOKENS tokens.
     """
@@ -97,21 +104,30 @@ def measure(
             stream.through(block)
         free(block.module)
         if progress is not None:
-            progress(index + 1, model.block_count)
-    divergences = _divergences(model, probe, changed)
-    both = zip(divergences, errors, strict=True)
-    own = [[divergence * error for error in group] for divergence, group in both]
+            progress(index + 1, model.block_count + len(packed))
+    both = zip(_divergences(model, probe, changed), errors, strict=True)
+    found = _gathered(names, [[loss * error for error in own] for loss, own in both], widths, team)
+    for stream in packed:
+        last = ends_losses(model, activations, (probe, stream), config, ends, team)
+        found.append(Sensitivity((model.spec.embed[0],), last))
+        if progress is not None:
+            progress(model.block_count + 1, model.block_count + 1)
+    return found
+
+
+def _gathered(
+    names: Sequence[tuple[str, ...]],
+    own: Sequence[Sequence[float]],
+    widths: Sequence[Width],
+    team: Team,
+) -> list[Sensitivity]:
+    """The sensitivity of every group, from the losses by width of those that this process has."""
     shares = team.everyones(own)
-    losses = (shares[place % team.size][place // team.size] for place in range(len(names)))
-    found = [_sensitivity(*each, widths) for each in zip(names, losses, strict=True)]
-    last = (ends_losses(model, activations, (probe, it), config, ends, team) for it in packed)
-    return [*found, *(Sensitivity((model.spec.embed[0],), each) for each in last)]
-
-
-def _sensitivity(
-    layers: tuple[str, ...], losses: Sequence[float], widths: Sequence[Width]
-) -> Sensitivity:
-    return Sensitivity(layers, dict(zip(widths, losses, strict=True)))
+    found = []
+    for place, layers in enumerate(names):
+        losses = shares[place % team.size][place // team.size]
+        found.append(Sensitivity(layers, dict(zip(widths, losses, strict=True))))
+    return found
 
 
 def probe_bytes(model: BlockwiseModel, ends: bool = False) -> int:
@@ -192,12 +208,15 @@ def _divergences(model: BlockwiseModel, probe: Activations, changed: Activations
     totals = torch.zeros(len(changed.hidden) // count, dtype=torch.float64)
     tokens = 0
     with output_layers(model) as logits:
+        head = model.module.get_submodule(model.spec.head)
         for index, (hidden,) in enumerate(probe.hidden):
             tokens += hidden.shape[0] * hidden.shape[1]
             for start in range(0, hidden.shape[1], LOGIT_TOKENS):
                 part = slice(start, start + LOGIT_TOKENS)
-                full = logits(hidden[:, part]).float().log_softmax(-1)
-                for stream in range(len(totals)):
-                    (other,) = changed.hidden.get(stream * count + index)
-                    totals[stream] += divergence(full, logits(other[:, part]))
+                next_tokens = sample_tokens(logits(hidden[:, part]).softmax(-1), SAMPLES)
+                with head_of_tokens(head, next_tokens):
+                    full = logits(hidden[:, part])
+                    for stream in range(len(totals)):
+                        (other,) = changed.hidden.get(stream * count + index)
+                        totals[stream] += sampled_divergence(full, logits(other[:, part]))
     return (totals / tokens).tolist()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gptq.blockwise.model import BlockwiseModel, free
@@ -35,3 +35,24 @@ def output_layers(model: BlockwiseModel) -> Iterator[Callable[[Tensor], Tensor]]
         del base.forward
         for part in (norm, head):
             free(part)
+
+
+@contextmanager
+def head_of_tokens(head: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """While open, a model's logits are those of `tokens` alone, in their place and float32.
+
+    head: a linear layer to the vocabulary, in use by `output_layers`.
+    tokens: int64 (batch, seq, count), those of each position.
+    """
+    weight = head.get_parameter("weight")[tokens].float()
+    bias = None if getattr(head, "bias", None) is None else head.get_parameter("bias")[tokens]
+
+    def forward(states: Tensor) -> Tensor:
+        logits = (weight @ states.float()[..., None]).squeeze(-1)
+        return logits if bias is None else logits + bias
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

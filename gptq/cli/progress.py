@@ -61,7 +61,7 @@ def run_progress(
     with contextlib.ExitStack() as bars:
         measured = show = None
         if measures:
-            measured = bars.enter_context(progress_bar("measuring layers", "block"))
+            measured = bars.enter_context(progress_bar("measuring layers"))
         else:
             show = bars.enter_context(quantization_progress(layers))
 

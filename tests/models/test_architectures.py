@@ -7,11 +7,13 @@ import torch
 from conftest import SIZES as TINY
 from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import gptq
 import gptq.pipeline.blocks
-from gptq import QuantConfig, convert, hf
+from gptq import QuantConfig, api, convert, hf
 from gptq.api import open_weights, perplexity
+from gptq.blockwise.logits import head_of_tokens, output_layers
 from gptq.blockwise.rotation import rotated
 from gptq.cli.run import main
 from gptq.errors import UserError
@@ -82,6 +84,26 @@ def test_it_is_evaluated_quantized_and_loaded(folder, text_file, tmp_path):
     block_by_block = perplexity(open_weights(folder, path, device="cpu"), windows())
     assert own_perplexity(model) == pytest.approx(block_by_block, rel=1e-4)
     assert own_perplexity(model) == pytest.approx(found, rel=0.03)
+
+
+@torch.no_grad()
+def test_logits_of_some_tokens_are_those_of_all(folder):
+    """What an architecture does to its logits, scaling or capping, it does to these too."""
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = api.open_full(folder, "cpu", "float32")
+    states = torch.randn((2, 5, 64), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(0, 320, (2, 5, 7), generator=torch.Generator().manual_seed(3))
+    with output_layers(model) as logits:
+        expected = logits(states)
+        with head_of_tokens(model.module.get_submodule(model.spec.head), tokens):
+            found = logits(states)
+        assert torch.equal(logits(states), expected)
+    torch.testing.assert_close(found, expected.gather(-1, tokens))
+    last = getattr(full, full.base_model_prefix)
+    norm = last.ln_f if folder.name == "bloom" else last.norm
+    last.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=norm(states))
+    theirs = full(input_ids=tokens[..., 0]).logits
+    torch.testing.assert_close(expected, theirs)
 
 
 @torch.no_grad()
