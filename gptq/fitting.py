@@ -131,7 +131,7 @@ def _ends_bytes(
         ends = [it for it in planned_layers(model, config, bits) if it.is_end]
         whole_words = all(it.layer.inputs * bits % 32 == 0 for it in ends)
         if bits == config.embedding_bits or (whole_words and _end_refusal(ends, packing) is None):
-            sizes[bits] = max(fixed_bytes(model, output) for output in outputs)
+            sizes[bits] = max(fixed_bytes(model, output, config.sym) for output in outputs)
     most = {size: bits for bits, size in sizes.items()}
     return {bits: size for size, bits in most.items()}
 
@@ -149,10 +149,27 @@ def _refusal(facts: Sequence[LayerFacts], outputs: Collection[Output]) -> str | 
         if not is_packable(layer.inputs, layer.outputs, layer.bits):
             return f"{layer.name} does not fill whole 32-bit words at {layer.bits} bits"
         for output in outputs:
-            reason = FORMATS[output.format].refuses(each)
+            reason = _planned_refusal(output.format, each)
             if reason is not None:
                 return f"--format {output.format}: {layer.name} {reason}"
     return None
+
+
+def _planned_refusal(name: str, facts: LayerFacts) -> str | None:
+    """Why a format cannot hold a layer that a run will write; None if it can.
+
+    Of a checkpoint a .gguf file takes any layer that happens to be symmetric; what a run will make
+    is so only if it is asked for.
+    """
+    if name != "gguf":
+        return FORMATS[name].refuses(facts)
+    # Imports gguf.
+    from gptq.checkpoints import gguf_format
+
+    layer = facts.layer
+    return gguf_format.refusal(
+        layer.bits, layer.group_size, facts.sym, facts.has_g_idx, layer.inputs
+    )
 
 
 def _mib(size: int) -> str:

@@ -119,7 +119,7 @@ class Job:
         outputs, bits = self.outputs, self.config.embedding_bits
         written = [Output("gptq", bits)] if outputs.pt or outputs.save_safetensors else []
         if outputs.gguf is not None:
-            written.append(Output("gguf", 8))
+            written.append(Output("gguf", bits))
         if outputs.save_dir is not None:
             usual = "gptq" if self.config.sym else "compressed-tensors"
             written.append(Output(outputs.format or usual, self.folder_bits))

@@ -229,7 +229,7 @@ def _solved_layers(
 def _embedding_bits(job: Job) -> set[int]:
     """Bits of the embedding and the head in each of the outputs."""
     outputs, bits = job.outputs, job.config.embedding_bits
-    files = {bits} if outputs.pt or outputs.save_safetensors else set()
+    files = {bits} if outputs.save or outputs.save_safetensors else set()
     return files | ({job.folder_bits} if outputs.save_dir else set())
 
 
@@ -273,7 +273,9 @@ def _write(
         name = outputs.format or default_format(map(packed.facts, packed.layers), FOLDER)
         write(packed, outputs.save_dir, name, container=FOLDER)
     if outputs.gguf is not None:
-        write(plain, outputs.gguf, "gguf", container=".gguf")
+        # 8 bits are rounded as the file's own type, which is symmetric.
+        packed = with_ends(config.embedding_bits) if config.embedding_bits < 8 else plain
+        write(packed, outputs.gguf, "gguf", container=".gguf")
     files = {".pt": outputs.pt, ".safetensors": outputs.save_safetensors}
     if any(files.values()):
         packed = with_ends(config.embedding_bits)

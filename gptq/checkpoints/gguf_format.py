@@ -1,8 +1,9 @@
 """The format "gguf": one file for llama.cpp, with the integers of packed layers as they are.
 
 A symmetric 4-bit layer becomes Q4_0, an asymmetric one Q4_1, a symmetric 8-bit one Q8_0. Their
-blocks of 32 inputs have a scale each, whatever the group size was. An embedding and a head that do
-not fit one of these are rounded to nearest in Q8_0. Norms and biases are float32.
+blocks of 32 inputs have a scale each, whatever the group size was. So has a packed embedding or
+head; one that does not fit one of these is rounded to nearest in Q8_0. Norms and biases are
+float32.
 """
 
 import json

@@ -16,7 +16,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.embeddings import check_rows
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.checkpoints.writing import has_chat_template, tokenizer_files
-from gptq.config import DEFAULTS, EMBEDDING_GROUPS, QuantConfig, Widths, config_of_layer
+from gptq.config import EMBEDDING_GROUPS, QuantConfig, Widths, config_of_layer
 from gptq.errors import UserError, first_line
 from gptq.files.lazy import LazyTensors
 from quant_cuda.weight import group_count
@@ -72,10 +72,10 @@ def check_gguf(model: BlockwiseModel, config: QuantConfig, widths: Widths | None
     """
     from gptq.checkpoints import gguf_format
 
-    if config.embedding_bits != DEFAULTS["embedding_bits"]:
+    if config.embedding_bits > 8:
         raise UserError(
             f"--embedding-bits {config.embedding_bits} is not for .gguf files, in which the "
-            "embedding and the head are Q8_0; leave it out, or --plain"
+            "embedding and the head have 8 bits or 4; leave it out, or --plain"
         )
     sizes = {name: model.module.get_submodule(name) for name in _packed_layers(model)}
     for name, layer in sizes.items():

@@ -43,9 +43,10 @@ def layer_bytes(output: Output, facts: LayerFacts) -> int:
     return 4 * (words + zero_words + order) + 2 * layer.groups * layer.outputs
 
 
-def fixed_bytes(model: BlockwiseModel, output: Output) -> int:
+def fixed_bytes(model: BlockwiseModel, output: Output, sym: bool) -> int:
     """Bytes of everything else in a file, rounded up a little: what is not quantized, the embedding
-    and the head, names and shapes, and in a .gguf file the tokenizer."""
+    and the head, names and shapes, and in a .gguf file the tokenizer. sym: whether grids are
+    symmetric."""
     spec, state = model.spec, model.module.state_dict()
     tied = empty_model.tied(model.source.config, spec, state)
     packed = {
@@ -59,15 +60,13 @@ def fixed_bytes(model: BlockwiseModel, output: Output) -> int:
         total += _TENSOR * (5 if name in packed else 1)
         if name in packed or name in tied:
             continue
-        if name in ends and (is_gguf or (output.embedding_bits < 16 and spec.packs_embedding)):
+        bits = output.embedding_bits if spec.packs_embedding else 8 if is_gguf else 16
+        if name in ends and bits < 16:
             outputs, inputs = tensor.shape
-            bits = 8 if is_gguf else output.embedding_bits
-            size = _GGUF_BLOCK if is_gguf else EMBEDDING_GROUPS[bits]
+            size = EMBEDDING_GROUPS[bits]
             groups = group_count(inputs, size)
             end = PackedLayer(name, inputs, outputs, bits, groups, size)
-            total += layer_bytes(
-                output, LayerFacts(end, False, False, spec.model_type, is_end=True)
-            )
+            total += layer_bytes(output, LayerFacts(end, sym, False, spec.model_type, is_end=True))
         else:
             # A .gguf file has vectors as float32.
             total += tensor.numel() * (4 if is_gguf and tensor.ndim == 1 else 2)

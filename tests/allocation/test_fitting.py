@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import pytest
 import torch
 from helpers.old_tools import PROBE
@@ -40,6 +41,7 @@ OUTPUTS = {
     "pt": {"save": "m.pt"},
     "safetensors": {"save_safetensors": "m.safetensors"},
     "gguf": {"save": "m.gguf"},
+    "gguf, asymmetric": {"save": "m.gguf"},
     **{
         name: {"save_dir": "folder", "format": name}
         for name in ("gptq", "gptq_v2", "compressed-tensors", "mlx")
@@ -206,13 +208,22 @@ def test_what_is_asked_for_is_not_chosen(flags, bits, llama_dir, text_file, tmp_
     assert getattr(gptq.load(llama_dir, path)[0].get_input_embeddings(), "bits", None) == bits
 
 
-@pytest.mark.parametrize("outputs", [{"save": "m.gguf"}, {"save_dir": "folder"}])
-def test_ends_that_no_output_packs_are_not_chosen(outputs, llama_dir, text_file, tmp_path):
-    outputs = {key: tmp_path / name for key, name in outputs.items()}
-    report = gptq.quantize(
-        llama_dir, text_file, QuantConfig(sym=True), size="1MiB", **outputs, **RUN
-    )
+def test_ends_that_no_output_packs_are_not_chosen(llama_dir, text_file, tmp_path):
+    config, path = QuantConfig(sym=True), tmp_path / "folder"
+    report = gptq.quantize(llama_dir, text_file, config, size="1MiB", save_dir=path, **RUN)
     assert report.embedding is None
+
+
+@pytest.mark.parametrize(("sym", "few"), [(True, "Q4_0"), (False, "Q4_1")])
+def test_the_ends_of_a_gguf_file_are_chosen(sym, few, llama_dir, text_file, tmp_path):
+    path, config = tmp_path / "m.gguf", QuantConfig(sym=sym)
+    least = least_size(llama_dir, text_file, {"save": path}, config)
+    for size, kind in ((int(least * 1.01), few), (2**20, "Q8_0")):
+        gptq.quantize(llama_dir, text_file, config, size=f"{size}B", save=path, **RUN)
+        assert path.stat().st_size <= size
+        tensors = {it.name: it.tensor_type.name for it in gguf.GGUFReader(path).tensors}
+        assert {tensors[name] for name in ("token_embd.weight", "output.weight")} == {kind}
+        path.unlink()
 
 
 def test_a_stopped_run_goes_on_with_the_embedding_it_chose(

@@ -85,6 +85,16 @@ def test_every_type(arch, bits, sym, text_file, tmp_path):
     assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_and_a_head_of_4_bits(tied, sym, text_file, tmp_path):
+    folder = make_model(tmp_path / "model", llama_config(tie_word_embeddings=tied))
+    settings = QuantConfig(sym=sym, group_size=32, embedding_bits=4)
+    file = tmp_path / "m.gguf"
+    gptq.quantize(folder, text_file, settings, save=file, nsamples=4, seqlen=32)
+    same_logits(file, in_llama_cpp(file))
+
+
 @pytest.mark.parametrize("spec", [LLAMA, BLOOM], ids=lambda spec: spec.model_type)
 def test_layers_of_different_widths(spec, text_file, tmp_path):
     config = {"llama": llama_config, "bloom": bloom_config}[spec.model_type](hidden_size=128)

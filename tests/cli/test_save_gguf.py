@@ -2,8 +2,10 @@
 
 import gguf
 import pytest
+import torch
 from helpers.logs import without_progress
 
+import gptq
 from gptq import convert
 from gptq.cli.run import main
 from gptq.models import BLOOM, LLAMA
@@ -44,6 +46,33 @@ def test_it_is_quantized_in_groups_of_32_and_evaluated(
         code, out, err = run(*model, *evaluate, spec=spec)
         assert (code, err) == (0, "")
         assert perplexity in out.splitlines()
+
+
+@pytest.mark.parametrize("spec", [LLAMA, BLOOM])
+@pytest.mark.parametrize(("sym", "kind"), [((), "Q4_1"), (("--sym",), "Q4_0")])
+def test_an_embedding_and_a_head_of_4_bits(
+    sym, kind, spec, run, llama_dir, bloom_dir, text_file, capsys
+):
+    """They are those of a .pt file of the same settings, a head solved for its inputs too."""
+    folder = llama_dir if spec is LLAMA else bloom_dir
+    argv = (folder, text_file, "--wbits", "4", "--groupsize", "32", *sym, *QUICK)
+    argv = (*argv, "--embedding-bits", "4")
+    assert run(*argv, "--save", "m.gguf", "--save_safetensors", "m.safetensors", spec=spec)[0] == 0
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("m.gguf").tensors}
+    ends = {"token_embd.weight", "output.weight"} & types.keys()
+    assert {types[name] for name in ends} == {kind}
+    assert len(ends) == (2 if spec is LLAMA else 1)
+    found, expected = (
+        gptq.load(folder, path, device="cpu", dtype="float32")[0]
+        for path in ("m.gguf", "m.safetensors")
+    )
+    state = expected.state_dict()
+    packed = {name: it for name, it in found.state_dict().items() if name.endswith("qweight")}
+    assert f"{spec.embed[0]}.qweight" in packed
+    for name, integers in packed.items():
+        assert torch.equal(integers, state[name]), name
+    tokens = torch.arange(2, 30)[None]
+    torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=2e-2, atol=2e-2)
 
 
 def test_groups_that_are_asked_for(run, llama_dir, text_file):
