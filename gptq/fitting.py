@@ -13,6 +13,7 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.model import BlockwiseModel
 from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.formats import FORMATS
+from gptq.checkpoints.gguf_format import refuses_planned
 from gptq.checkpoints.preflight import planned_layers
 from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes
 from gptq.config import EMBEDDING_GROUPS, QuantConfig, Width, Widths, is_packable, with_width
@@ -149,27 +150,12 @@ def _refusal(facts: Sequence[LayerFacts], outputs: Collection[Output]) -> str | 
         if not is_packable(layer.inputs, layer.outputs, layer.bits):
             return f"{layer.name} does not fill whole 32-bit words at {layer.bits} bits"
         for output in outputs:
-            reason = _planned_refusal(output.format, each)
+            is_gguf = output.format == "gguf"
+            refuses = refuses_planned if is_gguf else FORMATS[output.format].refuses
+            reason = refuses(each)
             if reason is not None:
                 return f"--format {output.format}: {layer.name} {reason}"
     return None
-
-
-def _planned_refusal(name: str, facts: LayerFacts) -> str | None:
-    """Why a format cannot hold a layer that a run will write; None if it can.
-
-    Of a checkpoint a .gguf file takes any layer that happens to be symmetric; what a run will make
-    is so only if it is asked for.
-    """
-    if name != "gguf":
-        return FORMATS[name].refuses(facts)
-    # Imports gguf.
-    from gptq.checkpoints import gguf_format
-
-    layer = facts.layer
-    return gguf_format.refusal(
-        layer.bits, layer.group_size, facts.sym, facts.has_g_idx, layer.inputs
-    )
 
 
 def _mib(size: int) -> str:

@@ -48,7 +48,7 @@ def sample_tokens(probabilities: Tensor, count: int) -> Tensor:
     middles = 2 * torch.arange(count, device=sums.device) + 1
     quantiles = middles * sums[..., -1:].long() // (2 * count)
     tokens = torch.searchsorted(sums, quantiles.to(torch.int32), right=True)
-    # A distribution that is not finite has no quantiles.
+    # What is no distribution, because logits are not finite, has no quantiles.
     return tokens.clamp_(max=sums.shape[-1] - 1)
 
 

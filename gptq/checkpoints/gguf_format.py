@@ -87,6 +87,12 @@ def refuses(facts: LayerFacts) -> str | None:
     return refusal(layer.bits, layer.group_size, True, facts.has_g_idx, layer.inputs)
 
 
+def refuses_planned(facts: LayerFacts) -> str | None:
+    """`refusal` of a layer that a run will write: it is symmetric only if that is asked for."""
+    layer = facts.layer
+    return refusal(layer.bits, layer.group_size, facts.sym, facts.has_g_idx, layer.inputs)
+
+
 def refuses_values(canonical: Canonical, layer: PackedLayer) -> str | None:
     """`refusal` of a layer as its tensors have it."""
     if layer in canonical.embeddings:

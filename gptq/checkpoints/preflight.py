@@ -77,18 +77,10 @@ def check_gguf(model: BlockwiseModel, config: QuantConfig, widths: Widths | None
             f"--embedding-bits {config.embedding_bits} is not for .gguf files, in which the "
             "embedding and the head have 8 bits or 4; leave it out, or --plain"
         )
-    sizes = {name: model.module.get_submodule(name) for name in _packed_layers(model)}
-    for name, layer in sizes.items():
-        own = config_of_layer(config, widths, name)
-        reason = gguf_format.refusal(
-            own.bits,
-            own.group_size,
-            own.sym,
-            own.needs_g_idx,
-            cast(nn.Linear, layer).in_features,
-        )
+    for facts in planned_layers(model, config, 16, widths):
+        reason = gguf_format.refuses_planned(facts)
         if reason is not None:
-            raise UserError(f"{name} {reason}")
+            raise UserError(f"{facts.layer.name} {reason}")
     embedding = model.module.get_submodule(model.spec.embed[0])
     gguf_format.check_source(model.source, cast(nn.Embedding, embedding).num_embeddings)
 

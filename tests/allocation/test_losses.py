@@ -60,6 +60,7 @@ def test_a_change_beyond_all_measure_is_still_a_number():
     assert 0 < sampled(full, other, SAMPLES) < float("inf")
 
 
-def test_no_token_is_outside_the_vocabulary_if_numbers_are_not_finite():
-    tokens = sample_tokens(torch.full((2, 7), float("nan")), 3)
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_no_token_is_outside_the_vocabulary_if_there_is_no_distribution(value):
+    tokens = sample_tokens(torch.full((2, 7), value), 3)
     assert bool((tokens < 7).all())
