@@ -15,7 +15,7 @@ from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.formats import FORMATS
 from gptq.checkpoints.gguf_format import refuses_planned
 from gptq.checkpoints.preflight import planned_layers
-from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes
+from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes, tokenizer_bytes
 from gptq.config import EMBEDDING_GROUPS, QuantConfig, Width, Widths, is_packable, with_width
 from gptq.errors import UserError
 from gptq.pipeline.team import Team
@@ -127,12 +127,17 @@ def _ends_bytes(
     """Bytes of all that is no quantized layer, the most any output takes, by the bits of the
     embedding and the head. Only bits that can be written, and of equal bytes the most bits."""
     sizes: dict[int, int] = {}
+    is_gguf = any(output.format == "gguf" for outputs in possible.values() for output in outputs)
+    extra = {"gguf": tokenizer_bytes(model)} if is_gguf else {}
     for bits, outputs in sorted(possible.items()):
         packing = [output for output in outputs if output.embedding_bits == bits]
         ends = [it for it in planned_layers(model, config, bits) if it.is_end]
         whole_words = all(it.layer.inputs * bits % 32 == 0 for it in ends)
         if bits == config.embedding_bits or (whole_words and _end_refusal(ends, packing) is None):
-            sizes[bits] = max(fixed_bytes(model, output, config.sym) for output in outputs)
+            sizes[bits] = max(
+                fixed_bytes(model, output, config.sym) + extra.get(output.format, 0)
+                for output in outputs
+            )
     most = {size: bits for bits, size in sizes.items()}
     return {bits: size for size, bits in most.items()}
 

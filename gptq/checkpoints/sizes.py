@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gptq.blockwise import empty_model
 from gptq.blockwise.model import BlockwiseModel
 from gptq.checkpoints.canonical import LayerFacts
+from gptq.checkpoints.gguf_tokenizer import Value, tokenizer_keys
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.config import EMBEDDING_GROUPS
 from quant_cuda.weight import group_count
@@ -12,8 +13,8 @@ from quant_cuda.weight import group_count
 # What a file takes for each tensor besides its values, at most: its name and shape, in a zip
 # archive twice, and what aligns it.
 _TENSOR = 512
-# What it takes besides tensors; a .gguf file has the tokenizer too: bytes of a token, at most.
-_FILE, _TOKEN = 2**16, 96
+# What it takes besides tensors and a tokenizer, at most.
+_FILE = 2**16
 _GGUF_BLOCK = 32
 
 
@@ -45,8 +46,10 @@ def layer_bytes(output: Output, facts: LayerFacts) -> int:
 
 def fixed_bytes(model: BlockwiseModel, output: Output, sym: bool) -> int:
     """Bytes of everything else in a file, rounded up a little: what is not quantized, the embedding
-    and the head, names and shapes, and in a .gguf file the tokenizer. sym: whether grids are
-    symmetric."""
+    and the head, names and shapes. The tokenizer of a .gguf file is not counted.
+
+    sym: whether grids are symmetric.
+    """
     spec, state = model.spec, model.module.state_dict()
     tied = empty_model.tied(model.source.config, spec, state)
     packed = {
@@ -54,7 +57,7 @@ def fixed_bytes(model: BlockwiseModel, output: Output, sym: bool) -> int:
     }
     ends = {f"{name}.weight" for name in (spec.embed[0], spec.head)}
     is_gguf = output.format == "gguf"
-    total = _FILE + (_TOKEN * model.source.config.vocab_size if is_gguf else 0)
+    total = _FILE
     for name, tensor in state.items():
         # A packed layer is up to five tensors.
         total += _TENSOR * (5 if name in packed else 1)
@@ -71,3 +74,26 @@ def fixed_bytes(model: BlockwiseModel, output: Output, sym: bool) -> int:
             # A .gguf file has vectors as float32.
             total += tensor.numel() * (4 if is_gguf and tensor.ndim == 1 else 2)
     return total
+
+
+def tokenizer_bytes(model: BlockwiseModel) -> int:
+    """Bytes of the tokenizer in a .gguf file.
+
+    Raises UserError for one that such a file cannot hold.
+    """
+    embedding = model.module.get_parameter(f"{model.spec.embed[0]}.weight")
+    keys = tokenizer_keys(model.source, len(embedding))
+    return sum(_string_bytes(key) + 4 + _value_bytes(value) for key, value in keys.items())
+
+
+def _value_bytes(value: Value) -> int:
+    """Bytes of a value without the 4 of its type; other numbers than truth values have 32 bits."""
+    if isinstance(value, list):
+        return 12 + sum(_value_bytes(it) for it in value)
+    if isinstance(value, str):
+        return _string_bytes(value)
+    return 1 if isinstance(value, bool) else 4
+
+
+def _string_bytes(text: str) -> int:
+    return 8 + len(text.encode())

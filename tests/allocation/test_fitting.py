@@ -9,6 +9,7 @@ from helpers.old_tools import PROBE
 
 import gptq
 from gptq import QuantConfig, api
+from gptq.checkpoints.sizes import tokenizer_bytes
 from gptq.cli.run import main
 from gptq.config import Width
 from gptq.errors import UserError
@@ -224,6 +225,17 @@ def test_the_ends_of_a_gguf_file_are_chosen(sym, few, llama_dir, text_file, tmp_
         tensors = {it.name: it.tensor_type.name for it in gguf.GGUFReader(path).tensors}
         assert {tensors[name] for name in ("token_embd.weight", "output.weight")} == {kind}
         path.unlink()
+
+
+@pytest.mark.parametrize("folder", ["llama_dir", "bloom_dir"])
+def test_the_bytes_of_a_tokenizer_are_those_in_a_file(folder, request, text_file, tmp_path):
+    folder, path = request.getfixturevalue(folder), tmp_path / "m.gguf"
+    gptq.quantize(folder, text_file, QuantConfig(method="rtn", group_size=32), save=path, **RUN)
+    fields = gguf.GGUFReader(path).fields
+    keys = [key for key in fields if key.startswith("tokenizer.")]
+    assert "tokenizer.ggml.tokens" in keys
+    size = sum(part.nbytes for key in keys for part in fields[key].parts)
+    assert tokenizer_bytes(api.open_full(folder, "cpu", "float32")) == size
 
 
 def test_a_stopped_run_goes_on_with_the_embedding_it_chose(
