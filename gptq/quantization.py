@@ -63,7 +63,7 @@ def run(
 ) -> Report:
     """`api.quantize` for a model that is open.
 
-    measuring: called with (steps done, steps in all) while the widths are chosen.
+    measuring: called with (percent done, 100) while the widths are chosen.
     training: called at each look at the held-out windows.
     """
     started = perf_counter()

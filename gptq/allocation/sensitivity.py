@@ -11,6 +11,7 @@ for the others it is taken to be in proportion to the error of the group's outpu
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ from gptq.solver.layer import solve_layer
 PROBE_TOKENS, PROBE_SHARE = 2048, 1 / 16
 # Calibration tokens that the Hessians of this measurement are made of, at most.
 HESSIAN_TOKENS = 2**15
+# Forwards of those tokens through a block that take as long as all that is done for its groups.
+PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,7 @@ def measure(
         first of them.
     cache: for activations between two uses, by default in memory.
     team: processes that share the groups out; each calls this with all windows.
-    progress: called with (steps done, steps in all): one for each block, and one for the
-        embedding and the head.
+    progress: called with (percent done, 100) after each block, and after the ends.
     One block's weights are in memory at a time, and for every group of the blocks so far the hidden
     states of PROBE_TOKENS tokens.
     """
@@ -84,6 +86,7 @@ def measure(
     probe = embed(model, tokens, activations.hidden.empty_like("probe"))
     changed = Activations(probe.hidden.empty_like("changed"), probe.arguments)
     packed = embed_rounded(model, tokens, probe, config, ends[:1])
+    percents = _percents(model, calibration, probed, bool(ends))
     names: list[tuple[str, ...]] = []
     errors: list[list[float]] = []
     for index in range(model.block_count):
@@ -104,14 +107,14 @@ def measure(
             stream.through(block)
         free(block.module)
         if progress is not None:
-            progress(index + 1, model.block_count + len(packed))
+            progress(percents[index], 100)
     both = zip(_divergences(model, probe, changed), errors, strict=True)
     found = _gathered(names, [[loss * error for error in own] for loss, own in both], widths, team)
     for stream in packed:
         last = ends_losses(model, activations, (probe, stream), config, ends, team)
         found.append(Sensitivity((model.spec.embed[0],), last))
         if progress is not None:
-            progress(model.block_count + 1, model.block_count + 1)
+            progress(100, 100)
     return found
 
 
@@ -138,6 +141,17 @@ def probe_bytes(model: BlockwiseModel, ends: bool = False) -> int:
         heads = 2 * model.source.config.vocab_size * hidden
     streams = 1 + ends + len(model.spec.groups) * model.block_count
     return (streams * PROBE_TOKENS * hidden + heads) * model.dtype.itemsize
+
+
+def _percents(model: BlockwiseModel, calibration: Tensor, probed: Tensor, ends: bool) -> list[int]:
+    """The part of the work that is done after each block, in percent. ends: whether more follows.
+
+    Each block has more changed streams than the one before it.
+    """
+    streams = len(model.spec.groups) * probed.numel()
+    work = [PASSES * calibration.numel() + index * streams for index in range(model.block_count)]
+    done = list(accumulate(work))
+    return [100 * it // (done[-1] + ends * work[0]) for it in done]
 
 
 def _split(windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,12 +121,22 @@ def test_a_probe_shorter_than_a_window(llama_dir, text_file, monkeypatch):
 
 
 @pytest.mark.parametrize("ends", [(), (Width(4, 32), Width(8, 64))])
-def test_progress_counts_blocks_and_ends(ends, llama_dir, text_file):
+def test_progress_goes_to_its_end(ends, llama_dir, text_file):
     steps: list[tuple[int, int]] = []
     windows = windows_of(llama_dir, text_file)
     measured(llama_dir, windows, ends=ends, progress=lambda *step: steps.append(step))
-    count = 3 if ends else 2
-    assert steps == [(done, count) for done in range(1, count + 1)]
+    percents = [done for done, _ in steps]
+    assert len(steps) == (3 if ends else 2)
+    assert percents == sorted(set(percents))
+    assert steps[-1] == (100, 100)
+
+
+def test_later_blocks_are_more_work(llama_dir):
+    model = api.open_full(llama_dir, "cpu", "float32")
+    # 4 groups in a block: 8 * 10 tokens, then 4 * 20 more for what the first block changed.
+    windows, probe = torch.zeros(1, 10), torch.zeros(1, 20)
+    assert sensitivity._percents(model, windows, probe, ends=False) == [33, 100]
+    assert sensitivity._percents(model, windows, probe, ends=True) == [25, 75]
 
 
 class _Share(Team):
