@@ -13,7 +13,6 @@ from gptq.blockwise.activation_cache import ActivationCache
 from gptq.blockwise.model import BlockwiseModel
 from gptq.checkpoints.canonical import LayerFacts
 from gptq.checkpoints.formats import FORMATS
-from gptq.checkpoints.gguf_format import refuses_planned
 from gptq.checkpoints.preflight import planned_layers
 from gptq.checkpoints.sizes import Output, fixed_bytes, layer_bytes, tokenizer_bytes
 from gptq.config import EMBEDDING_GROUPS, QuantConfig, Width, Widths, is_packable, with_width
@@ -155,9 +154,8 @@ def _refusal(facts: Sequence[LayerFacts], outputs: Collection[Output]) -> str | 
         if not is_packable(layer.inputs, layer.outputs, layer.bits):
             return f"{layer.name} does not fill whole 32-bit words at {layer.bits} bits"
         for output in outputs:
-            is_gguf = output.format == "gguf"
-            refuses = refuses_planned if is_gguf else FORMATS[output.format].refuses
-            reason = refuses(each)
+            row = FORMATS[output.format]
+            reason = (row.refuses_planned or row.refuses)(each)
             if reason is not None:
                 return f"--format {output.format}: {layer.name} {reason}"
     return None

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from gptq.blockwise import empty_model
 from gptq.blockwise.source import ModelSource
-from gptq.checkpoints import awq, compressed_tensors, dense, gguf_format, gptq_format, mlx
+from gptq.checkpoints import awq, compressed_tensors, dense, gptq_format, mlx
 from gptq.checkpoints.assembly import read_full
 from gptq.checkpoints.canonical import Canonical, LayerFacts, scale_rounding
 from gptq.checkpoints.layouts import PackedLayer
@@ -57,6 +58,8 @@ class Format:
     refuses: Callable[[LayerFacts], str | None] = holds_all
     """Why the format cannot hold a layer, to follow the layer's name; None if it can. Asked before
     a run."""
+    refuses_planned: Callable[[LayerFacts], str | None] | None = None
+    """The same of a layer that a run will write, if more is known of that."""
     refuses_values: Callable[[Canonical, PackedLayer], str | None] = holds_all_values
     """The same of what only a layer's values tell."""
     containers: Mapping[str, Container] = field(default_factory=lambda: CONTAINERS)
@@ -75,6 +78,18 @@ class Format:
     """Whether weights stay packed."""
     packs_embeddings: bool = False
     """Whether its readers take a packed embedding and head, so that a folder has them."""
+
+
+def _of_gguf(name: str) -> Callable[..., Any]:
+    """A function of `gguf_format`. The gguf package is imported when it is called, so that other
+    formats do not wait for it, and work where it is not installed."""
+
+    def call(*args: Any) -> Any:
+        from gptq.checkpoints import gguf_format
+
+        return getattr(gguf_format, name)(*args)
+
+    return call
 
 
 # Formats whose settings only a folder's config.json holds.
@@ -113,13 +128,14 @@ FORMATS: dict[str, Format] = {
     ),
     "gguf": Format(
         "gguf",
-        gguf_format.tensors,
-        gguf_format.settings,
-        refuses=gguf_format.refuses,
-        refuses_values=gguf_format.refuses_values,
-        containers={".gguf": gguf_format.write},
-        read=gguf_format.read,
-        tolerance=gguf_format.tolerance,
+        _of_gguf("tensors"),
+        _of_gguf("settings"),
+        refuses=_of_gguf("refuses"),
+        refuses_planned=_of_gguf("refuses_planned"),
+        refuses_values=_of_gguf("refuses_values"),
+        containers={".gguf": _of_gguf("write")},
+        read=_of_gguf("read"),
+        tolerance=_of_gguf("tolerance"),
     ),
     "dense": Format(
         "dense", dense.tensors, dense.settings, read=dense.read, tolerance=exact, packs=False

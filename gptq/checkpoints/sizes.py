@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from gptq.blockwise import empty_model
 from gptq.blockwise.model import BlockwiseModel
 from gptq.checkpoints.canonical import LayerFacts
-from gptq.checkpoints.gguf_tokenizer import Value, tokenizer_keys
 from gptq.checkpoints.layouts import PackedLayer
 from gptq.config import EMBEDDING_GROUPS
 from quant_cuda.weight import group_count
@@ -81,12 +80,14 @@ def tokenizer_bytes(model: BlockwiseModel) -> int:
 
     Raises UserError for one that such a file cannot hold.
     """
+    from gptq.checkpoints.gguf_tokenizer import tokenizer_keys
+
     embedding = model.module.get_parameter(f"{model.spec.embed[0]}.weight")
     keys = tokenizer_keys(model.source, len(embedding))
     return sum(_string_bytes(key) + 4 + _value_bytes(value) for key, value in keys.items())
 
 
-def _value_bytes(value: Value) -> int:
+def _value_bytes(value: object) -> int:
     """Bytes of a value without the 4 of its type; other numbers than truth values have 32 bits."""
     if isinstance(value, list):
         return 12 + sum(_value_bytes(it) for it in value)
