@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from gptq.blockwise.source import max_positions
+from gptq.inference import decoding
 from gptq.inference.answer_text import AnswerText
 
 # Lower temperatures are greedy: logits divided by them could become infinite.
@@ -100,6 +101,7 @@ class Served:
             generation_config=self._config(job),
             logits_processor=LogitsProcessorList([_CheckLogits()]),
             stopping_criteria=StoppingCriteriaList([tokens]),
+            **decoding.arguments(self.model),
         )
         return tokens.end()
 

@@ -99,6 +99,18 @@ def takes(model: Any) -> bool:
     return _blocks(model, CODES[theirs]) is not None
 
 
+def takes_captured(model: Any) -> bool:
+    """Whether it also takes them with a cache of fixed size, and nothing watches the rest of the
+    model, which a captured step does not call."""
+    if not takes(model):
+        return False
+    code = CODES[type(model).__bases__[0]]
+    inner = getattr(model, code.names.base)
+    rest = [getattr(inner, name) for name in (*code.names.embeddings, code.names.norm)]
+    watched = any(map(is_observed, (model, model.lm_head, *rest))) or has_global_state()
+    return not watched and not any(code.windows(model.config))
+
+
 def _blocks(model: Any, code: Code) -> list[Any] | None:
     layers = getattr(getattr(model, code.names.base), code.names.layers)
     return blocks_of(layers, model.config, code)

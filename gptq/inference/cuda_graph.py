@@ -1,9 +1,7 @@
 """Decoding one token after another; on a GPU each step replays one captured CUDA graph."""
 
-import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from gptq.inference import compiled_decode
+from gptq.inference.compiled_decode import CACHE_NAME
 
 WARM_UP_STEPS = 2
 
@@ -23,38 +22,91 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     It starts at the first position and keeps the key-value cache. On a GPU the cache holds `length`
     tokens, and each step overwrites the logits of the one before.
     """
-    device = model.device
-    # transformers 5.24 has renamed the argument, and warns of the old name.
-    is_renamed = "cache" in inspect.signature(model.forward).parameters
-    cache_argument = "cache" if is_renamed else "past_key_values"
-    if device.type != "cuda":
-        arguments = {cache_argument: DynamicCache(config=model.config)}
+    if model.device.type == "cuda" and has_fixed_frequencies(model):
+        return CapturedStep(model, length)
+    arguments = {CACHE_NAME: DynamicCache(config=model.config)}
 
-        def step(next_token: Tensor) -> Tensor:
-            with torch.no_grad():
-                return model(input_ids=next_token, use_cache=True, **arguments).logits
+    def step(next_token: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=next_token, use_cache=True, **arguments).logits
 
-        return step
+    return step
 
-    # The warm-up steps and the captured one take a position of the cache each.
-    size = max(length, WARM_UP_STEPS + 1)
-    cache = StaticCache(config=model.config, max_cache_len=size)
-    # Without a mask, BLOOM's modules in transformers 5.17 make ALiBi terms as long as the tokens so
-    # far, not as the cache. Causality masks the positions that are not written yet in any case.
-    # Compiled code needs no mask, and takes none that it cannot read before the GPU has run.
-    needs_mask = model.config.model_type == "bloom" and not compiled_decode.takes(model)
-    mask = torch.ones((1, size), dtype=torch.long, device=device) if needs_mask else None
-    token = torch.zeros((1, 1), dtype=torch.long, device=device)
 
-    def forward() -> Tensor:
-        arguments = {"attention_mask": mask, "use_cache": True, cache_argument: cache}
-        return model(input_ids=token, **arguments).logits
+def has_fixed_frequencies(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of rotary positions do not depend on how many tokens there are.
 
+    A graph could not follow them: they are chosen on the CPU, by a number that is on the GPU.
+    """
+    kinds = [getattr(module, "rope_type", "") for module in model.modules()]
+    return not any("dynamic" in str(kind) or "longrope" in str(kind) for kind in kinds)
+
+
+class CapturedStep:
+    """One token of one sequence through a model, captured as a CUDA graph once and replayed.
+
+    Its cache is of fixed size. The model's modules and weights must stay what they are.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
+        """length: the tokens that the cache has to hold."""
+        # The warm-up steps and the captured one take a position of the cache each.
+        self.size = max(length, WARM_UP_STEPS + 1)
+        cache = StaticCache(config=model.config, max_cache_len=self.size)
+        # Without a mask, BLOOM's modules in transformers 5.17 make ALiBi terms as long as the
+        # tokens so far, not as the cache. Causality masks the positions that are not written yet in
+        # any case. Compiled code needs no mask, and takes none that it cannot read before the GPU
+        # has run.
+        needs_mask = model.config.model_type == "bloom" and not compiled_decode.takes(model)
+        shape, device = (1, self.size), model.device
+        mask = torch.ones(shape, dtype=torch.long, device=device) if needs_mask else None
+        token = torch.zeros((1, 1), dtype=torch.long, device=device)
+
+        def forward() -> Tensor:
+            arguments = {"attention_mask": mask, "use_cache": True, CACHE_NAME: cache}
+            return model(input_ids=token, **arguments).logits
+
+        # For no other: compiled code leaves a forward under such a mode to transformers' modules.
+        fills = _ScalarTensorsByFill() if needs_mask else nullcontext()
+        self._replay, self._logits = capture(forward, device, fills)
+        # A graph keeps the addresses of the tensors that it reads and writes, not the tensors. It
+        # stays valid, because this zeroes the cache and its position in place.
+        cache.reset()
+        self._token, self._cache, self._mask = token, cache, mask
+
+    @torch.no_grad()
+    def begin_with(self, seen: Any, count: int) -> None:
+        """Go on after the `count` tokens that another cache has seen."""
+        for own, other in zip(self._cache.layers, seen.layers, strict=True):
+            layer: Any = own
+            layer.keys[:, :, :count] = other.keys[:, :, :count]
+            layer.values[:, :, :count] = other.values[:, :, :count]
+            layer.cumulative_length.fill_(count)
+
+    @property
+    def cache(self) -> StaticCache:
+        """What the tokens so far have left."""
+        return self._cache
+
+    def __call__(self, next_token: Tensor) -> Tensor:
+        """Logits (1, 1, vocab) of a token's id, int64 (1, 1); the next call overwrites them."""
+        self._token.copy_(next_token)
+        self._replay()
+        return self._logits
+
+
+def capture(
+    forward: Callable[[], Tensor], device: torch.device, mode: AbstractContextManager[Any]
+) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `forward` to replay, and the tensor that each replay writes.
+
+    mode: entered while it is captured.
+    """
     # ---------------------------------------------------------------------------------------------
     # Why forwards run before the capture: the first one makes what a capture forbids or would
     # record (the cache's tensors, cuBLAS handles, prepared weights, compiled Triton kernels). torch
-    # asks for a stream other than the default one for them. The capture records addresses, so that
-    # cache.reset() afterwards, which zeroes the cache and its position in place, keeps it valid.
+    # asks for a stream other than the default one for them.
     # ---------------------------------------------------------------------------------------------
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -63,12 +115,9 @@ def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
             forward()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # For no other: compiled code leaves a forward under such a mode to transformers' modules.
-    fills = _ScalarTensorsByFill() if needs_mask else nullcontext()
-    with torch.cuda.device(device), torch.cuda.graph(graph), fills:
-        logits = forward()
-    cache.reset()
-    return partial(_replay, graph, token, logits, (cache, mask))
+    with torch.cuda.device(device), torch.cuda.graph(graph), mode:
+        result = forward()
+    return graph.replay, result
 
 
 class _ScalarTensorsByFill(TorchFunctionMode):
@@ -89,20 +138,3 @@ class _ScalarTensorsByFill(TorchFunctionMode):
         if func is torch.tensor and args and isinstance(args[0], int | float):
             return torch.full((), *args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _replay(
-    graph: torch.cuda.CUDAGraph,
-    token: Tensor,
-    logits: Tensor,
-    _kept_alive: object,
-    next_token: Tensor,
-) -> Tensor:
-    """One step of a captured graph.
-
-    A graph keeps the addresses of the tensors that it reads and writes, not the tensors;
-    `_kept_alive` are those that nothing else refers to.
-    """
-    token.copy_(next_token)
-    graph.replay()
-    return logits

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from gptq.blockwise.activations import check_tokens
 from gptq.device import peak_memory, reset_peak_memory
 from gptq.errors import UserError
+from gptq.inference import decoding
 from gptq.inference.cuda_graph import stepper
 
 # Whatever the model's generation_config.json asks for.
@@ -126,6 +127,7 @@ def _continuation(
             pad_token_id=tokenizer.eos_token_id if pad is None else pad,
             tokenizer=tokenizer,
             streamer=streamer,
+            **decoding.arguments(model, streamer),
         )
     except (TypeError, ValueError) as error:
         if not _refuses_settings(error):

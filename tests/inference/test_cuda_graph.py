@@ -4,9 +4,9 @@ import gc
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq.inference.cuda_graph import stepper
+from gptq.inference.cuda_graph import has_fixed_frequencies, stepper
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -25,3 +25,28 @@ def test_steps_are_those_of_one_pass(model_dir, device, length):
             torch.cuda.empty_cache()
         got = [step(tokens[:, i : i + 1].to(device)).clone() for i in range(length)]
         torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rope", "is_fixed"),
+    [
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "linear", "factor": 2.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 16,
+                "long_factor": [2.0] * 16,
+                "original_max_position_embeddings": 16,
+            },
+            False,
+        ),
+    ],
+)
+def test_frequencies_that_follow_the_length_are_not_captured(rope, is_fixed):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes |= {"intermediate_size": 64, "vocab_size": 100, "head_dim": 32}
+    rope = {"rope_theta": 10000.0, **rope}
+    config = AutoConfig.for_model("llama", **sizes, rope_parameters=rope)
+    assert has_fixed_frequencies(AutoModelForCausalLM.from_config(config)) == is_fixed

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 import gptq
 from gptq import QuantConfig
-from gptq.inference import compiled_decode
+from gptq.inference import compiled_decode, decoding
 from gptq.inference.architectures import CODES
 from gptq.inference.cuda_graph import stepper
 from gptq.nn import QuantLinear
@@ -167,20 +167,42 @@ def test_a_captured_step_on_a_gpu(kind, folders, monkeypatch):
     assert len(calls) == (0 if kind in ("mistral", "qwen2") else 2)
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
-def test_generate(kind, folders, calls, kernels):
+def test_generate(kind, captured, folders, calls, kernels):
     if kernels.device == "cpu":
         pytest.skip("generate begins with transformers' modules, which need the other layout")
     model, _ = gptq.load(folders[kind], device="cuda", dtype="float16")
     prompt = some_tokens(1, 6).cuda()
     arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
-    ids = model.generate(prompt, **arguments)
-    assert len(calls) == 29 * 2
+    more = decoding.arguments(model)
+    assert more != {}
+    ids = model.generate(prompt, **arguments, **(more if captured else {}))
+    # A warm-up step and the captured one, of two blocks each; the first step is by modules.
+    assert len(calls) == (2 if captured else 29) * 2
     assert ids.shape == (1, 36)
     # Greedy tokens may differ where two logits are nearly equal; the scores of ours do not.
     logits = exact(folders[kind], ids.cpu())[0, 5:-1]
     chosen = logits.gather(1, ids[0, 6:, None].cpu())[:, 0]
     assert float((logits.max(1).values - chosen).max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "takes"),
+    [
+        ("llama", "", True),
+        ("bloom", "", True),
+        ("mistral", "", False),
+        ("llama", "lm_head", False),
+        ("llama", "model.norm", False),
+        ("bloom", "transformer.word_embeddings_layernorm", False),
+    ],
+)
+def test_what_can_be_captured(kind, change, takes, folders, kernels, calls):
+    model = begun(folders[kind], kernels, some_tokens(1, 6), DynamicCache())
+    if change:
+        model.get_submodule(change).register_forward_hook(lambda *_: None)
+    assert compiled_decode.takes_captured(model) == takes
 
 
 BLOOM_CHANGES = {
