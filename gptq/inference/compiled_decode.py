@@ -96,22 +96,28 @@ def takes(model: Any) -> bool:
     theirs = type(model).__bases__[0]
     if type(model) is not _DECODING.get(theirs) or not _is_usual_model(model, CODES[theirs]):
         return False
-    return _blocks(model, CODES[theirs]) is not None
+    return blocks_in(model, CODES[theirs]) is not None
 
 
-def takes_captured(model: Any) -> bool:
-    """Whether it also takes them with a cache of fixed size, and nothing watches the rest of the
-    model, which a captured step does not call."""
+def takes_always(model: Any) -> bool:
+    """Whether it takes them with a cache of fixed size too, and nothing watches the rest of the
+    model: whether this need not be asked again for the next token."""
     if not takes(model):
         return False
-    code = CODES[type(model).__bases__[0]]
+    code = code_of(model)
     inner = getattr(model, code.names.base)
     rest = [getattr(inner, name) for name in (*code.names.embeddings, code.names.norm)]
     watched = any(map(is_observed, (model, model.lm_head, *rest))) or has_global_state()
     return not watched and not any(code.windows(model.config))
 
 
-def _blocks(model: Any, code: Code) -> list[Any] | None:
+def code_of(model: Any) -> Code:
+    """The code of a model that `install` has changed."""
+    return CODES[type(model).__bases__[0]]
+
+
+def blocks_in(model: Any, code: Code) -> list[Any] | None:
+    """The blocks of a model as compiled code takes them; None if it does not."""
     layers = getattr(getattr(model, code.names.base), code.names.layers)
     return blocks_of(layers, model.config, code)
 
@@ -145,20 +151,17 @@ def _one_token(
     positions = arguments.pop("position_ids", None)
     if not _are_usual(arguments, positions, None if is_static else (rows, length + 1)):
         return None
-    blocks = _blocks(model, code)
+    blocks = blocks_in(model, code)
     if blocks is None or not _take(blocks, cache.layers[0].keys, is_static):
         return None
     inner = getattr(model, code.names.base)
-    embed, *norms = (getattr(inner, name) for name in code.names.embeddings)
-    x = embed(given) if embeds is None else embeds
-    for norm in norms:
-        x = norm(x)
+    x = embedded(inner, code, input_ids, embeds)
     rotary: tuple[Tensor, ...] = ()
     if code.slopes is None:
         if positions is None:
             static = cache.layers[0].cumulative_length.view(1, 1) if is_static else None
             positions = torch.full((1, 1), length, device=device) if static is None else static
-        rotary = tuple(it.contiguous() for it in inner.rotary_emb(x, position_ids=positions[:1]))
+        rotary = rotary_terms(inner, x, positions[:1])
     if not (product.is_plain(x, None) and _fit(x, rotary, cache.layers[0].keys, blocks[0].dtype)):
         return None
     if is_static:
@@ -167,6 +170,20 @@ def _one_token(
         x = _run_blocks(blocks, x, rotary, cache.layers, windows)
     logits = model.lm_head(getattr(inner, code.names.norm)(x))
     return code.output(logits=logits, **{CACHE_NAME: cache})
+
+
+def embedded(inner: Any, code: Code, input_ids: Any, embeds: Tensor | None = None) -> Tensor:
+    """What the first block gets: of token ids, or of their embeddings."""
+    embed, *norms = (getattr(inner, name) for name in code.names.embeddings)
+    x = embed(input_ids) if embeds is None else embeds
+    for norm in norms:
+        x = norm(x)
+    return x
+
+
+def rotary_terms(inner: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    """Cosines and sines (1, 1, head_dim) of positions int64 (1, 1)."""
+    return tuple(it.contiguous() for it in inner.rotary_emb(x, position_ids=positions))
 
 
 def _is_usual_model(model: Any, code: Code) -> bool:

@@ -1,8 +1,8 @@
 """Decoding one token after another; on a GPU each step replays one captured CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from gptq.inference import compiled_decode
+from gptq.inference.bound_step import BoundStep, can_bind
 from gptq.inference.compiled_decode import CACHE_NAME
 
 WARM_UP_STEPS = 2
@@ -19,11 +20,13 @@ WARM_UP_STEPS = 2
 def stepper(model: PreTrainedModel, length: int) -> Callable[[Tensor], Tensor]:
     """A function from the next token's id, int64 (1, 1), to its logits (1, 1, vocab).
 
-    It starts at the first position and keeps the key-value cache. On a GPU the cache holds `length`
-    tokens, and each step overwrites the logits of the one before.
+    It starts at the first position and keeps the key-value cache, which holds `length` tokens. On a
+    GPU each step overwrites the logits of the one before.
     """
     if model.device.type == "cuda" and has_fixed_frequencies(model):
         return CapturedStep(model, length)
+    if model.device.type == "cpu" and can_bind(model):
+        return BoundStep(model, length)
     arguments = {CACHE_NAME: DynamicCache(config=model.config)}
 
     def step(next_token: Tensor) -> Tensor:
@@ -73,21 +76,26 @@ class CapturedStep:
         # A graph keeps the addresses of the tensors that it reads and writes, not the tensors. It
         # stays valid, because this zeroes the cache and its position in place.
         cache.reset()
-        self._token, self._cache, self._mask = token, cache, mask
+        self._token, self._layers, self._mask = token, cast(list[Any], cache.layers), mask
+
+    @staticmethod
+    def room(seen: int) -> int:
+        """Tokens to have room for beyond those that are there."""
+        # More costs memory; a capture takes as long as about ten tokens.
+        return max(512, seen)
 
     @torch.no_grad()
-    def begin_with(self, seen: Any, count: int) -> None:
+    def begin_with(self, cache: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
         """Go on after the `count` tokens that another cache has seen."""
-        for own, other in zip(self._cache.layers, seen.layers, strict=True):
-            layer: Any = own
-            layer.keys[:, :, :count] = other.keys[:, :, :count]
-            layer.values[:, :, :count] = other.values[:, :, :count]
+        for layer, (keys, values) in zip(self._layers, cache, strict=True):
+            layer.keys[:, :, :count] = keys[:, :, :count]
+            layer.values[:, :, :count] = values[:, :, :count]
             layer.cumulative_length.fill_(count)
 
     @property
-    def cache(self) -> StaticCache:
-        """What the tokens so far have left."""
-        return self._cache
+    def cache(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each block, (1, heads, size, head_dim)."""
+        return [(layer.keys, layer.values) for layer in self._layers]
 
     def __call__(self, next_token: Tensor) -> Tensor:
         """Logits (1, 1, vocab) of a token's id, int64 (1, 1); the next call overwrites them."""

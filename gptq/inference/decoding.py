@@ -1,7 +1,8 @@
-"""The loop of transformers' `generate` for one sequence on a GPU, by a captured step.
+"""The loop of transformers' `generate` for one sequence, with little between two tokens.
 
-Between two tokens transformers' own loop spends about as long in Python as compiled code takes for
-a token of a 7B model. This one does what is left: processors, the choice of a token, criteria.
+transformers' own loop, and what `compiled_decode` asks of a model before each token, take a
+noticeable part of a token's time: on a GPU more than compiled code takes for a 7B model. This loop
+does what is left: processors, the choice of a token, criteria.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from gptq.inference.compiled_decode import CACHE_NAME, takes_captured
+from gptq.inference.bound_step import BoundStep, can_bind
+from gptq.inference.compiled_decode import CACHE_NAME, takes_always
 from gptq.inference.cuda_graph import CapturedStep, has_fixed_frequencies
 
-ROOM = 512
-"""Tokens that a cache of fixed size holds beyond those that are there; a full one is doubled."""
 FEWEST = 16
-"""Tokens to generate for which a capture pays: it takes as long as about ten."""
+"""Tokens to generate for which it pays: a capture takes as long as about ten."""
 
 
 def arguments(model: PreTrainedModel, streamer: Any = None) -> dict[str, Any]:
@@ -28,32 +28,37 @@ def arguments(model: PreTrainedModel, streamer: Any = None) -> dict[str, Any]:
 
     streamer: the one that `generate` gets, which does not pass it on.
     """
-    on_gpu = model.device.type == "cuda"
-    is_captured = on_gpu and takes_captured(model) and has_fixed_frequencies(model)
-    return {"custom_generate": partial(decode, streamer=streamer)} if is_captured else {}
+    kind = _kind(model)
+    return {} if kind is None else {"custom_generate": partial(decode, kind, streamer)}
+
+
+def _kind(model: PreTrainedModel) -> type[CapturedStep] | type[BoundStep] | None:
+    """Of the steps that a model can take until somebody changes it."""
+    if model.device.type == "cuda":
+        return CapturedStep if takes_always(model) and has_fixed_frequencies(model) else None
+    return BoundStep if can_bind(model) else None
 
 
 def decode(
+    kind: type[CapturedStep] | type[BoundStep],
+    streamer: Any,
     model: Any,
     input_ids: Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    synced_gpus: bool = False,
-    streamer: Any = None,
     **model_arguments: Any,
 ) -> Tensor:
-    """`custom_generate` of `generate`: what its loop does for one sequence.
+    """A `custom_generate` of `generate`: what its loop does for one sequence.
 
     input_ids: int64 (1, n), the prompt. model_arguments: of the prompt's forward.
     Returns int64 (1, n + generated).
     """
-    model_arguments.pop("tokenizer", None)
     cache = model_arguments.get(CACHE_NAME)
     logits = model(input_ids=input_ids, **model_arguments).logits[:, -1:]
     # The last token is not read.
     limit = int(generation_config.max_length) - 1
-    step = _steps(model, cache, input_ids.shape[1], limit)
+    step = _steps(kind, model, cache, input_ids.shape[1], limit)
     while True:
         scores = logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
         scores = logits_processor(input_ids, scores)
@@ -72,7 +77,9 @@ def decode(
     return input_ids
 
 
-def _steps(model: Any, cache: Any, seen: int, limit: int) -> Callable[[Tensor], Tensor]:
+def _steps(
+    kind: type[CapturedStep] | type[BoundStep], model: Any, cache: Any, seen: int, limit: int
+) -> Callable[[Tensor], Tensor]:
     """A function from the next token's id to its logits, after the `seen` tokens of a cache.
 
     limit: the most tokens that the cache will have seen.
@@ -82,17 +89,18 @@ def _steps(model: Any, cache: Any, seen: int, limit: int) -> Callable[[Tensor], 
         # Of another kind, as the model's generation_config.json may ask for.
         rest = {"use_cache": True, CACHE_NAME: cache}
         return lambda token: model(input_ids=token, **rest).logits
-    captured: CapturedStep | None = None
+    current: CapturedStep | BoundStep | None = None
 
     def step(token: Tensor) -> Tensor:
-        nonlocal captured, seen
-        if captured is None or seen == captured.size:
-            before = cache if captured is None else captured.cache
-            captured = CapturedStep(model, min(limit, max(seen + ROOM, 2 * seen)))
-            captured.begin_with(before, seen)
-            # The prompt's keys and values are not needed twice.
+        nonlocal current, seen
+        if current is None or seen == current.size:
+            prompt = [(it.keys, it.values) for it in cache.layers]
+            before = prompt if current is None else current.cache
+            current = kind(model, min(limit, seen + kind.room(seen)))
+            current.begin_with(before, seen)
+            # Keys and values of the prompt are not needed twice.
             cache.layers.clear()
         seen += 1
-        return captured(token)
+        return current(token)
 
     return step

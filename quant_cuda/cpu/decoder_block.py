@@ -63,6 +63,42 @@ class Block:
         self._kept_alive = (*weights, *biases, *norms)
 
 
+class BoundBlocks:
+    """One or more blocks with the keys and values of one sequence. For one thread at a time.
+
+    caches: keys and values of each block, float32 (1, key heads, room, head_dim). Of one stride,
+        and contiguous but for that of the heads.
+    """
+
+    def __init__(self, blocks: Sequence[Block], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        # Copies of the records, because another thread may be running these blocks too.
+        self._records = (_Args * len(blocks))(*(block.args for block in blocks))
+        for args, (keys, values) in zip(self._records, caches, strict=True):
+            args.keys, args.values = keys.data_ptr(), values.data_ptr()
+            args.capacity = keys.stride(1) // args.head_dim
+        self._kept_alive = (*blocks, *caches)
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], backend: int = -1
+    ) -> Tensor:
+        """x float32 (1, 1, hidden), contiguous, through each block on the output of the one before.
+
+        cos, sin: float32 (1, 1, head_dim), contiguous, of the token's position.
+        lengths: the tokens < room that each cache holds; this one's keys and values go after them.
+        backend: index in `library.compiled()`; -1 for the best.
+        Returns the last block's output, of x's shape.
+        """
+        y, threads = torch.empty_like(x), torch.get_num_threads()
+        out, cosines, sines = y.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        for args, length in zip(self._records, lengths, strict=True):
+            args.x, args.y, args.cos, args.sin = out, out, cosines, sines
+            args.length, args.threads = length, threads
+        self._records[0].x = x.data_ptr()
+        index = library.best() if backend < 0 else backend
+        library.required().quant_cuda_blocks(index, self._records, len(self._records))
+        return y
+
+
 def run(
     blocks: Sequence[Block],
     x: Tensor,
@@ -71,25 +107,6 @@ def run(
     caches: Sequence[tuple[Tensor, Tensor, int]],
     backend: int = -1,
 ) -> Tensor:
-    """x float32 (1, 1, hidden) through one or more blocks, each on the output of the one before.
-
-    cos, sin: float32 (1, 1, head_dim), of the token's position.
-    caches: keys and values of each block, float32 (1, key heads, room, head_dim), and a number of
-        tokens < room that are there; this token's are written after them. Of one stride, and
-        contiguous but for that of the heads.
-    backend: index in `library.compiled()`; -1 for the best.
-    Returns the last block's output, of x's shape.
-    """
-    y = torch.empty_like(x)
-    # Copies of the records, because another thread may be running these blocks too.
-    records = (_Args * len(blocks))(*(block.args for block in blocks))
-    token = (y.data_ptr(), cos.data_ptr(), sin.data_ptr())
-    for args, (keys, values, length) in zip(records, caches, strict=True):
-        args.x, (args.y, args.cos, args.sin) = y.data_ptr(), token
-        args.keys, args.values = keys.data_ptr(), values.data_ptr()
-        args.capacity, args.length = keys.stride(1) // args.head_dim, length
-        args.threads = torch.get_num_threads()
-    records[0].x = x.data_ptr()
-    index = library.best() if backend < 0 else backend
-    library.required().quant_cuda_blocks(index, records, len(blocks))
-    return y
+    """`BoundBlocks.run` of blocks and caches, each with the number of tokens that it holds."""
+    bound = BoundBlocks(blocks, [(keys, values) for keys, values, _ in caches])
+    return bound.run(x, cos, sin, [length for *_, length in caches], backend)

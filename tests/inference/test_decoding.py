@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from gptq.inference import cuda_graph, decoding
+from gptq.inference.cuda_graph import CapturedStep
 
 PROMPT = torch.tensor([[3, 50, 7, 19, 120]])
 
@@ -53,7 +54,9 @@ def both(model, **settings):
     for is_ours in (False, True):
         torch.manual_seed(5)
         streamer = Streamed()
-        own = {"custom_generate": partial(decoding.decode, streamer=streamer)} if is_ours else {}
+        own = (
+            {"custom_generate": partial(decoding.decode, CapturedStep, streamer)} if is_ours else {}
+        )
         ids = model.generate(
             PROMPT,
             attention_mask=torch.ones_like(PROMPT),
@@ -76,7 +79,7 @@ def both(model, **settings):
 @pytest.mark.parametrize("room", [512, 4])
 def test_tokens_are_those_of_generate(settings, room, model, monkeypatch):
     # With little room the cache is doubled on the way.
-    monkeypatch.setattr(decoding, "ROOM", room)
+    monkeypatch.setattr(CapturedStep, "room", lambda _: room)
     theirs, ours = both(model, max_new_tokens=40, eos_token_id=None, **settings)
     assert len(theirs[0][0]) == 45
     assert ours == theirs
@@ -84,14 +87,14 @@ def test_tokens_are_those_of_generate(settings, room, model, monkeypatch):
 
 def test_the_caches_are_as_large_as_needed(model, monkeypatch):
     sizes = []
-    capture = cuda_graph.CapturedStep.__init__
+    capture = CapturedStep.__init__
 
     def watched(self, model, length):
         sizes.append(length)
         capture(self, model, length)
 
-    monkeypatch.setattr(cuda_graph.CapturedStep, "__init__", watched)
-    monkeypatch.setattr(decoding, "ROOM", 6)
+    monkeypatch.setattr(CapturedStep, "__init__", watched)
+    monkeypatch.setattr(CapturedStep, "room", lambda seen: max(6, seen))
     both(model, max_new_tokens=40, eos_token_id=None, do_sample=False)
     assert sizes == [11, 22, 44]
     sizes.clear()

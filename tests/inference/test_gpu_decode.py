@@ -202,7 +202,7 @@ def test_what_can_be_captured(kind, change, takes, folders, kernels, calls):
     model = begun(folders[kind], kernels, some_tokens(1, 6), DynamicCache())
     if change:
         model.get_submodule(change).register_forward_hook(lambda *_: None)
-    assert compiled_decode.takes_captured(model) == takes
+    assert compiled_decode.takes_always(model) == takes
 
 
 BLOOM_CHANGES = {
