@@ -176,11 +176,11 @@ def kernels(request) -> emulated.Kernels:
 def compiled_steps(monkeypatch):
     """A list that gets an entry for each block and token that compiled code runs."""
     calls = []
-    compiled_run = decoder_block.run
+    compiled_run = decoder_block.BoundBlocks.run
 
-    def run(blocks, *args):
-        calls.extend(blocks)
-        return compiled_run(blocks, *args)
+    def run(self, *args):
+        calls.extend(self.blocks)
+        return compiled_run(self, *args)
 
-    monkeypatch.setattr(decoder_block, "run", run)
+    monkeypatch.setattr(decoder_block.BoundBlocks, "run", run)
     return calls

@@ -76,7 +76,8 @@ class BoundBlocks:
         for args, (keys, values) in zip(self._records, caches, strict=True):
             args.keys, args.values = keys.data_ptr(), values.data_ptr()
             args.capacity = keys.stride(1) // args.head_dim
-        self._kept_alive = (*blocks, *caches)
+        self.blocks = blocks
+        self._kept_alive = caches
 
     def run(
         self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], backend: int = -1
