@@ -112,6 +112,8 @@ def test_it_ends_where_generate_does(model):
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_other_caches_that_a_model_asks_for(cache, model):
+    if cache == "static" and model.config.model_type == "bloom":
+        pytest.skip("BLOOM of transformers 5.17 cannot read a prompt into a cache of fixed size")
     model.generation_config = GenerationConfig(cache_implementation=cache, disable_compile=True)
     theirs, ours = both(model, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert ours == theirs
