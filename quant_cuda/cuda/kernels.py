@@ -95,9 +95,14 @@ def kernel_for(
     product = Product(rows, dtype, weight, wgmma)
     if tuned is not None and product.is_tiled:
         name = tuned.kernel(weight.bits, weight.in_features, weight.out_features, rows)
-        if name is not None and named(name).takes(product):
+        # An entry serves fewer rows than were measured too, for which a variant need not be meant.
+        if name is not None and _runs(named(name), product):
             return named(name)
     return next(kernel for kernel in KERNELS if kernel.takes(product))
+
+
+def _runs(kernel: Kernel, product: Product) -> bool:
+    return (kernel.runs or kernel.takes)(product)
 
 
 def named(name: str) -> Kernel:

@@ -43,6 +43,7 @@ class Kernel:
     signature: str | None
     """The launcher's C arguments: p for a pointer, i for an int; the last one is the stream."""
     takes: Callable[[Product], bool]
+    """Whether it is meant for the product."""
     launch: "LaunchFunction"
     """(kernel, launch, x, weight, bias) -> y in x's dtype (rows, out); chooses the grid.
 
@@ -51,6 +52,8 @@ class Kernel:
     """
     launcher: str | None = None
     """The launcher that a variant shares with others."""
+    runs: Callable[[Product], bool] | None = None
+    """Whether it computes the product, be it the best choice or not; None: what it takes."""
 
     def __call__(self, launch: Launch, *arguments: int | Tensor | None) -> None:
         """Call the launcher."""

@@ -11,7 +11,15 @@ from typing import NamedTuple
 from quant_cuda.cuda.launches import Kernel, Product, tiled
 from quant_cuda.cuda.layout import Tiled
 
-SPLITS = (1, 2, 3, 4, 6, 8)
+HOPPER = ("wgmma", "bulk", "bulk_pairs")
+SPLITS = tuple(range(1, 9))
+# Most thread blocks along the rows of x.
+MOST_TILES = 8
+# Of bulk.cu: with fewer rows than these in a tile, one tile takes all rows of x. Weights are
+# unpacked again for each tile, which takes as long as the rest of a product of 64 rows.
+FEWEST_OF_SEVERAL = 64
+# Inputs are split into no more thread blocks than these, three for each multiprocessor.
+MOST_BLOCKS = 400
 
 
 class Variant(NamedTuple):
@@ -20,7 +28,7 @@ class Variant(NamedTuple):
     kernel: str
     """A key of `_LAUNCHERS`."""
     rows: int
-    """Of x in a thread block; at most eight thread blocks lie along the rows."""
+    """Of x in a thread block."""
     columns: int
     """In a thread block."""
     stages: int
@@ -38,40 +46,75 @@ class Variant(NamedTuple):
 
     @property
     def needs_wgmma(self) -> bool:
-        return self.kernel in ("wgmma", "bulk", "bulk_pairs")
+        return self.kernel in HOPPER
 
     @property
     def most_splits(self) -> int:
         """A cluster is at most eight thread blocks."""
         return 4 if self.kernel == "bulk_pairs" else 8
 
-    def takes(self, product: Product) -> bool:
-        """Whether it is meant for so many rows, and runs there."""
+    def runs(self, product: Product) -> bool:
+        """Whether it computes the product there."""
         if not isinstance(product.weight, Tiled) or not product.is_tiled:
             return False
         fits = product.wgmma or not self.needs_wgmma
-        blocks = product.weight.words.shape[1]
-        few = self.rows // 2 if self.rows > SMALLEST[self.kernel] else 0
-        return fits and self.splits <= blocks and few < product.rows <= 8 * self.rows
+        return fits and self.splits <= product.weight.words.shape[1]
+
+    def takes(self, product: Product) -> bool:
+        """Whether it runs there, and may be the fastest for so many rows."""
+        if not self.runs(product):
+            return False
+        few = self.rows // 2 if self.rows > SMALLEST[self.needs_wgmma] else 0
+        if not few < product.rows <= MOST_TILES * self.rows:
+            return False
+        return not self.kernel.startswith("bulk") or self._may_be_best(product)
+
+    def _may_be_best(self, product: Product) -> bool:
+        """Whether none of its kernel's tiles, as often along the rows, pads them less (one may if a
+        single tile takes all rows), and its splits are not more than fill the GPU."""
+        assert isinstance(product.weight, Tiled)
+        along = -(-product.rows // self.rows)
+        width = -(-product.weight.columns // self.columns)
+        if self.splits > 1 and along * width * self.splits > MOST_BLOCKS:
+            return False
+        tiles = _ROWS[self.kernel, self.columns]
+        same = [rows for rows in tiles if -(-product.rows // rows) == along]
+        if along == 1:
+            return self.rows in same[:2]
+        return self.rows == same[0] >= FEWEST_OF_SEVERAL
 
 
-# Kernel, rows, columns, stages, thread blocks of a multiprocessor.
+# Kernel, rows, columns, stages, thread blocks of a multiprocessor. Rings leave room for the table
+# of groups of 32.
 TILES = (
     *(("gemm", rows, 128, 3, 1) for rows in (16, 32, 64)),
     *(("gemm_deep", *tile, 1) for tile in ((16, 128, 4), (32, 128, 3), (32, 128, 4), (64, 128, 3))),
     *(("wgmma", 128, columns, 4, 1) for columns in (128, 256)),
-    *(("bulk", 16, 128, stages, 2) for stages in (4, 8)),
-    *(("bulk", 32, 128, stages, 2) for stages in (4, 6)),
-    *(("bulk", rows, 256, stages, 1) for rows in (16, 32) for stages in (4, 8)),
+    *(("bulk", rows, 128, stages, 2) for rows in (8, 16) for stages in (4, 8)),
+    *(("bulk", rows, 128, stages, 2) for rows in (24, 32) for stages in (4, 6)),
+    ("bulk", 48, 128, 4, 2),
     *(("bulk", 64, 128, stages, blocks) for stages, blocks in ((4, 2), (8, 1))),
-    *(("bulk", 64, 256, stages, 1) for stages in (4, 6)),
     *(("bulk", 128, 128, stages, 1) for stages in (4, 5)),
-    ("bulk", 128, 256, 4, 1),
     ("bulk", 176, 128, 4, 1),
-    *(("bulk_pairs", rows, 256, 4, 1) for rows in (32, 64, 128)),
+    *(("bulk", rows, 256, stages, 1) for rows in (8, 16, 24, 32) for stages in (4, 8)),
+    *(("bulk", rows, 256, stages, 1) for rows in (48, 64) for stages in (4, 6)),
+    *(("bulk", rows, 256, stages, 1) for rows in (80, 96) for stages in (4, 5)),
+    *(("bulk", rows, 256, 4, 1) for rows in (112, 128, 144)),
+    *(("bulk_pairs", rows, 256, 4, 1) for rows in (32, 64, 96, 128, 144)),
     ("bulk_pairs", 176, 128, 4, 1),
 )
-SMALLEST = {kernel: min(tile[1] for tile in TILES if tile[0] == kernel) for kernel, *_ in TILES}
+# Rows of the tiles that are for any fewer, of kernels for every GPU and of those for Hopper.
+SMALLEST = {
+    hopper: min(tile[1] for tile in TILES if (tile[0] in HOPPER) == hopper)
+    for hopper in (False, True)
+}
+# Rows of a kernel's tiles of so many columns.
+_ROWS = {
+    (kernel, columns): sorted(
+        {tile[1] for tile in TILES if (tile[0], tile[2]) == (kernel, columns)}
+    )
+    for kernel, _, columns, *_ in TILES
+}
 
 
 def variants() -> Iterator[Variant]:
@@ -106,6 +149,7 @@ def _kernel(variant: Variant) -> Kernel:
         launcher=launcher,
         signature=f"ii pppppp {sizes} p",
         takes=variant.takes,
+        runs=variant.runs,
         launch=tiled(partial(_grid, variant), adds=launcher == "bulk"),
     )
 

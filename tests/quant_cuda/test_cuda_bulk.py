@@ -6,7 +6,7 @@ import torch
 from helpers.products import activations, assert_as_good_as_naive, packed, ready
 
 from quant_cuda.cuda import kernels as cuda
-from quant_cuda.cuda.variants import TILES, VARIANTS
+from quant_cuda.cuda.variants import SPLITS, TILES, VARIANTS
 
 CAPABILITY = (9, 0)
 BITS = (4, 8)
@@ -41,7 +41,7 @@ def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
     weight, matrix = packed(bits, n_in, n_out, group_size)
     prepared = ready(kernels, weight)
     # Of the pair the second thread block has no columns.
-    for rows, variant in ((1, name(16, 128)), (21, name(16, 128)), (40, name(32, 256, 1, PAIRS))):
+    for rows, variant in ((1, name(8, 128)), (21, name(16, 128)), (40, name(32, 256, 1, PAIRS))):
         x = activations(rows, n_in, dtype=dtype)
         assert_as_good_as_naive(multiply(kernels, x, prepared, variant), x, matrix)
 
@@ -49,11 +49,16 @@ def test_against_float64(kernels, bits, dtype, n_in, n_out, group_size):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("kernel", "rows", "columns"), INSTANCES)
 def test_every_instance(kernels, bits, kernel, rows, columns):
-    """More than one thread block along the rows and along the columns; inputs in another order."""
-    weight, matrix = packed(bits, 160, columns + 20, 32, g_idx=True)
-    x = activations(rows + 3, 160, dtype=torch.float16)
-    y = multiply(kernels, x, ready(kernels, weight), name(rows, columns, 2, kernel))
-    assert_as_good_as_naive(y, x, matrix)
+    """More than one thread block along the rows and along the columns, and a part of one; inputs in
+    another order."""
+    for dtype, x_rows, n_out in (
+        (torch.float16, rows + 3, columns + 20),
+        (torch.bfloat16, rows - 1, columns - 70),
+    ):
+        weight, matrix = packed(bits, 160, n_out, 32, g_idx=True)
+        x = activations(x_rows, 160, dtype=dtype)
+        y = multiply(kernels, x, ready(kernels, weight), name(rows, columns, 2, kernel))
+        assert_as_good_as_naive(y, x, matrix)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -63,7 +68,7 @@ def test_thread_blocks_that_share_the_inputs(kernels, bits):
     weight, matrix = packed(bits, n_in, 20, 64)
     prepared = ready(kernels, weight)
     x = activations(7, n_in, dtype=torch.float16)
-    for splits in (1, 2, 3, 8):
+    for splits in SPLITS:
         y = multiply(kernels, x, prepared, name(16, 128, splits))
         assert_as_good_as_naive(y, x, matrix)
         assert torch.equal(y, multiply(kernels, x, prepared, name(16, 128, splits)))
@@ -93,7 +98,7 @@ def test_bias_and_zero_points(kernels, splits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("n_out", "tile"),
-    [(128, (16, 128, 2)), (128, (64, 256, 2)), (264, (32, 256, 2, PAIRS))],
+    [(128, (24, 128, 2)), (128, (64, 256, 2)), (264, (32, 256, 2, PAIRS))],
 )
 def test_order_of_threads_and_copies_changes_nothing(kernels, bits, n_out, tile):
     """Nor whether products and copies happen at once or as late as they may."""
@@ -114,7 +119,7 @@ def test_errors(kernels):
         (3, 1, (16, 128), 4),
         (4, 9, (16, 128), 4),
         (4, 2, (16, 128), 4),  # of a single block of inputs
-        (4, 1, (24, 128), 4),
+        (4, 1, (40, 128), 4),
         (4, 1, (16, 128), 1),
         (4, 1, (128, 256), 40),
     ):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import emulated
 
+from quant_cuda.cuda.variants import TILES
+
 RECORD = Path(__file__).parents[1] / "helpers" / "cuda_registers.json"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 # nvcc releases differ by a few registers.
@@ -75,3 +77,21 @@ def test_every_kernel_is_on_record_without_spills():
     for architecture in ARCHITECTURES:
         assert {name.partition("<")[0] for name in known[architecture]} == defined
         assert all(used <= 255 for used in known[architecture].values())
+
+
+def test_products_name_their_numbers_in_order():
+    """What the emulation has twins of: wgmma's operands, of which %i is the i-th that C++ gives."""
+    text = (emulated.KERNELS[0].parent / "ptx_hopper.cuh").read_text(encoding="utf-8")
+    count = len(re.findall(r"#define WGMMA_NAMES_\d", text))
+    for i in range(count):
+        four = ", ".join(f"%{4 * i + j}" for j in range(4))
+        names = f'WGMMA_NAMES_{i} ", {four}"' if i else f'"{four}"'
+        sums = f"WGMMA_SUMS_{i}, WGMMA_FOUR({4 * i})" if i else "WGMMA_FOUR(0)"
+        assert f"#define WGMMA_NAMES_{i + 1} {names}\n" in text
+        assert f"#define WGMMA_SUMS_{i + 1} {sums}\n" in text
+    made = re.findall(r"^WGMMA\((\d+), .*", text, re.MULTILINE)
+    for rows in map(int, made):
+        k = rows // 2
+        a = ", ".join(f"%{k + i}" for i in range(4))
+        assert f'WGMMA({rows}, {rows // 8}, "{a}", "%{k + 4}", "%{k + 5}")\n' in text
+    assert {tile[1] for tile in TILES if tile[0].startswith("bulk")} <= set(map(int, made))

@@ -4,7 +4,11 @@ import pytest
 import torch
 from helpers.products import activations, assert_as_good_as_naive, packed, ready
 
-from quant_cuda.cuda.variants import TILES, VARIANTS
+from quant_cuda.cuda.kernels import kernel_for
+from quant_cuda.cuda.launches import Product
+from quant_cuda.cuda.layout import Tiled, prepare
+from quant_cuda.cuda.tuned import Entry, Table
+from quant_cuda.cuda.variants import TILES, VARIANTS, variants
 
 NAMES = [name for name in VARIANTS if not name.startswith("bulk") and name.endswith("splits2")]
 DEEP = [name for name in VARIANTS if name.startswith("gemm_deep") and name.endswith("splits1")]
@@ -52,3 +56,53 @@ def test_a_multiprocessor_holds_so_many_thread_blocks(bits, tile):
     # Boxes start at a multiple of 1024 bytes.
     assert blocks * (OWN + 1024 + stages * stage + barriers) <= SHARED
     assert (stages - 1) * blocks * columns * inputs * bits // 8 >= 22 * 1024, "of weights under way"
+    # One thread block with the table of groups of 32.
+    of_32 = stage + -(-4 * columns * (inputs // 32) // 1024) * 1024 - -(-4 * columns // 1024) * 1024
+    assert OWN + 1024 + stages * of_32 + barriers <= SHARED
+
+
+def candidates(rows, n_out=8192, kernel="bulk", columns=256):
+    """(tile, splits) of those that may be the best, of a weight of 64 blocks of inputs."""
+    words = torch.empty((n_out // 16, 64, 256), dtype=torch.int32, device="meta")
+    table = torch.empty((64, n_out), dtype=torch.int32, device="meta")
+    weight = Tiled(words, table, None, 4, 7, 8192, n_out, 128, 1, torch.float16)
+    product = Product(rows, torch.float16, weight, wgmma=True)
+    assert all(variant.runs(product) for variant in variants() if variant.takes(product))
+    return {
+        (variant.rows, variant.splits)
+        for variant in variants()
+        if (variant.kernel, variant.columns) == (kernel, columns) and variant.takes(product)
+    }
+
+
+@pytest.mark.parametrize("rows", range(1, 177))
+def test_rows_are_padded_little(rows):
+    """The smallest tile that holds them is among those that are timed; which are few."""
+    tiles = {tile for columns in (128, 256) for tile, _ in candidates(rows, columns=columns)}
+    smallest = min(tile for tile in tiles if tile >= rows)
+    assert smallest - rows < (8 if rows <= 32 else 16 if rows <= 144 else 32)
+    assert len({tile for tile, _ in candidates(rows)}) <= 4
+
+
+def test_candidates():
+    every = set(range(1, 9))
+    assert candidates(8) == {(8, splits) for splits in every}
+    assert candidates(100) == {(tile, splits) for tile in (112, 128) for splits in every} | {
+        (64, splits) for splits in range(1, 7)
+    }
+    # 2 tiles of 96, for whose rows the weight is unpacked twice; 3 of 64.
+    assert {tile for tile, _ in candidates(180)} == {96, 64}
+    # 128 thread blocks without splits.
+    assert {splits for tile, splits in candidates(512) if tile == 128} == {1, 2, 3}
+    assert candidates(1024) == {(128, 1)}
+    assert candidates(1153) == set()
+    assert candidates(512, kernel="bulk_pairs") >= {(128, 1), (128, 3)}
+
+
+def test_a_tuned_variant_serves_fewer_rows_than_it_is_meant_for():
+    name = "bulk-128x256-stages4-splits2"
+    weight, _ = packed(4, 256, 64, 64)
+    for rows, chosen in ((256, name), (177, name), (257, "wgmma")):
+        table = Table((Entry(4, 256, 64, 256, name),))
+        assert kernel_for(rows, torch.float16, prepare(weight), True, table).name == chosen
+    assert kernel_for(177, torch.float16, prepare(weight), False, table).name == "dense"

@@ -28,8 +28,8 @@ constexpr int BOX_INPUTS = 64;   // of x, in one box of its map
 constexpr int BOX_PITCH = 128;   // bytes of a row of a box
 constexpr int MOST_SPLITS = 8;   // thread blocks of a cluster, on every GPU
 constexpr int ALIGNMENT = 1024;  // of boxes in shared memory
-// Where sums need more than the 168 registers that 12 warps leave each, the warps that multiply get those
-// of a whole warpgroup, of which one warp starts copies. See wgmma.cu.
+// Where sums need more than the 168 registers that 9 to 12 warps have each, the warps that multiply get
+// those of a whole warpgroup, of which one warp starts copies. See wgmma.cu.
 constexpr int BRINGER_REGISTERS = 40, WORKER_REGISTERS = 232;
 static_assert(BRINGER_REGISTERS + 2 * WORKER_REGISTERS <= 3 * 168);
 
@@ -37,7 +37,7 @@ static_assert(BRINGER_REGISTERS + 2 * WORKER_REGISTERS <= 3 * 168);
 // WORKERS warpgroups. Sizes are in bytes.
 template <int BITS, int ROWS, int WORKERS, int TILES>
 struct Sizes {
-  static constexpr bool MOVES_REGISTERS = TILES * ROWS >= 256;
+  static constexpr bool MOVES_REGISTERS = WORKERS * TILES == 4 && ROWS >= 96;
   static constexpr int WORKING = WORKERS * GROUP;
   static constexpr int THREADS = WORKING + (MOVES_REGISTERS ? GROUP : 32);
   static constexpr int COLUMNS = WORKERS * TILES * 64;
@@ -227,8 +227,8 @@ __device__ __forceinline__ void add_up(const float* sums, const float* bias, T* 
   }
 }
 
-// map: of x, (rows, inputs), in boxes of ROWS rows, or half as many if PAIRS. words: (tiles, blocks, 256). table: (units, columns), one row
-// for each 2**shift inputs. bias: (outputs,) or NULL. y: (rows, outputs).
+// map: of x, (rows, inputs), in boxes of ROWS rows, or half as many if PAIRS. words: (tiles, blocks, 256).
+// table: (units, columns), one row for each 2**shift inputs. bias: (outputs,) or NULL. y: (rows, outputs).
 // Thread blocks: (rows / ROWS, columns / COLUMNS, splits of the inputs), a cluster along the last, and of
 // 2 along the columns if PAIRS.
 template <int BITS, typename T, int ROWS, int WORKERS, int TILES, int BLOCKS, bool PAIRS>
@@ -322,19 +322,31 @@ int launch(const void* x, const void* words, const void* table, const float* bia
 template <int BITS, typename T, typename... Rest>
 int launch_tile(int pairs, int rows, int columns, Rest... rest) {
   switch (pairs * 1000000 + rows * 1000 + columns) {
+    case 8128: return launch<BITS, T, 8, 1, 2, 2>(rest...);
+    case 16128: return launch<BITS, T, 16, 1, 2, 2>(rest...);
+    case 24128: return launch<BITS, T, 24, 1, 2, 2>(rest...);
+    case 32128: return launch<BITS, T, 32, 1, 2, 2>(rest...);
+    case 48128: return launch<BITS, T, 48, 1, 2, 2>(rest...);
+    case 64128: return launch<BITS, T, 64, 1, 2, 2>(rest...);
+    case 128128: return launch<BITS, T, 128, 2, 1, 1>(rest...);
+    case 176128: return launch<BITS, T, 176, 2, 1, 1>(rest...);
+    case 8256: return launch<BITS, T, 8, 2, 2, 1>(rest...);
+    case 16256: return launch<BITS, T, 16, 2, 2, 1>(rest...);
+    case 24256: return launch<BITS, T, 24, 2, 2, 1>(rest...);
+    case 32256: return launch<BITS, T, 32, 2, 2, 1>(rest...);
+    case 48256: return launch<BITS, T, 48, 2, 2, 1>(rest...);
+    case 64256: return launch<BITS, T, 64, 2, 2, 1>(rest...);
+    case 80256: return launch<BITS, T, 80, 2, 2, 1>(rest...);
+    case 96256: return launch<BITS, T, 96, 2, 2, 1>(rest...);
+    case 112256: return launch<BITS, T, 112, 2, 2, 1>(rest...);
+    case 128256: return launch<BITS, T, 128, 2, 2, 1>(rest...);
+    case 144256: return launch<BITS, T, 144, 2, 2, 1>(rest...);
     case 1032256: return launch<BITS, T, 32, 2, 2, 1, true>(rest...);
     case 1064256: return launch<BITS, T, 64, 2, 2, 1, true>(rest...);
+    case 1096256: return launch<BITS, T, 96, 2, 2, 1, true>(rest...);
     case 1128256: return launch<BITS, T, 128, 2, 2, 1, true>(rest...);
+    case 1144256: return launch<BITS, T, 144, 2, 2, 1, true>(rest...);
     case 1176128: return launch<BITS, T, 176, 2, 1, 1, true>(rest...);
-    case 16128: return launch<BITS, T, 16, 1, 2, 2>(rest...);
-    case 32128: return launch<BITS, T, 32, 1, 2, 2>(rest...);
-    case 16256: return launch<BITS, T, 16, 2, 2, 1>(rest...);
-    case 32256: return launch<BITS, T, 32, 2, 2, 1>(rest...);
-    case 64128: return launch<BITS, T, 64, 1, 2, 2>(rest...);
-    case 64256: return launch<BITS, T, 64, 2, 2, 1>(rest...);
-    case 128128: return launch<BITS, T, 128, 2, 1, 1>(rest...);
-    case 128256: return launch<BITS, T, 128, 2, 2, 1>(rest...);
-    case 176128: return launch<BITS, T, 176, 2, 1, 1>(rest...);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -267,52 +267,82 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[COUNT]) {
 // wgmma(d, a, b, add, T()): start d = a * b, or d += a * b if `add`; a is 64 x 16 of a warpgroup's
 // registers, b 16 x N of shared memory, N twice the length of d. Warp w holds rows 16w .. 16w+15 of a
 // and d as in `mma`; d[4j..4j+3] are columns 8j .. 8j+7.
-#define WGMMA_D0 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define WGMMA_D1 "%8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_D2 "%16, %17, %18, %19, %20, %21, %22, %23"
-#define WGMMA_D3 "%24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_D4 "%32, %33, %34, %35, %36, %37, %38, %39"
-#define WGMMA_D5 "%40, %41, %42, %43, %44, %45, %46, %47"
-#define WGMMA_D6 "%48, %49, %50, %51, %52, %53, %54, %55"
-#define WGMMA_D7 "%56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_D8 "%64, %65, %66, %67, %68, %69, %70, %71"
-#define WGMMA_D9 "%72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_D10 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define WGMMA_EIGHT(i)                                                                       \
-  "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]),                \
-      "+f"(d[8 * i + 4]), "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
-#define WGMMA_TYPED(N, T, TYPE, D, A, B, ADD, ...)                                           \
+// Eight columns are four numbers of a lane. WGMMA_NAMES_m are those of d[0 .. 4m-1] in the instruction.
+#define WGMMA_NAMES_1 "%0, %1, %2, %3"
+#define WGMMA_NAMES_2 WGMMA_NAMES_1 ", %4, %5, %6, %7"
+#define WGMMA_NAMES_3 WGMMA_NAMES_2 ", %8, %9, %10, %11"
+#define WGMMA_NAMES_4 WGMMA_NAMES_3 ", %12, %13, %14, %15"
+#define WGMMA_NAMES_5 WGMMA_NAMES_4 ", %16, %17, %18, %19"
+#define WGMMA_NAMES_6 WGMMA_NAMES_5 ", %20, %21, %22, %23"
+#define WGMMA_NAMES_7 WGMMA_NAMES_6 ", %24, %25, %26, %27"
+#define WGMMA_NAMES_8 WGMMA_NAMES_7 ", %28, %29, %30, %31"
+#define WGMMA_NAMES_9 WGMMA_NAMES_8 ", %32, %33, %34, %35"
+#define WGMMA_NAMES_10 WGMMA_NAMES_9 ", %36, %37, %38, %39"
+#define WGMMA_NAMES_11 WGMMA_NAMES_10 ", %40, %41, %42, %43"
+#define WGMMA_NAMES_12 WGMMA_NAMES_11 ", %44, %45, %46, %47"
+#define WGMMA_NAMES_13 WGMMA_NAMES_12 ", %48, %49, %50, %51"
+#define WGMMA_NAMES_14 WGMMA_NAMES_13 ", %52, %53, %54, %55"
+#define WGMMA_NAMES_15 WGMMA_NAMES_14 ", %56, %57, %58, %59"
+#define WGMMA_NAMES_16 WGMMA_NAMES_15 ", %60, %61, %62, %63"
+#define WGMMA_NAMES_17 WGMMA_NAMES_16 ", %64, %65, %66, %67"
+#define WGMMA_NAMES_18 WGMMA_NAMES_17 ", %68, %69, %70, %71"
+#define WGMMA_NAMES_19 WGMMA_NAMES_18 ", %72, %73, %74, %75"
+#define WGMMA_NAMES_20 WGMMA_NAMES_19 ", %76, %77, %78, %79"
+#define WGMMA_NAMES_21 WGMMA_NAMES_20 ", %80, %81, %82, %83"
+#define WGMMA_NAMES_22 WGMMA_NAMES_21 ", %84, %85, %86, %87"
+#define WGMMA_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_SUMS_1 WGMMA_FOUR(0)
+#define WGMMA_SUMS_2 WGMMA_SUMS_1, WGMMA_FOUR(4)
+#define WGMMA_SUMS_3 WGMMA_SUMS_2, WGMMA_FOUR(8)
+#define WGMMA_SUMS_4 WGMMA_SUMS_3, WGMMA_FOUR(12)
+#define WGMMA_SUMS_5 WGMMA_SUMS_4, WGMMA_FOUR(16)
+#define WGMMA_SUMS_6 WGMMA_SUMS_5, WGMMA_FOUR(20)
+#define WGMMA_SUMS_7 WGMMA_SUMS_6, WGMMA_FOUR(24)
+#define WGMMA_SUMS_8 WGMMA_SUMS_7, WGMMA_FOUR(28)
+#define WGMMA_SUMS_9 WGMMA_SUMS_8, WGMMA_FOUR(32)
+#define WGMMA_SUMS_10 WGMMA_SUMS_9, WGMMA_FOUR(36)
+#define WGMMA_SUMS_11 WGMMA_SUMS_10, WGMMA_FOUR(40)
+#define WGMMA_SUMS_12 WGMMA_SUMS_11, WGMMA_FOUR(44)
+#define WGMMA_SUMS_13 WGMMA_SUMS_12, WGMMA_FOUR(48)
+#define WGMMA_SUMS_14 WGMMA_SUMS_13, WGMMA_FOUR(52)
+#define WGMMA_SUMS_15 WGMMA_SUMS_14, WGMMA_FOUR(56)
+#define WGMMA_SUMS_16 WGMMA_SUMS_15, WGMMA_FOUR(60)
+#define WGMMA_SUMS_17 WGMMA_SUMS_16, WGMMA_FOUR(64)
+#define WGMMA_SUMS_18 WGMMA_SUMS_17, WGMMA_FOUR(68)
+#define WGMMA_SUMS_19 WGMMA_SUMS_18, WGMMA_FOUR(72)
+#define WGMMA_SUMS_20 WGMMA_SUMS_19, WGMMA_FOUR(76)
+#define WGMMA_SUMS_21 WGMMA_SUMS_20, WGMMA_FOUR(80)
+#define WGMMA_SUMS_22 WGMMA_SUMS_21, WGMMA_FOUR(84)
+#define WGMMA_TYPED(N, T, TYPE, NAMES, A, B, ADD, ...)                                          \
   __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, \
-                                        int add, T) {                                        \
-    asm volatile("{.reg .pred p;\n"                                                          \
-                 "setp.ne.b32 p, " ADD ", 0;\n"                                              \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" D      \
-                 "}, {" A "}, " B ", p, 1, 1, 0;}"                                           \
-                 : __VA_ARGS__                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));            \
+                                        int add, T) {                                          \
+    asm volatile("{.reg .pred p;\n"                                                            \
+                 "setp.ne.b32 p, " ADD ", 0;\n"                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES    \
+                 "}, {" A "}, " B ", p, 1, 1, 0;}"                                             \
+                 : __VA_ARGS__                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));              \
   }
-#define WGMMA(N, D, A, B, ADD, ...)                          \
-  WGMMA_TYPED(N, half_t, "f16", D, A, B, ADD, __VA_ARGS__)   \
-  WGMMA_TYPED(N, bfloat_t, "bf16", D, A, B, ADD, __VA_ARGS__)
+// EIGHTS: N / 8. A, B, ADD: the names that follow those of d.
+#define WGMMA(N, EIGHTS, A, B, ADD)                                                            \
+  WGMMA_TYPED(N, half_t, "f16", WGMMA_NAMES_##EIGHTS, A, B, ADD, WGMMA_SUMS_##EIGHTS)          \
+  WGMMA_TYPED(N, bfloat_t, "bf16", WGMMA_NAMES_##EIGHTS, A, B, ADD, WGMMA_SUMS_##EIGHTS)
 
-WGMMA(16, WGMMA_D0,
-      "%8, %9, %10, %11", "%12", "%13",
-      WGMMA_EIGHT(0))
-WGMMA(32, WGMMA_D0 ", " WGMMA_D1,
-      "%16, %17, %18, %19", "%20", "%21",
-      WGMMA_EIGHT(0), WGMMA_EIGHT(1))
-WGMMA(64, WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3,
-      "%32, %33, %34, %35", "%36", "%37",
-      WGMMA_EIGHT(0), WGMMA_EIGHT(1), WGMMA_EIGHT(2), WGMMA_EIGHT(3))
-WGMMA(128, WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3 ", " WGMMA_D4 ", " WGMMA_D5 ", " WGMMA_D6 ", " WGMMA_D7,
-      "%64, %65, %66, %67", "%68", "%69",
-      WGMMA_EIGHT(0), WGMMA_EIGHT(1), WGMMA_EIGHT(2), WGMMA_EIGHT(3), WGMMA_EIGHT(4), WGMMA_EIGHT(5), WGMMA_EIGHT(6), WGMMA_EIGHT(7))
-WGMMA(176, WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3 ", " WGMMA_D4 ", " WGMMA_D5 ", " WGMMA_D6 ", " WGMMA_D7 ", " WGMMA_D8 ", " WGMMA_D9 ", " WGMMA_D10,
-      "%88, %89, %90, %91", "%92", "%93",
-      WGMMA_EIGHT(0), WGMMA_EIGHT(1), WGMMA_EIGHT(2), WGMMA_EIGHT(3), WGMMA_EIGHT(4), WGMMA_EIGHT(5), WGMMA_EIGHT(6), WGMMA_EIGHT(7), WGMMA_EIGHT(8), WGMMA_EIGHT(9), WGMMA_EIGHT(10))
+WGMMA(8, 1, "%4, %5, %6, %7", "%8", "%9")
+WGMMA(16, 2, "%8, %9, %10, %11", "%12", "%13")
+WGMMA(24, 3, "%12, %13, %14, %15", "%16", "%17")
+WGMMA(32, 4, "%16, %17, %18, %19", "%20", "%21")
+WGMMA(48, 6, "%24, %25, %26, %27", "%28", "%29")
+WGMMA(64, 8, "%32, %33, %34, %35", "%36", "%37")
+WGMMA(80, 10, "%40, %41, %42, %43", "%44", "%45")
+WGMMA(96, 12, "%48, %49, %50, %51", "%52", "%53")
+WGMMA(112, 14, "%56, %57, %58, %59", "%60", "%61")
+WGMMA(128, 16, "%64, %65, %66, %67", "%68", "%69")
+WGMMA(144, 18, "%72, %73, %74, %75", "%76", "%77")
+WGMMA(176, 22, "%88, %89, %90, %91", "%92", "%93")
 
 #undef WGMMA
 #undef WGMMA_TYPED
-#undef WGMMA_EIGHT
+#undef WGMMA_FOUR
 
 #endif
