@@ -100,7 +100,9 @@ TILES = (
     *(("bulk", rows, 256, stages, 1) for rows in (48, 64) for stages in (4, 6)),
     *(("bulk", rows, 256, stages, 1) for rows in (80, 96) for stages in (4, 5)),
     *(("bulk", rows, 256, 4, 1) for rows in (112, 128, 144)),
-    *(("bulk_pairs", rows, 256, 4, 1) for rows in (32, 64, 96, 128, 144)),
+    ("bulk", 160, 256, 3, 1),
+    *(("bulk_pairs", rows, 256, 4, 1) for rows in (32, 64, 96, 128)),
+    ("bulk_pairs", 160, 256, 3, 1),
     ("bulk_pairs", 176, 128, 4, 1),
 )
 # Rows of the tiles that are for any fewer, of kernels for every GPU and of those for Hopper.

@@ -341,11 +341,12 @@ int launch_tile(int pairs, int rows, int columns, Rest... rest) {
     case 112256: return launch<BITS, T, 112, 2, 2, 1>(rest...);
     case 128256: return launch<BITS, T, 128, 2, 2, 1>(rest...);
     case 144256: return launch<BITS, T, 144, 2, 2, 1>(rest...);
+    case 160256: return launch<BITS, T, 160, 2, 2, 1>(rest...);
     case 1032256: return launch<BITS, T, 32, 2, 2, 1, true>(rest...);
     case 1064256: return launch<BITS, T, 64, 2, 2, 1, true>(rest...);
     case 1096256: return launch<BITS, T, 96, 2, 2, 1, true>(rest...);
     case 1128256: return launch<BITS, T, 128, 2, 2, 1, true>(rest...);
-    case 1144256: return launch<BITS, T, 144, 2, 2, 1, true>(rest...);
+    case 1160256: return launch<BITS, T, 160, 2, 2, 1, true>(rest...);
     case 1176128: return launch<BITS, T, 176, 2, 1, 1, true>(rest...);
     default: return cudaErrorInvalidValue;
   }
