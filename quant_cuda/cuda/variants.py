@@ -70,8 +70,8 @@ class Variant(NamedTuple):
         return not self.kernel.startswith("bulk") or self._may_be_best(product)
 
     def _may_be_best(self, product: Product) -> bool:
-        """Whether none of its kernel's tiles, as often along the rows, pads them less (one may if a
-        single tile takes all rows), and its splits are not more than fill the GPU."""
+        """Whether its tile is the smallest of which as many cover the rows, or the second of which
+        one does; and its splits are not more than fill the GPU."""
         assert isinstance(product.weight, Tiled)
         along = -(-product.rows // self.rows)
         width = -(-product.weight.columns // self.columns)

@@ -1,4 +1,4 @@
-// y = x W for 9 rows of x and more, on GPUs of compute capability 9.0.
+// y = x W on GPUs of compute capability 9.0.
 //
 // The copy engine brings all that a thread block reads: blocks of packed weights and rows of their table
 // by bulk copies, x by boxes of a tensor map, into a ring of stages in shared memory. One warp starts the
