@@ -48,6 +48,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures, which may need the GPU too."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Last: the corners are those of the tests that -m and -k have chosen."""
@@ -159,7 +166,7 @@ def model_dir(request) -> Path:
     return request.getfixturevalue(f"{request.param}_dir")
 
 
-@pytest.fixture(params=["emulated", "gpu"])
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kernels(request) -> emulated.Kernels:
     """The GPU has to have the CAPABILITY of the test's module, if that names one."""
     if request.param == "emulated":
@@ -167,7 +174,7 @@ def kernels(request) -> emulated.Kernels:
         made.settle(0, 0)
         return made
     wanted = getattr(request.module, "CAPABILITY", None)
-    if not torch.cuda.is_available() or wanted not in (None, torch.cuda.get_device_capability()):
+    if wanted not in (None, torch.cuda.get_device_capability()):
         pytest.skip("no such NVIDIA GPU here")
     return emulated.on_gpu()
 

@@ -13,11 +13,9 @@ def batches(device):
         yield x.to(device, torch.bfloat16), x[:, 1:, :3].to(device)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["memory", "host", "files"])
 def test_what_was_put_is_what_is_taken(tmp_path, device, kind):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     cache = ActivationCache(tmp_path / "some" if kind == "files" else None, host=kind == "host")
     for number in range(2):
         for index, batch in enumerate(batches(device)):

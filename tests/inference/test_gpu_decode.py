@@ -152,9 +152,8 @@ def test_a_cache_of_fixed_size(folders, kernels, calls):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.gpu
 def test_a_captured_step_on_a_gpu(kind, folders, monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     run, calls = decoder_block.run, []
     monkeypatch.setattr(decoder_block, "run", lambda *args: calls.append(args) or run(*args))
     tokens = some_tokens(1, 30)

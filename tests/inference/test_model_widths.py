@@ -113,9 +113,8 @@ def test_module_by_module(folders):
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq_v2", "bloom"])
+@pytest.mark.gpu
 def test_cuda_graph(name, folders):
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     model, _ = gptq.load(folders[name], device="cuda", dtype="float16")
     expected = whole(model, TOKENS.cuda())
     step = stepper(model, TOKENS.shape[1])

@@ -98,9 +98,8 @@ def test_what_is_refused():
     assert operator.refuses(there._replace(out_features=0)) == "the weight is empty"
 
 
+@pytest.mark.gpu
 def test_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     for engine in operator.engines():
         for bits in BITS:
             weight, matrix = packed(bits, 576, 48, 128)
@@ -113,10 +112,9 @@ def test_on_a_gpu():
                 assert_as_good_as_naive(y.cpu(), x, matrix)
 
 
+@pytest.mark.gpu
 def test_streams_and_graphs_on_a_gpu():
     """The current stream is the one used; a captured product follows its input."""
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     weight, matrix = packed(4, 4096, 1024, 128)
     names = ("qweight", "qzeros", "scales")
     moved = {name: getattr(weight, name).cuda() for name in names}

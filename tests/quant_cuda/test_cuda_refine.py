@@ -5,21 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers.emulated import emulated, on_gpu
 from helpers.refinement import errors, loss, problem
 
 from gptq.solver.refine import torch_refine
 from quant_cuda.columns import GroupedColumns
 from quant_cuda.cuda.solver import refine
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def kernels(request):
-    if request.param == "emulated":
-        return emulated(request.getfixturevalue("host_library"))
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
-    return on_gpu()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

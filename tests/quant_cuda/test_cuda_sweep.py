@@ -97,9 +97,8 @@ def test_a_block_that_is_too_long(by_kernel):
         cuda_solver.sweep(columns, factors=(), bits=4, sym=False, find_grid=None)
 
 
+@pytest.mark.gpu
 def test_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     for settings in ({}, {"scale_search": "minmax"}, {"order": "act", "group_size": 64}):
         config = QuantConfig(bits=4, **settings)
         W, H = (t.cuda() for t in layer(300, 576))

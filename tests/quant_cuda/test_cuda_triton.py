@@ -129,9 +129,8 @@ def test_every_variant_compiles(capability, bits, dtype, shift, rows):
     compiles(capability, bits, dtype, shift, rows)
 
 
+@pytest.mark.gpu
 def test_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     for bits in (4, 8):
         for dtype in (torch.float16, torch.bfloat16):
             weight, matrix = packed(bits, 576, 48, 128)

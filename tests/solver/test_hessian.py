@@ -129,10 +129,8 @@ def test_upper_blocks_alone_are_computed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.gpu
 def test_on_a_gpu(dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
-
     def there(some):
         return [Inputs(batch.x.to("cuda", dtype), None) for batch in some]
 
