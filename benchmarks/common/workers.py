@@ -1,0 +1,149 @@
+"""Work in a process of its own, of which a part may crash it or hang: what did is named and left
+out, and the process is started again for the rest.
+
+The worker appends `Events` to a file before and after everything it tries. `supervise`, in the
+process that started it, reads them: the last thing that was begun is what the worker ended in.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Event = dict[str, Any]
+WORKER = "the worker"
+"""Named as failed if a worker ends badly between the things it tries."""
+POLL_SECONDS = 0.05
+
+
+class Limits(NamedTuple):
+    """Seconds that a worker may take."""
+
+    start: float
+    """From its start to its first event."""
+    step: float
+    """From one event to the next."""
+
+
+class Events:
+    """What was tried so far, by this worker and by those before it.
+
+    A name is what fails: it is not tried again, wherever else it occurs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        events, _ = read(path)
+        self.failed: dict[str, str] = {e["failed"]: e["reason"] for e in events if "failed" in e}
+        self.finished: set[str] = {e["finished"] for e in events if "finished" in e}
+
+    def begin(self, name: str, where: str) -> None:
+        """name will be tried now; where: what else tells one trial of it from another."""
+        self._append({"begun": name, "where": where})
+
+    def fail(self, name: str, reason: str) -> None:
+        self.failed[name] = reason
+        self._append({"failed": name, "reason": reason})
+        print(f"FAILED: {name}: {reason}", flush=True)
+
+    def finish(self, item: str, **result: Any) -> None:
+        """item is done and need not be done again after a restart."""
+        self.finished.add(item)
+        self._append({"finished": item, **result})
+
+    def end(self) -> None:
+        """All is done: a bad exit code from here on is nothing's fault that was tried."""
+        self._append({"ended": True})
+
+    def _append(self, event: Event) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def read(path: Path, start: int = 0) -> tuple[list[Event], int]:
+    """The events from the byte `start` on, and the byte after them; one that is not written to its
+    end yet is left out."""
+    if not path.exists():
+        return [], start
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = file.read().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return [json.loads(line) for line in whole], start + sum(map(len, whole))
+
+
+def supervise(
+    command: Sequence[str],
+    path: Path,
+    limits: Limits,
+    watch: Callable[[Event], None] = lambda _: None,
+) -> dict[str, str]:
+    """Run a worker to its end, again after each thing that crashes it or takes too long.
+
+    command: it appends Events to path, and leaves out what failed or is finished there.
+    watch: called with each event.
+    Returns what failed and why; WORKER if it ended badly in nothing that it had named.
+    """
+    with _ended_by_sigterm():
+        while True:
+            before = len(Events(path).failed)
+            reason, last = _run(command, path, limits, watch)
+            if reason is None:
+                return Events(path).failed
+            if "begun" in last:
+                Events(path).fail(last["begun"], f"{last['where']}: {reason}")
+                continue
+            # It named the culprit itself, and ended because the device was of no use any more.
+            if "failed" in last and len(Events(path).failed) > before:
+                continue
+            where = "after its end" if "ended" in last else "between two steps"
+            return Events(path).failed | {WORKER: f"{reason}, {where}"}
+
+
+def _run(
+    command: Sequence[str], path: Path, limits: Limits, watch: Callable[[Event], None]
+) -> tuple[str | None, Event]:
+    """One worker: why it ended badly, None if it did not, and its last event."""
+    _, position = read(path)
+    last: Event = {}
+    limit, since = limits.start, time.monotonic()
+    # A session of its own: a program between us and the worker, as compute-sanitizer, has to end
+    # with it.
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            while True:
+                code = process.poll()
+                events, position = read(path, position)
+                for event in events:
+                    last = event
+                    watch(event)
+                if code is not None:
+                    return (None if code == 0 else _ending(code)), last
+                if events:
+                    limit, since = limits.step, time.monotonic()
+                elif time.monotonic() - since > limit:
+                    return f"nothing for {limit:g} s", last
+                time.sleep(POLL_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _ending(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as an exception does, so that the worker is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
