@@ -111,6 +111,8 @@ def random_model(
             )
             made = random_weight(bits, module.in_features, module.out_features, device)
             layer.qweight, layer.qzeros, layer.scales = made.qweight, made.qzeros, made.scales
+            if layer.bias is not None:
+                layer.bias = random_values("bias", layer.bias.shape, device, dtype)
             empty_model.replace(model, name, layer)
             continue
         for key, parameter in list(module._parameters.items()):
@@ -208,11 +210,11 @@ def _rate(step: Callable[[Tensor], Tensor]) -> float:
 
 @torch.no_grad()
 def decoded_each_way(
-    spec: ModelSpec, config: PretrainedConfig, bits: int, tokens: int
+    spec: ModelSpec, config: PretrainedConfig, bits: int, tokens: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Logits of a small random model, one token after another: by transformers' modules, by the
-    decoding kernels, and by these overlapping, if they can. Float16 (tokens, vocab) each."""
-    model = random_model(spec, config, bits, "cuda", torch.float16)
+    decoding kernels, and by these overlapping, if they can. (tokens, vocab) of dtype each."""
+    model = random_model(spec, config, bits, "cuda", dtype)
     ids = torch.arange(2, 2 + tokens, device="cuda")
     results = {}
     for way in ("modules", "kernels", *(["overlapping"] if can_overlap() else [])):

@@ -42,9 +42,14 @@ class Events:
         events, _ = read(path)
         self.failed: dict[str, str] = {e["failed"]: e["reason"] for e in events if "failed" in e}
         self.finished: set[str] = {e["finished"] for e in events if "finished" in e}
+        self._printed = ""
 
     def begin(self, name: str, where: str) -> None:
         """name will be tried now; where: what else tells one trial of it from another."""
+        line = f"{where}: {name}"
+        if line != self._printed:
+            print(line, flush=True)
+        self._printed = line
         self._append({"begun": name, "where": where})
 
     def fail(self, name: str, reason: str) -> None:
@@ -130,6 +135,9 @@ def _run(
                 elif time.monotonic() - since > limit:
                     return f"nothing for {limit:g} s", last
                 time.sleep(POLL_SECONDS)
+        except SystemExit:
+            print(f"stopped; the last event was {json.dumps(last)}", flush=True)
+            raise
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -32,6 +32,9 @@ def test_a_random_model_runs(spec, config, bits):
     layers = config.num_hidden_layers * len(spec.linears)
     assert len(quantized) == (layers if bits < 16 else 0)
     assert not [name for name, p in model.named_parameters() if p.is_meta]
+    biases = [layer.bias for layer in quantized if layer.bias is not None]
+    assert bool(biases) == (spec is BLOOM and bits < 16)
+    assert all(bias.dtype == torch.float32 and bias.any() for bias in biases)
     step = stepper(model, 4)
     assert all(torch.isfinite(step(torch.full((1, 1), 7))).all() for _ in range(4))
 
