@@ -36,6 +36,7 @@ from quant_cuda.cuda import solver as cuda_solver
 from quant_cuda.cuda.variants import VARIANTS
 
 LIMITS = Limits(start=180, step=30)
+WORKER = (sys.executable, "-m", "benchmarks.gpu_check")
 # compute-sanitizer makes a kernel up to a hundred times slower.
 LIMITS_UNDER = Limits(start=300, step=120)
 # The exit code of a worker whose GPU does not answer any more.
@@ -284,7 +285,7 @@ def main(arguments: list[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.jsonl"
-        worker = [sys.executable, "-m", "benchmarks.gpu_check", *wanted, "--events", str(path)]
+        worker = [*WORKER, *wanted, "--events", str(path)]
         limits = LIMITS_UNDER if asked.under else LIMITS
         failed = supervise([*shlex.split(asked.under), *worker], path, limits)
         passed = len(Events(path).finished)

@@ -3,23 +3,27 @@ quant_cuda/cuda/tuned.py reads. A part of benchmarks/gpu.py.
 
     python -m benchmarks.gpu tune [--bits 4 8] [--shapes 8192x8192 ...] [--rows 1 8 ...]
 
-Every kernel and variant that takes a matmul is compared with float64 first. One that fails, or has
-more than twice the error of the dense float16 product, is named and left out.
+Every kernel and variant that takes a matmul is compared with float64 first, in a process of its
+own. One that crashes it, takes too long, fails, or has more than twice the error of the dense
+float16 product, is named and left out of the whole table; the others are timed.
 """
 
 import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common.gpu_facts import facts
+from benchmarks.common.gpu_facts import facts, is_usable
+from benchmarks.common.workers import Event, Events, Limits, supervise
+from benchmarks.gpu_check import DEAD, compare, truth_of
 from benchmarks.gpu_models import random_weight
 from gptq.files.atomic import whole_file
 from quant_cuda import reference
@@ -36,15 +40,11 @@ BETTER = 1.02
 # What takes longer than the best by this factor once is not timed again.
 CLOSE = 1.3
 
+LIMITS = Limits(start=180, step=30)
+WORKER = (sys.executable, "-m", "benchmarks.gpu_tune")
+
 Timer = Callable[[], float]
 """Runs a kernel; seconds a call."""
-
-
-class Failed(NamedTuple):
-    """A kernel that may not be used."""
-
-    kernel: str
-    reason: str
 
 
 def names(rows: int, weight: layout.KernelWeight, wgmma: bool) -> list[str]:
@@ -54,34 +54,6 @@ def names(rows: int, weight: layout.KernelWeight, wgmma: bool) -> list[str]:
     taking = [kernel.name for kernel in every if kernel.takes(product)]
     chosen = cuda.kernel_for(rows, torch.float16, weight, wgmma).name
     return [chosen, *(name for name in taking if name != chosen)]
-
-
-class Truth(NamedTuple):
-    """What a product is compared with."""
-
-    y: Tensor
-    """float64 (rows, out)."""
-    allowed: float
-    """The norm of an error that a kernel may make."""
-
-
-def truth_of(x: Tensor, exact: Tensor) -> Truth:
-    """x: float16 (rows, in). exact: the weight, float64 (in, out)."""
-    y = x.double() @ exact
-    naive = x @ exact.to(x.dtype)
-    return Truth(y, 2 * float((naive.double() - y).norm()) + 5e-4 * float(y.norm()))
-
-
-def reason_against(run: Callable[[], Tensor], truth: Truth) -> str | None:
-    """Why a kernel's product, (rows, out), may not be used; None if it may."""
-    try:
-        made = float((run().double() - truth.y).norm())
-    except RuntimeError as error:
-        return str(error)
-    # Not "more than": a sum that is not a number may not be used either.
-    if made <= truth.allowed:
-        return None
-    return f"error {made:.3g}, more than {truth.allowed:.3g}"
 
 
 def fastest(timers: Mapping[str, Timer], repeats: int = REPEATS) -> dict[str, float]:
@@ -100,22 +72,26 @@ def fastest(timers: Mapping[str, Timer], repeats: int = REPEATS) -> dict[str, fl
     return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
-def entry(bits: int, shape: tuple[int, int], rows: int, timers: Mapping[str, Timer]) -> dict:
-    """A row of the table. The first of `timers` is what is chosen without one."""
-    untuned = next(iter(timers))
-    seconds = fastest(timers)
+def entry(timed: Mapping[str, Any], failed: Mapping[str, str]) -> dict[str, Any] | None:
+    """A row of the table; None if nothing that was timed may be used.
+
+    timed: "seconds" by kernel, the best first, and "untuned", what is chosen without a table.
+    failed: kernels that may not be used, also if they failed after this was timed.
+    """
+    seconds = {name: s for name, s in timed["seconds"].items() if name not in failed}
+    if not seconds:
+        return None
+    untuned = timed["untuned"]
     best = next(iter(seconds))
-    if seconds[best] * BETTER > seconds[untuned]:
+    if untuned in seconds and seconds[best] * BETTER > seconds[untuned]:
         best = untuned
+    before = seconds.get(untuned)
     return {
-        "bits": bits,
-        "inputs": shape[0],
-        "outputs": shape[1],
-        "rows": rows,
+        **{key: timed[key] for key in ("bits", "inputs", "outputs", "rows")},
         "kernel": best,
         "microseconds": round(1e6 * seconds[best], 2),
         "untuned": untuned,
-        "untuned_microseconds": round(1e6 * seconds[untuned], 2),
+        "untuned_microseconds": None if before is None else round(1e6 * before, 2),
     }
 
 
@@ -128,32 +104,70 @@ def write(entries: list[dict[str, Any]], about: dict[str, Any]) -> Path:
     return path
 
 
-def tune(
-    bits: int, shape: tuple[int, int], all_rows: list[int]
-) -> tuple[list[dict[str, Any]], list[Failed]]:
-    """The table's rows for one weight, and what may not be used, on this machine's GPU."""
+def work(events: Events, bits: int, shape: tuple[int, int], all_rows: Sequence[int]) -> None:
+    """Time what takes one weight, for each number of rows, as far as that was not done."""
     inputs, outputs = shape
+    left = [rows for rows in all_rows if _item(bits, shape, rows) not in events.finished]
+    if not left:
+        return
     count = max(2, math.ceil(COLD_BYTES / (inputs * outputs * bits / 8)))
     weights = [random_weight(bits, inputs, outputs, "cuda") for _ in range(count)]
     exact = reference.dequantize(weights[0], torch.float64)
     tiled = [layout.prepare(weight) for weight in weights]
-    entries, failed = [], []
-    for rows in all_rows:
+    for rows in left:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
-        truth, pool = truth_of(x, exact), torch.cuda.graph_pool_handle()
-        timers: dict[str, Timer] = {}
-        for name in names(rows, tiled[0], cuda.current(x).wgmma):
+        item = _item(bits, shape, rows)
+        chosen, *others = names(rows, tiled[0], cuda.current(x).wgmma)
+        timers = dict(_timers(events, item, [chosen, *others], (x, exact, tiled)))
+        seconds = fastest(timers) if timers else {}
+        sizes = {"bits": bits, "inputs": inputs, "outputs": outputs, "rows": rows}
+        events.finish(item, **sizes, untuned=chosen, seconds=seconds)
 
-            def run(weight: layout.KernelWeight, name: str = name, x: Tensor = x) -> Tensor:
-                return cuda.matmul(x, weight, kernel=name)
 
-            reason = reason_against(lambda run=run: run(tiled[0]), truth)  # type: ignore[misc]
-            if reason is not None:
-                failed.append(Failed(f"{name}, {rows} rows", reason))
-                continue
-            timers[name] = _replays(run, tiled[:4] if name == "dense" else tiled, pool)
-        entries.append(entry(bits, shape, rows, timers))
-    return entries, failed
+def _item(bits: int, shape: tuple[int, int], rows: int) -> str:
+    return f"{bits} bits, {shape[0]} x {shape[1]}, {rows} rows"
+
+
+def _timers(
+    events: Events,
+    item: str,
+    kernels: Sequence[str],
+    product: tuple[Tensor, Tensor, list[layout.KernelWeight]],
+) -> Iterator[tuple[str, Timer]]:
+    """Those of the kernels that are right; one that is not is named.
+
+    product: x (rows, in), the first weight in float64 (in, out), and the weights.
+    """
+    x, exact, tiled = product
+    truth, pool = truth_of(x, exact), torch.cuda.graph_pool_handle()
+    for name in kernels:
+        if name in events.failed:
+            continue
+
+        def run(weight: layout.KernelWeight, name: str = name) -> Tensor:
+            return cuda.matmul(x, weight, kernel=name)
+
+        events.begin(name, item)
+        try:
+            compare(lambda run=run: run(tiled[0]), truth)  # type: ignore[misc]
+            timer = _replays(run, tiled[:4] if name == "dense" else tiled, pool)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            events.fail(name, f"{item}: {reason}")
+            if not is_usable():
+                sys.exit(DEAD)
+            continue
+        yield name, _watched(events, item, name, timer)
+
+
+def _watched(events: Events, item: str, name: str, timer: Timer) -> Timer:
+    """The timer, named before each use: what was right once may still hang."""
+
+    def seconds() -> float:
+        events.begin(name, item)
+        return timer()
+
+    return seconds
 
 
 def _replays(
@@ -182,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[4, 8])
     made.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="as 4096x11008")
     made.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="of x")
+    made.add_argument("--events", type=Path, help=argparse.SUPPRESS)
     return made
 
 
@@ -193,22 +208,56 @@ def _shape(text: str) -> tuple[int, int]:
     return inputs, outputs
 
 
-def main(arguments: list[str], console: Console) -> int:
-    """Tune and write the table, after every shape; 1 if a kernel may not be used."""
-    wanted = parser().parse_args(arguments)
-    about, entries, failures = facts(), [], []
-    for bits in wanted.bits:
-        for shape in wanted.shapes:
-            made, failed = tune(bits, shape, sorted(set(wanted.rows)))
-            entries += made
-            failures += failed
-            for row in made:
-                console.print(
-                    f"{bits} bits, {shape[0]} x {shape[1]}, {row['rows']} rows: {row['kernel']} "
-                    f"{row['microseconds']} us; {row['untuned']} {row['untuned_microseconds']} us"
-                )
-            path = write(entries, about)
-    for kernel, reason in failures:
-        console.print(f"FAILED: {kernel}: {reason}", markup=False)
-    console.print(f"written to {path}")
-    return 1 if failures else 0
+def main(arguments: list[str]) -> int:
+    """Tune, and write the table after every row; 1 if a kernel may not be used."""
+    asked = parser().parse_args(arguments)
+    all_rows = sorted(set(asked.rows))
+    weights = [(bits, shape) for bits in asked.bits for shape in asked.shapes]
+    if asked.events is not None:
+        events = Events(asked.events)
+        for bits, shape in weights:
+            work(events, bits, shape, all_rows)
+        events.end()
+        return 0
+    about, timed = facts(), []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "events.jsonl"
+
+        def watch(event: Event) -> None:
+            if "seconds" in event:
+                timed.append(event)
+                _write_timed(timed, Events(path).failed, about)
+                print(_line(event), flush=True)
+
+        worker = [*WORKER, *arguments, "--events", str(path)]
+        failed = supervise(worker, path, LIMITS, watch)
+    written = _write_timed(timed, failed, about)
+    for name, reason in failed.items():
+        print(f"FAILED: {name}: {reason}")
+    wanted = len(weights) * len(all_rows)
+    print(f"{written} of {wanted} rows of the table written to {tuned.path_of(about['gpu'])}")
+    return 1 if failed or written < wanted else 0
+
+
+def _write_timed(
+    timed: Sequence[Mapping[str, Any]], failed: Mapping[str, str], about: dict[str, Any]
+) -> int:
+    """Write the table of what was timed, less what failed; the number of its rows."""
+    entries = [row for it in timed if (row := entry(it, failed)) is not None]
+    if entries:
+        write(entries, about)
+    return len(entries)
+
+
+def _line(timed: Mapping[str, Any]) -> str:
+    row = entry(timed, {})
+    if row is None:
+        return f"{timed['finished']}: nothing may be used"
+    return (
+        f"{timed['finished']}: {row['kernel']} {row['microseconds']} us; "
+        f"{row['untuned']} {row['untuned_microseconds']} us"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

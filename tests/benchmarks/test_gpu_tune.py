@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 import torch
-from helpers.products import activations, packed
+from conftest import ROOT
+from helpers.products import packed
 
 from benchmarks import gpu_tune
-from quant_cuda import reference
+from benchmarks.common.workers import Events
 from quant_cuda.cuda import kernels, layout, tuned
 from quant_cuda.cuda.variants import SPLITS, TILES, VARIANTS
 
@@ -49,26 +51,115 @@ def test_a_median_decides_not_one_lucky_time():
     assert next(iter(gpu_tune.fastest(timers, repeats=5))) == "a"
 
 
+def timed(untuned="gemv", **seconds):
+    sizes = {"bits": 4, "inputs": 64, "outputs": 32, "rows": 8}
+    in_order = dict(sorted(seconds.items(), key=lambda item: item[1]))
+    return {**sizes, "untuned": untuned, "seconds": in_order}
+
+
 def test_what_is_hardly_faster_replaces_nothing():
-    row = gpu_tune.entry(4, (64, 32), 8, {"gemv": clock(1.01e-5), "other": clock(1e-5)})
+    row = gpu_tune.entry(timed(gemv=1.01e-5, other=1e-5), {})
     assert (row["kernel"], row["microseconds"]) == ("gemv", 10.1)
-    row = gpu_tune.entry(4, (64, 32), 8, {"gemv": clock(1.1e-5), "other": clock(1e-5)})
+    row = gpu_tune.entry(timed(gemv=1.1e-5, other=1e-5), {})
     assert (row["kernel"], row["untuned_microseconds"]) == ("other", 11)
 
 
-def test_a_wrong_product_may_not_be_used():
-    weight, _ = packed(4)
-    exact, x = reference.dequantize(weight, torch.float64), activations(3, 96, dtype=HALF)
-    truth = gpu_tune.truth_of(x, exact)
-    y = (x.double() @ exact).half()
+def test_what_fails_later_loses_its_rows():
+    it = timed(gemv=3e-5, second=2e-5, bad=1e-5)
+    assert gpu_tune.entry(it, {})["kernel"] == "bad"
+    assert gpu_tune.entry(it, {"bad": "error"})["kernel"] == "second"
+    row = gpu_tune.entry(it, {"bad": "error", "gemv": "error"})
+    assert (row["kernel"], row["untuned_microseconds"]) == ("second", None)
+    assert gpu_tune.entry(timed(bad=1e-5), {"bad": "error"}) is None
+    assert gpu_tune.entry(timed(), {}) is None
 
-    def fails():
-        raise RuntimeError("bulk failed: no such kernel")
 
-    assert gpu_tune.reason_against(lambda: y, truth) is None
-    assert "more than" in gpu_tune.reason_against(lambda: y * 1.01, truth)
-    assert "more than" in gpu_tune.reason_against(lambda: y * float("nan"), truth)
-    assert gpu_tune.reason_against(fails, truth) == "bulk failed: no such kernel"
+@pytest.fixture
+def products(monkeypatch):
+    """cuda.matmul by name on the CPU: one is right, one is not, one has no such kernel."""
+
+    def matmul(x, weight, kernel):
+        if kernel == "refused":
+            raise RuntimeError("bulk failed: no such kernel\nmore")
+        return (x @ weight) * (1.02 if kernel == "wrong" else 1)
+
+    monkeypatch.setattr(gpu_tune.cuda, "matmul", matmul)
+    monkeypatch.setattr(gpu_tune, "_replays", lambda run, weights, _: lambda: run(weights[0]).sum())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    weight = torch.randn(96, 24, dtype=torch.float64)
+    return torch.randn(3, 96).half(), weight, [weight.half()]
+
+
+def timers_of(events, products):
+    names = ["wrong", "refused", "right"]
+    return dict(gpu_tune._timers(events, "3 rows", names, products))
+
+
+def test_only_what_is_right_is_timed(products, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tune, "is_usable", lambda: True)
+    events = Events(tmp_path / "events.jsonl")
+    timers = timers_of(events, products)
+    assert list(timers) == ["right"]
+    assert list(events.failed) == ["wrong", "refused"]
+    assert "3 rows: error" in events.failed["wrong"]
+    assert events.failed["refused"] == "3 rows: bulk failed: no such kernel"
+    timers["right"]()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    # The last word before a timing that may hang.
+    assert json.loads(lines[-1]) == {"begun": "right", "where": "3 rows"}
+    assert len(lines) == 6
+
+
+def test_a_gpu_that_does_not_answer_ends_the_worker(products, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tune, "is_usable", lambda: False)
+    events = Events(tmp_path / "events.jsonl")
+    with pytest.raises(SystemExit):
+        timers_of(events, products)
+    assert list(events.failed) == ["wrong"]
+    # Started again it leaves that out.
+    with pytest.raises(SystemExit):
+        timers_of(Events(tmp_path / "events.jsonl"), products)
+    assert list(timers_of(Events(tmp_path / "events.jsonl"), products)) == ["right"]
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from benchmarks.common.workers import Events
+events = Events(Path(sys.argv[-1]))
+for rows in (8, 16):
+    item = f"4 bits, 128 x 64, {{rows}} rows"
+    if item in events.finished:
+        continue
+    seconds = {{}}
+    for name, taken in {{"gemm": 1e-5, "gemv": 3e-5, "dense": 4e-5}}.items():
+        if name in events.failed:
+            continue
+        events.begin(name, item)
+        if name == "gemm" and rows == 16:
+            os.abort()
+        seconds[name] = taken
+    sizes = {{"bits": 4, "inputs": 128, "outputs": 64, "rows": rows}}
+    events.finish(item, **sizes, untuned="dense", seconds=seconds)
+events.end()
+"""
+
+
+def test_a_kernel_that_crashes_is_named_and_not_in_the_table(folder, tmp_path, monkeypatch, capfd):
+    """Also not in the row that it had won before; every row is there."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(root=str(ROOT)))
+    monkeypatch.setattr(gpu_tune, "WORKER", (sys.executable, str(worker)))
+    monkeypatch.setattr(gpu_tune, "facts", lambda: ABOUT)
+    argv = ["--bits", "4", "--shapes", "128x64", "--rows", "8", "16"]
+    assert gpu_tune.main(argv) == 1
+    said = capfd.readouterr().out
+    assert "FAILED: gemm: 4 bits, 128 x 64, 16 rows: ended by SIGABRT\n" in said
+    assert f"2 of 2 rows of the table written to {folder}" in said
+    table = json.loads((folder / "some-gpu-1.json").read_text())
+    assert [(row["rows"], row["kernel"]) for row in table["entries"]] == [(8, "gemv"), (16, "gemv")]
+    assert table["commit"] == "abc"
 
 
 def test_every_kernel_that_fits_is_tried():
