@@ -1,9 +1,7 @@
 """Kernels, decoding and quantization on the GPU of this machine; run by benchmarks/gpu.sh.
 
-    python -m benchmarks.gpu check [ENGINE]    products against float64, for compute-sanitizer
-    python -m benchmarks.gpu check variants    those of every variant that a tuned table may choose
-    python -m benchmarks.gpu check decode      tokens by the decoding kernels against modules
-    python -m benchmarks.gpu tune [--shapes ...] [--rows ...]    writes that table for this GPU
+    python -m benchmarks.gpu check [FAMILY...]    every kernel against float64 or torch
+    python -m benchmarks.gpu tune [--shapes ...] [--rows ...]    the table of the fastest kernels
     python -m benchmarks.gpu measure [PART...]    tables, and benchmarks/results/<gpu>.json
     python -m benchmarks.gpu peers [marlin|humming|gemlite...]    adds those that are installed
 
@@ -11,7 +9,6 @@ Weights are random and made on the device. A kernel is timed as a CUDA graph of 
 through more weights than the second-level cache holds.
 """
 
-import json
 import re
 import statistics
 import sys
@@ -27,33 +24,32 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import BloomConfig, LlamaConfig, PretrainedConfig
 
-import quant_cuda
-from benchmarks import gpu_tune
+from benchmarks import gpu_check, gpu_tune
 from benchmarks.common.gpu_facts import facts
+from benchmarks.common.gpu_results import Row, Run, add, read, write
 from benchmarks.gpu_models import (
     GROUP_SIZE,
     WIDTHS,
     decode,
-    decoded_each_way,
     quantization,
     random_weight,
     released,
 )
-from benchmarks.gpu_peers import PEERS, peers, torch_int4
+from benchmarks.gpu_peers import DISTRIBUTIONS, PEERS, Case, peers, torch_int4
 from gptq.config import QuantConfig
-from gptq.files.atomic import whole_file
-from gptq.models import BLOOM, LLAMA, ModelSpec
 from gptq.solver.hessian import Hessian
 from gptq.solver.layer import solve_layer
-from quant_cuda import reference
 from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda import layout, operator
 
 RESULTS = Path(__file__).parent / "results"
-SHAPE = (8192, 8192)
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+# What kernels are timed for, the most telling first: a run that is cut off has that.
+CASES = (
+    Case(4, (8192, 8192), (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)),
+    Case(4, (4096, 11008), (1, 16, 32, 64, 128, 256, 512)),
+    Case(8, (8192, 8192), (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)),
+)
 COLD_BYTES = 512 << 20  # ten times the second-level cache of an H100
 REPEATS = 5
 # Ways to take a product, and the most rows of x that each is meant for.
@@ -99,9 +95,9 @@ def limits() -> dict[str, float]:
     return {"copy": 2 * source.nbytes / copied, "matrix": 2 * 8192**3 / multiplied}
 
 
-def kernels(bits: int) -> Iterator[dict[str, Any]]:
-    """Times of one product of SHAPE for each number of rows, by each way to take it."""
-    inputs, outputs = SHAPE
+def kernels(case: Case) -> Iterator[Row]:
+    """Times of one product for each number of rows, by each way to take it."""
+    bits, (inputs, outputs) = case.bits, case.shape
     count = max(4, COLD_BYTES // (inputs * outputs * bits // 8))
     weights = [random_weight(bits, inputs, outputs, "cuda") for _ in range(count)]
     tiled = [layout.prepare(weight) for weight in weights]
@@ -109,10 +105,11 @@ def kernels(bits: int) -> Iterator[dict[str, Any]]:
     dense = [torch.randn(outputs, inputs, device="cuda", dtype=torch.float16) for _ in range(4)]
     stored = sum(t.nbytes for t in operator.prepare(weights[0]).tensors)
     del weights
-    for rows in ROWS:
+    for rows in case.rows:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
         chosen = cuda.chosen_for(x, tiled[0]).name
-        row: dict[str, Any] = {"bits": bits, "rows": rows, "chosen": chosen}
+        row: Row = {"bits": bits, "inputs": inputs, "outputs": outputs, "rows": rows}
+        row["chosen"] = chosen
         for name, calls in _ways(x, tiled, plain, dense).items():
             row[name] = time_graph(calls)
         row["bytes"] = stored + x.nbytes + 2 * rows * outputs
@@ -164,141 +161,65 @@ def solving() -> Iterator[dict[str, Any]]:
             yield {**shape, "seconds": perf_counter() - started}
 
 
-def check(engines: list[str]) -> None:
-    """A few products of each kernel against float64; raises AssertionError if one is wrong."""
-    for engine in engines:
-        for bits in (2, 3, 4, 8):
-            weight = random_weight(bits, 640, 80, "cuda")
-            exact = reference.dequantize(weight, torch.float64)
-            for rows in (1, 8, 20, 70, 300, 4200):
-                x = torch.randn(rows, 640, device="cuda", dtype=torch.float16)
-                y = quant_cuda.matmul(x, quant_cuda.prepare(weight, engine), engine)
-                naive = x @ exact.half()
-                truth = x.double() @ exact
-                error, limit = ((t.double() - truth).norm() for t in (y, naive))
-                assert error <= 2 * limit + 5e-4 * truth.norm(), (engine, bits, rows)
-    torch.cuda.synchronize()
-    print("products agree with float64")
-
-
-def check_variants() -> None:
-    """A few products of each variant against float64; raises AssertionError if one is wrong."""
-    for bits, inputs, outputs in ((4, 1184, 200), (8, 592, 200)):
-        weight = random_weight(bits, inputs, outputs, "cuda")
-        exact, prepared = reference.dequantize(weight, torch.float64), layout.prepare(weight)
-        for rows in (5, 40, 150):
-            x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
-            truth = gpu_tune.truth_of(x, exact)
-            for name in gpu_tune.names(rows, prepared, cuda.current(x).wgmma):
-                run = partial(cuda.matmul, x, prepared, kernel=name)
-                reason = gpu_tune.reason_against(run, truth)
-                assert reason is None, (name, bits, rows, reason)
-    torch.cuda.synchronize()
-    print("variants agree with float64")
-
-
-def check_decode() -> None:
-    """Tokens of small models by the decoding kernels against transformers' modules; raises
-    AssertionError if they disagree."""
-    llama = partial(
-        LlamaConfig,
-        vocab_size=320,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        head_dim=64,
-    )
-    models: tuple[tuple[ModelSpec, PretrainedConfig, int], ...] = (
-        (LLAMA, llama(num_key_value_heads=8), 4),
-        (LLAMA, llama(num_key_value_heads=2), 8),
-        (BLOOM, BloomConfig(vocab_size=320, hidden_size=512, n_layer=2, n_head=8), 4),
-    )
-    for spec, config, bits in models:
-        modules, *others = decoded_each_way(spec, config, bits, tokens=12).values()
-        for kernels in others:
-            error = (modules - kernels).norm() / modules.norm()
-            assert error < 0.02, (config, bits, float(error))
-        # The same sums in the same order.
-        assert all(torch.equal(others[0], it) for it in others), (config, bits)
-    torch.cuda.synchronize()
-    print("decoded tokens agree with transformers' modules")
-
-
 def result_path() -> Path:
     name = torch.cuda.get_device_properties(0).name.lower()
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 
-def write(result: dict[str, Any]) -> None:
-    with whole_file(result_path()) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def read_results() -> dict[str, Any]:
-    """What was measured on this GPU before, or {}."""
-    path = result_path()
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def measure(console: Console, wanted: list[str]) -> bool:
     """Print and write each part that is wanted; whether none failed."""
-    rates = limits()
-    about = facts()
-    result = (
-        read_results()
-        | about
-        | {
-            "shape": SHAPE,
-            "group_size": GROUP_SIZE,
-            "limits": rates,
-        }
-    )
-    RESULTS.mkdir(exist_ok=True)
+    about = facts() | {"group_size": GROUP_SIZE, "limits": limits()}
+    rates = about["limits"]
     console.print(f"{about['gpu']}: copy {rates['copy'] / 1e9:.0f} GB/s, ", end="")
     console.print(f"cuBLAS float16 {rates['matrix'] / 1e12:.0f} TFLOP/s")
     good = True
     for name in wanted:
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
+        before = read(result_path())
+        run: Run = {"about": about, "finished": False, "rows": rows}
         try:
             for row in PARTS[name]():
                 rows.append(row)
                 # Written at once, so that results survive a failure or an interruption.
-                write(result | {name: rows})
+                write(result_path(), add(before, name, run))
                 console.print(f"{name}: {len(rows)} measured")
+            run["finished"] = True
         # The other parts are measured even if one fails.
         except Exception:
             console.print(f"FAILED: {name}\n{traceback.format_exc()}", markup=False)
             good = False
         if rows:
-            result[name] = rows
+            write(result_path(), add(before, name, run))
             console.print(table(name, rows, rates))
         if name == "decode" and len(rows) == sum(map(len, WIDTHS.values())):
             console.print(table("released", released(rows), rates))
     return good
 
 
-PARTS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
-    "kernels": lambda: chain(kernels(4), kernels(8)),
+# A quarter of the 64 steps of `--quality tune`: each takes as long.
+PARTS: dict[str, Callable[[], Iterable[Row]]] = {
+    "kernels": lambda: chain.from_iterable(map(kernels, CASES)),
     "decode": decode,
     "blocks": lambda: (quantization(setting, 4, host) for setting, host in BLOCKS),
     "solving": solving,
     "quantization": lambda: (
         quantization(setting, 32, host) for setting in ("fast", "default") for host in (False, True)
     ),
-    # A quarter of the steps of `--quality tune`: each takes as long.
     "tuning": lambda: [quantization("fast", 32, steps=16)],
 }
 
 
 @torch.no_grad()
 def add_peers(console: Console, names: list[str]) -> None:
-    """Add other packages' times to the results of `measure`, each as soon as it is known."""
-    kept = [row for row in read_results().get("peers", []) if row["peer"] not in names]
-    rows: list[dict[str, Any]] = []
-    for row in peers(names, SHAPE, ROWS, COLD_BYTES, time_graph):
+    """Measure other packages, and write each time as soon as it is known."""
+    about = facts(DISTRIBUTIONS[name] for name in names) | {"group_size": GROUP_SIZE}
+    rows: list[Row] = []
+    before = read(result_path())
+    run: Run = {"about": about, "finished": False, "rows": rows}
+    for row in peers(names, CASES, COLD_BYTES, time_graph):
         rows.append(row)
-        write(read_results() | {"peers": [*kept, *rows]})
+        run["finished"] = len(rows) == len(names) * sum(len(case.rows) for case in CASES)
+        write(result_path(), add(before, "peers", run, lambda row: row["peer"] in names))
     if rows:
         console.print(table("peers", rows, {}))
 
@@ -314,6 +235,7 @@ def table(name: str, rows: list[dict[str, Any]], rates: dict[str, float]) -> Tab
         return made
     for key in (
         "bits",
+        "shape",
         "rows",
         *(f"{way} us" for way in WAYS),
         "chosen",
@@ -326,7 +248,8 @@ def table(name: str, rows: list[dict[str, Any]], rates: dict[str, float]) -> Tab
         best = min(row[way] for way in (*OURS, row["chosen"]) if way in row)
         shares = (row["bytes"] / best / rates["copy"], row["flop"] / best / rates["matrix"])
         chosen = f"{row['chosen']} {1e6 * row[row['chosen']]:.1f} us"
-        shown = (str(row["bits"]), str(row["rows"]), *times, chosen)
+        shape = f"{row['inputs']} x {row['outputs']}"
+        shown = (str(row["bits"]), shape, str(row["rows"]), *times, chosen)
         made.add_row(*shown, *(f"{s:.0%}" for s in shares))
     return made
 
@@ -338,15 +261,11 @@ def main(arguments: list[str]) -> int:
     if "cuda" not in operator.engines():
         print("error: no CUDA kernels; run benchmarks/gpu.sh, which builds them", file=sys.stderr)
         return 2
-    if arguments[:1] == ["check"] and set(arguments[1:]) <= set(operator.engines()):
-        check(arguments[1:] or list(operator.engines()))
-        return 0
-    if arguments in (["check", "variants"], ["check", "decode"]):
-        check_variants() if arguments[1] == "variants" else check_decode()
-        return 0
+    if arguments[:1] == ["check"]:
+        return gpu_check.main(arguments[1:])
     console = Console(width=160)
     if arguments[:1] == ["tune"]:
-        return gpu_tune.main(arguments[1:], console)
+        return gpu_tune.main(arguments[1:])
     if arguments[:1] == ["peers"] and set(arguments[1:]) <= set(PEERS):
         add_peers(console, arguments[1:] or list(PEERS))
         return 0

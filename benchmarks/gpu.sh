@@ -1,100 +1,140 @@
 #!/usr/bin/env bash
-# What this package does on the GPU of this machine, in parts of at most nine minutes each:
+# What this package does on the GPU of this machine, in parts:
 #
-#   build         builds the kernels for this GPU and runs the tests that need one
-#   sanitize      compute-sanitizer's memcheck, racecheck and synccheck over every kernel and variant
+#   build         builds the kernels for this GPU
+#   tests         runs the tests that need one
+#   memcheck      compute-sanitizer's memcheck over small calls of every kernel and variant
 #   tune          times every variant and writes quant_cuda/cuda/tuned/<gpu>.json
 #   kernels       times the kernels, beside torch's float16 and 4-bit products
-#   peers         times those of GPTQModel (Marlin), humming-kernels and gemlite, where they are installed
 #   decode        times decoding
-#   quantization  times the quantization of a layer, of two blocks and of a whole model
+#   racecheck     as memcheck
+#   synccheck     as memcheck
+#   quantization  times the quantization of a layer, of four blocks and of a whole model
+#   peers         times GPTQModel (Marlin), humming-kernels and gemlite, where they are installed
 #   tuning        times the training after it, of a whole model
 #
 #   benchmarks/gpu.sh tune kernels      these; all of them, in this order, if none is named
+#   benchmarks/gpu.sh sanitize          memcheck, racecheck and synccheck
 #
-# The last five write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that into
-# docs/cuda.md. Tuning before timing, because a table changes what is chosen.
+# Those that time write benchmarks/results/<gpu>.json, and python -m benchmarks.gpu_report puts that
+# into the pages. Tuning before timing, because a table changes what is chosen. A part ends at its own
+# limit, or where TOTAL ends, and keeps what it has measured.
 #
 # Needs nvcc (in PATH or CUDA_HOME) and a Python that has torch with CUDA and this package's
 # requirements; the package itself need not be installed.
 #
 # PYTHON=python3.12   the interpreter to use
+# PYTHONPATH=folder   where it finds further packages, of which peers are made
 # OUT=folder          a folder that gets a copy of both files after each part
+# TOTAL=540           seconds that all parts together may take
+# COMMIT=abc1234      what is measured, for a copy of the tree without .git
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH=.
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null || export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
-PARTS="build sanitize tune kernels peers decode quantization tuning"
-LIMIT=530
 
+# Seconds that each part may take.
+declare -A LIMITS=(
+  [build]=240 [tests]=150 [memcheck]=150 [tune]=330 [kernels]=150 [decode]=180 [racecheck]=180
+  [synccheck]=120 [quantization]=330 [peers]=300 [tuning]=240
+)
+PARTS="build tests memcheck tune kernels decode racecheck synccheck quantization peers tuning"
+SANITIZE="memcheck racecheck synccheck"
+
+wanted=()
 for part in "$@"; do
-  [[ " $PARTS " == *" $part "* ]] || { echo "error: no part $part; name some of: $PARTS"; exit 2; }
+  if [ "$part" = sanitize ]; then
+    # shellcheck disable=SC2206
+    wanted+=($SANITIZE)
+  else
+    [[ " $PARTS " == *" $part "* ]] ||
+      { echo "error: no part $part; name some of: $PARTS sanitize"; exit 2; }
+    wanted+=("$part")
+  fi
 done
+# shellcheck disable=SC2206
+[ $# -gt 0 ] || wanted=($PARTS)
 
 $PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null ||
   { echo "error: torch finds no GPU here; run this where there is one"; exit 2; }
 
-# step SECONDS COMMAND...: within its own limit and what is left of the part's
+# step SECONDS COMMAND...: within its own limit, what is left of the part's, and what is of TOTAL
 step() {
-  local own=$1 left=$((LIMIT - SECONDS))
+  local seconds=$1 left=$((LIMITS[$part] - (SECONDS - begun)))
   shift
-  [ "$left" -gt 0 ] || { echo "out of time: $*"; return 124; }
-  timeout $((own < left ? own : left)) "$@"
+  [ "$seconds" -lt "$left" ] || seconds=$left
+  [ -z "${TOTAL:-}" ] || [ "$seconds" -lt $((TOTAL - SECONDS)) ] || seconds=$((TOTAL - SECONDS))
+  [ "$seconds" -gt 0 ] || { echo "out of time: $*"; return 124; }
+  # A process that waits for the GPU may not answer the first signal.
+  timeout --kill-after 10 "$seconds" "$@"
 }
 
 build() {
   CUDA_TARGETS=$($PYTHON -c "import torch; print('sm_%d%d' % torch.cuda.get_device_capability())")
   export CUDA_TARGETS
-  step 300 $PYTHON setup.py --quiet build_ext --inplace ||
-    { echo "error: the build failed, or took more than 300 seconds"; exit 2; }
+  step "${LIMITS[build]}" $PYTHON setup.py --quiet build_ext --inplace ||
+    { echo "error: the build failed, or took more than ${LIMITS[build]} seconds"; exit 2; }
   test -e quant_cuda/cuda/_cuda.so || { echo "error: the CUDA kernels were not built"; exit 2; }
-  step 200 $PYTHON -m pytest -q -k "on_a_gpu or [gpu or -cuda]" \
-    tests/quant_cuda/test_cuda_kernels.py tests/quant_cuda/test_cuda_wgmma.py \
-    tests/quant_cuda/test_cuda_bulk.py tests/quant_cuda/test_cuda_variants.py \
-    tests/quant_cuda/test_cuda_sweep.py tests/quant_cuda/test_cuda_refine.py \
-    tests/quant_cuda/test_cuda_operator.py tests/quant_cuda/test_cuda_triton.py \
-    tests/quant_cuda/test_cuda_decoder_block.py tests/inference/test_gpu_decode.py \
-    tests/solver/test_hessian.py tests/inference/test_cuda_graph.py \
-    tests/blockwise/test_activation_cache.py || return 1
 }
 
-sanitize() {
-  local failed=0 tool checked
-  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not here: not run"; return 0; }
-  for tool in memcheck racecheck synccheck; do
-    for checked in cuda variants decode; do
-      echo "compute-sanitizer $tool, $checked"
-      step 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        $PYTHON -m benchmarks.gpu check "$checked" || { echo "FAILED: $tool, $checked"; failed=1; }
-    done
+has() { $PYTHON -c "import $1" 2> /dev/null; }
+
+# In several processes, and so that one that hangs ends and is named, where pytest can do that: a
+# thread has to end it, because the main one waits for the GPU in code that takes no signal.
+tests() {
+  local options=() files
+  if has xdist; then options+=(-n 8); fi
+  if has pytest_timeout; then options+=(--timeout=60 --timeout-method=thread); fi
+  mapfile -t files < <(grep -rlE "$NEEDS_GPU" --include="test_*.py" tests | sort)
+  step "${LIMITS[tests]}" $PYTHON -m pytest -q -m "$GPU_TESTS" "${options[@]}" "${files[@]}"
+}
+# Of the files that may have such tests (marked, or by the fixture) those that are marked.
+NEEDS_GPU='mark\.gpu|def .*[(, ]kernels[,)]'
+GPU_TESTS="gpu and not slow and not peers and not extras"
+
+# Only this package's kernels: the mangled names of others have none of its files in them.
+under_sanitizer() {
+  local sanitizer filters=() file
+  sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-}/bin/compute-sanitizer") ||
+    { echo "compute-sanitizer is neither in PATH nor in CUDA_HOME/bin: $1 was not run"; return 1; }
+  for file in quant_cuda/csrc/cuda/*.cu; do
+    filters+=(--kernel-name "kns=_$(basename "$file" .cu)_cu_")
   done
-  return $failed
+  step "${LIMITS[$1]}" $PYTHON -m benchmarks.gpu check \
+    --under "$sanitizer --tool $1 --error-exitcode 1 ${filters[*]}"
 }
+memcheck() { under_sanitizer memcheck; }
+racecheck() { under_sanitizer racecheck; }
+synccheck() { under_sanitizer synccheck; }
 
-tune() { step 520 $PYTHON -m benchmarks.gpu tune; }
+tune() { step "${LIMITS[tune]}" $PYTHON -m benchmarks.gpu tune; }
 
-kernels() { step 520 $PYTHON -m benchmarks.gpu measure kernels; }
+kernels() { step "${LIMITS[kernels]}" $PYTHON -m benchmarks.gpu measure kernels; }
+
+decode() { step "${LIMITS[decode]}" $PYTHON -m benchmarks.gpu measure decode; }
+
+quantization() {
+  step "${LIMITS[quantization]}" $PYTHON -m benchmarks.gpu measure solving blocks quantization
+}
 
 # Each compiles its kernels first, which may take its whole time.
 peers() {
   local peer
   for peer in humming gemlite marlin; do
-    step 175 $PYTHON -m benchmarks.gpu peers $peer || echo "$peer was not timed to its end"
+    step $((LIMITS[peers] / 3)) $PYTHON -m benchmarks.gpu peers $peer ||
+      echo "$peer was not timed to its end"
   done
 }
 
-decode() { step 520 $PYTHON -m benchmarks.gpu measure decode; }
-
-quantization() { step 520 $PYTHON -m benchmarks.gpu measure solving blocks quantization; }
-
-tuning() { step 520 $PYTHON -m benchmarks.gpu measure tuning; }
+tuning() { step "${LIMITS[tuning]}" $PYTHON -m benchmarks.gpu measure tuning; }
 
 status=0
-for part in ${*:-$PARTS}; do
+for part in "${wanted[@]}"; do
   echo "== $part"
-  SECONDS=0
+  begun=$SECONDS
   "$part" || { echo "FAILED: $part"; status=1; }
+  echo "$part took $((SECONDS - begun)) seconds"
   if [ -n "${OUT:-}" ]; then
     mkdir -p "$OUT"
     cp -p benchmarks/results/nvidia-*.json "$OUT"/ 2> /dev/null || true

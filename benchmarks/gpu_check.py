@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,21 +204,26 @@ def _compare_solutions(q: Tensor, exact: Tensor, loss: float, exact_loss: float)
 
 def decoded_models() -> Iterator[tuple[str, PretrainedConfig, int, torch.dtype]]:
     """Small models for every head size, with and without biases and norms of heads."""
-    sizes = {"vocab_size": 320, "intermediate_size": 384, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 320,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     half = torch.float16
     for dim in (32, 64, 128, 256):
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": dim}
-        config = LlamaConfig(hidden_size=256, **heads, **sizes)
+        config = LlamaConfig(hidden_size=256, head_dim=dim, **sizes)
         yield f"llama, heads of {dim}", config, 4 if dim < 128 else 8, half
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
-    biases = {"attention_bias": True, "mlp_bias": True}
-    biased = LlamaConfig(hidden_size=512, **heads, **sizes, **biases)
+    sizes |= {"hidden_size": 256, "head_dim": 64}
+    biased = LlamaConfig(attention_bias=True, mlp_bias=True, **sizes)
     yield "llama with biases", biased, 4, half
     yield "llama with biases in bfloat16", biased, 4, torch.bfloat16
-    yield "qwen3, norms of heads", Qwen3Config(hidden_size=512, **heads, **sizes), 4, half
+    qwen3 = Qwen3Config(**sizes)
+    yield "qwen3, norms of heads", qwen3, 4, half
     for count in (2, 8):
-        config = BloomConfig(vocab_size=320, hidden_size=512, n_layer=2, n_head=count)
-        yield f"bloom, heads of {512 // count}", config, 4, half
+        bloom = BloomConfig(vocab_size=320, hidden_size=512, n_layer=2, n_head=count)
+        yield f"bloom, heads of {512 // count}", bloom, 4, half
 
 
 def decode() -> Iterator[Check]:

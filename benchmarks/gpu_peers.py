@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from benchmarks.gpu_models import GROUP_SIZE, random_weight
 Calls = list[Callable[[], Tensor]]
 Layer = Callable[[Tensor], Tensor]
 Timer = Callable[[Calls], float]
+
+
+class Case(NamedTuple):
+    """What products are timed for."""
+
+    bits: int
+    shape: tuple[int, int]
+    """Inputs and outputs."""
+    rows: tuple[int, ...]
+    """Of x, each in turn."""
+
+
 # What rounding to 4 bits without a search moves products by is about a tenth.
 TOLERANCE = 0.2
 
@@ -40,30 +52,31 @@ def _int4(x: Tensor, inputs: int, outputs: int) -> Callable[[], Tensor]:
 
 def peers(
     names: Sequence[str],
-    shape: tuple[int, int],
-    rows: Sequence[int],
+    cases: Sequence[Case],
     cold_bytes: int,
     time: Timer,
     device: str = "cuda",
 ) -> Iterator[dict[str, Any]]:
-    """Seconds of a product of each package of PEERS that is installed, for each number of rows.
+    """Seconds of a product of each package of PEERS that is installed, for each case's rows.
 
-    shape: inputs and outputs. cold_bytes: that the weights of one timing take at least.
+    cold_bytes: that the weights of one timing take at least.
     A package may raise anything when it compiles; a line says so, and the next one follows.
     """
-    inputs, outputs = shape
     for name in names:
-        for bits in (4, 8):
+        for bits, shape, rows in cases:
+            inputs, outputs = shape
             count = max(4, cold_bytes // (inputs * outputs * bits // 8))
             try:
                 layers = _checked_layers(name, bits, shape, count, device)
                 for n in rows:
                     x = torch.randn(n, inputs, device=device, dtype=torch.float16)
                     seconds = time([partial(layer, x) for layer in layers])
-                    yield {"peer": name, "bits": bits, "rows": n, "seconds": seconds}
+                    sizes = {"bits": bits, "inputs": inputs, "outputs": outputs, "rows": n}
+                    yield {"peer": name, **sizes, "seconds": seconds}
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
-                print(f"{name}, {bits} bit, is not timed: {type(error).__name__}: {reason}")
+                shown = f"{name}, {bits} bit, {inputs} x {outputs}"
+                print(f"{shown}, is not timed: {type(error).__name__}: {reason}", flush=True)
 
 
 @torch.no_grad()
@@ -137,3 +150,6 @@ PEERS: dict[str, Callable[[int, int, int], tuple[Layer, Tensor | None]]] = {
 }
 """Made of bits, inputs and outputs: a layer, and if it is known the weight (out, in) that its
 products are compared with."""
+
+DISTRIBUTIONS = {"marlin": "gptqmodel", "humming": "humming-kernels", "gemlite": "gemlite"}
+"""The distribution that each is in, whose version results name."""

@@ -1,8 +1,6 @@
 """The parts of benchmarks/gpu.py that need no GPU, and what it says without one."""
 
-import json
 import os
-import shlex
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +12,7 @@ from conftest import ROOT, bloom_config, llama_config
 from rich.console import Console
 
 from benchmarks import gpu, gpu_models, gpu_peers, gpu_report
+from benchmarks.common import gpu_results
 from gptq.blockwise import empty_model
 from gptq.inference.cuda_graph import stepper
 from gptq.models.bloom import BLOOM
@@ -85,10 +84,12 @@ def test_every_released_model_has_its_row():
 
 def test_tables_name_every_column():
     known = {"copy": 3e12, "matrix": 7e14}
-    row = {"bits": 4, "rows": 1, "gemv": 3e-5, "dense": 4e-5, "bytes": 3e7, "flop": 1e8}
+    row = {"bits": 4, "inputs": 64, "outputs": 32, "rows": 1, "gemv": 3e-5, "dense": 4e-5}
+    row |= {"bytes": 3e7, "flop": 1e8}
     row |= {"chosen": "bulk-16x128-stages4-splits2", "bulk-16x128-stages4-splits2": 2e-5}
     made = gpu.table("kernels", [row], known)
     cells = {str(c.header): next(iter(c.cells)) for c in made.columns}
+    assert cells["shape"] == "64 x 32"
     assert cells["gemv us"] == "30.0"
     assert cells["chosen"] == "bulk-16x128-stages4-splits2 20.0 us"
     assert cells["copy rate"] == "50%"
@@ -97,25 +98,45 @@ def test_tables_name_every_column():
     assert [next(iter(c.cells)) for c in other.columns] == ["llama", "123.5"]
 
 
-def test_a_part_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """The results that a machine with a GPU has written; called, it reads them."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A 1"))
+    monkeypatch.setattr(gpu, "limits", lambda: {"copy": 1e12, "matrix": 1e14})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    return lambda: gpu_results.read(tmp_path / "a-1.json")
+
+
+def test_a_part_that_fails_leaves_what_was_measured(written, monkeypatch):
     """Its own rows before, and the parts after it."""
 
     def failing():
         yield {"model": "llama", "bits": 4}
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A 1"))
-    monkeypatch.setattr(gpu, "limits", lambda: {"copy": 1e12, "matrix": 1e14})
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu, "PARTS", {"decode": failing, "solving": lambda: [{"seconds": 1.5}]})
     console = Console(record=True)
     assert not gpu.measure(console, ["decode", "solving"])
     assert "FAILED: decode" in console.export_text()
-    written = json.loads((tmp_path / "a-1.json").read_text())
-    assert written["decode"] == [{"model": "llama", "bits": 4}]
-    assert written["solving"] == [{"seconds": 1.5}]
+    (decode,), (solving,) = map(written().get, ("decode", "solving"))
+    assert (decode["rows"], decode["finished"]) == ([{"model": "llama", "bits": 4}], False)
+    assert (solving["rows"], solving["finished"]) == ([{"seconds": 1.5}], True)
     assert gpu.measure(console, ["solving"])
-    assert json.loads((tmp_path / "a-1.json").read_text())["decode"] == written["decode"]
+    assert written()["decode"] == [decode]
+
+
+def test_each_part_keeps_its_own_facts(written, monkeypatch):
+    rows = iter([{"model": "llama", "bits": bits, "memory": 1} for bits in (8, 4)])
+    monkeypatch.setattr(gpu, "PARTS", {"decode": lambda: [next(rows)], "solving": lambda: [{}]})
+    monkeypatch.setenv("COMMIT", "first")
+    assert gpu.measure(Console(record=True), ["decode", "solving"])
+    monkeypatch.setenv("COMMIT", "second")
+    assert gpu.measure(Console(record=True), ["decode"])
+    commits = {name: [run["about"]["commit"] for run in runs] for name, runs in written().items()}
+    assert commits == {"decode": ["second"], "solving": ["first"]}
+    about = written()["decode"][0]["about"]
+    assert {"gpu", "driver", "python", "torch", "cuda", "triton", "transformers"} <= set(about)
+    assert about["limits"] == {"copy": 1e12, "matrix": 1e14}
 
 
 @pytest.fixture
@@ -140,27 +161,40 @@ def test_peers_are_checked_before_they_are_timed(fake_peers, capsys):
         calls.append([layer().shape for layer in layers])
         return 1e-6
 
-    rows = list(gpu_peers.peers(names, (256, 64), (1, 3), 1 << 15, time, device="cpu"))
+    cases = [gpu_peers.Case(bits, (256, 64), (1, 3)) for bits in (4, 8)]
+    rows = list(gpu_peers.peers(names, cases, 1 << 15, time, device="cpu"))
     assert [(r["peer"], r["bits"], r["rows"]) for r in rows] == [
         ("right", bits, n) for bits in (4, 8) for n in (1, 3)
     ]
     assert calls == [[(n, 64)] * count for count in (4, 4) for n in (1, 3)]
     said = capsys.readouterr().out
-    assert "wrong, 4 bit, is not timed: ValueError: its products are 0.5 from those" in said
-    assert "missing, 8 bit, is not timed: ImportError: no compiler\n" in said
-
-
-def test_a_peer_measured_again_replaces_its_rows(fake_peers, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="A 1"))
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    (tmp_path / "a-1.json").write_text(
-        json.dumps({"kernels": [], "peers": [{"peer": "right", "old": 1}, {"peer": "other"}]})
+    assert (
+        "wrong, 4 bit, 256 x 64, is not timed: ValueError: its products are 0.5 from those" in said
     )
-    measured = [{"peer": "right", "bits": 4, "rows": 1, "seconds": 1e-6}]
-    monkeypatch.setattr(gpu, "peers", lambda *_: iter(measured))
-    gpu.add_peers(Console(record=True), ["right"])
-    written = json.loads((tmp_path / "a-1.json").read_text())
-    assert written == {"kernels": [], "peers": [{"peer": "other"}, *measured]}
+    assert "missing, 8 bit, 256 x 64, is not timed: ImportError: no compiler\n" in said
+
+
+def test_a_peer_measured_again_replaces_its_rows(written, monkeypatch):
+    def measured(peer, seconds, count=1):
+        rows = [{"peer": peer, "bits": 4, "rows": 1, "seconds": seconds}]
+        monkeypatch.setattr(gpu, "peers", lambda *_: iter(rows * count))
+        gpu.add_peers(Console(record=True), [peer])
+        return rows
+
+    monkeypatch.setattr(gpu, "CASES", [gpu_peers.Case(4, (64, 32), (1,))])
+    measured("humming", 1e-6)
+    kept = measured("gemlite", 2e-6)
+    again = measured("humming", 3e-6)
+    runs = written()["peers"]
+    assert [run["rows"] for run in runs] == [again, kept]
+    assert [set(run["about"]) & {"humming-kernels", "gemlite"} for run in runs] == [
+        {"humming-kernels"},
+        {"gemlite"},
+    ]
+    assert measured("humming", 0, count=0) == [
+        {"peer": "humming", "bits": 4, "rows": 1, "seconds": 0}
+    ]
+    assert written()["peers"] == runs, "one that could not be timed leaves the older times"
 
 
 def test_peers_are_columns_of_the_page():
@@ -186,29 +220,3 @@ def test_without_a_gpu_it_says_so(capsys):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, f"{NO_GPU}\n", "")
-
-
-def test_the_script_selects_the_tests_on_a_device():
-    """Its expression and files, from its own text: tests on a GPU are taken, emulated ones not."""
-    text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
-    line = " ".join(text.partition("pytest -q ")[2].partition("||")[0].split("\\\n"))
-    names = pytest_names(shlex.split(line))
-    assert any("test_cuda_wgmma.py::" in name for name in names)
-    for part in ("[gpu-4]", "test_on_a_gpu", "test_streams_and_graphs_on_a_gpu", "-cuda]"):
-        assert any(part in name for name in names), part
-    assert not [name for name in names if "emulated" in name or "-cpu]" in name]
-
-
-def pytest_names(arguments: list[str]) -> list[str]:
-    """The tests that pytest would run."""
-    names: list[str] = []
-
-    class Listen:
-        def pytest_collection_finish(self, session):
-            names.extend(item.nodeid for item in session.items)
-
-    code = pytest.main(
-        ["--collect-only", "-o", "addopts=", "-p", "no:terminal", *arguments], [Listen()]
-    )
-    assert code == 0
-    return names
