@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,9 +188,14 @@ def _check_refine(bits: int, size: int, device: str) -> None:
     q = torch.round(w / scales[labels] + zeros[labels]).clamp(0, 2**bits - 1)
     groups = list(range(len(layer.runs)))
     exact = GroupedColumns(w, H, q, scales, zeros, layer.runs, groups)
-    narrow = [t.float().to(device) for t in (w, H, q, scales, zeros)]
-    columns = GroupedColumns(*narrow, layer.runs, groups)
-    made = cuda_solver.refine(columns, bits=bits, rounds=2)
+    narrow = replace(
+        exact,
+        **{
+            name: getattr(exact, name).float().to(device)
+            for name in ("w", "H", "q", "scales", "zeros")
+        },
+    )
+    made = cuda_solver.refine(narrow, bits=bits, rounds=2)
     expected = torch_refine(exact, bits, 2)
     losses = (layer.loss(*it, zeros) for it in (made, expected))
     _compare_solutions(made[0], expected[0], *losses)

@@ -110,10 +110,14 @@ def about(results: Results) -> str:
     for part in ("kernels", "peers", "decode"):
         for it in results.get(part, []):
             if versions(it) != versions(run):
-                lines.append(f"{len(it['rows'])} rows of {part}: {versions(it)}.")
+                lines.append(f"{_count(it)} of {part}: {versions(it)}.")
             if not it["finished"]:
-                lines.append(f"The run of {part} was cut off after {len(it['rows'])} rows.")
+                lines.append(f"The run of {part} was cut off after {_count(it)}.")
     return "\n".join(lines)
+
+
+def _count(run: Run) -> str:
+    return f"{len(run['rows'])} row{'' if len(run['rows']) == 1 else 's'}"
 
 
 def versions(run: Run) -> str:
@@ -251,14 +255,16 @@ def blocks(results: Results) -> str:
             if row.get("activations", "device") == "device"
         }
         found = of_run | found
-    (run, fast), (_, default) = found["fast"], found["default"]
+    (run, fast), (other, default) = found["fast"], found["default"]
     both = (fast, default)
+    counts = " and ".join(dict.fromkeys(str(row["blocks"]) for row in both))
+    named = "; ".join(dict.fromkeys(map(versions, (run, other))))
     seconds = [f"{row['seconds'] / row['blocks'] * 32:.0f} s" for row in both]
     memory = [f"{row['memory'] / 2**30:.1f}" for row in both]
     return (
         f"LLaMA-7B's shape with random weights on an {gpu(run)}, {fast['tokens'] // SEQLEN} x "
         f"{SEQLEN} tokens, 4 bits in groups of 128, activations\non the GPU: seconds a block, of a "
-        f"run of {fast['blocks']}\n(`python -m benchmarks.gpu measure blocks`; {versions(run)}).\n"
+        f"run of {counts}\n(`python -m benchmarks.gpu measure blocks`; {named}).\n"
         f"{_whole(results, seconds)}\n\n{_stages(both)}\n\n"
         f"The most that torch's allocator held was {memory[0]} and {memory[1]} GiB."
     )
