@@ -164,15 +164,22 @@ def _check_sweep(config: QuantConfig, given: bool, device: str) -> None:
     inputs = len(w)
     blocks = [(start, min(start + 128, inputs)) for start in range(0, inputs, 128)]
     grids = static_grids(w, H, QuantConfig(bits=config.bits, group_size=64)) if given else None
-    exact = SweepColumns(w.clone(), H, U, layer.labels.cpu(), layer.runs, blocks, grids)
+    exact = SweepColumns(
+        w=w.clone(),
+        H=H,
+        U=U,
+        labels=layer.labels.cpu(),
+        runs=layer.runs,
+        blocks=blocks,
+        grids=grids,
+    )
     narrow = None if grids is None else tuple(t.float().to(device) for t in grids)
-    columns = SweepColumns(
+    columns = replace(
+        exact,
         w=layer.w.clone(),
         H=layer.H,
         U=U.float().to(device),
         labels=layer.labels,
-        runs=layer.runs,
-        blocks=blocks,
         grids=narrow,  # type: ignore[arg-type]
     )
     made, expected = cuda_sweep(columns, config), torch_sweep(exact, config)
@@ -187,7 +194,9 @@ def _check_refine(bits: int, size: int, device: str) -> None:
     labels = layer.labels.cpu()
     q = torch.round(w / scales[labels] + zeros[labels]).clamp(0, 2**bits - 1)
     groups = list(range(len(layer.runs)))
-    exact = GroupedColumns(w, H, q, scales, zeros, layer.runs, groups)
+    exact = GroupedColumns(
+        w=w, H=H, q=q, scales=scales, zeros=zeros, runs=layer.runs, labels=groups
+    )
     narrow = replace(
         exact,
         **{

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.common.gpu_results import Results, Row, Run, read, rows_of, with_facts
 from benchmarks.common.page import markdown, write
-from benchmarks.gpu_predictions import DECODED, PRODUCTS, WIDE
+from benchmarks.gpu_predictions import DECODED, PARTS, PRODUCTS, WIDE
 from gptq.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -208,8 +208,7 @@ def token(results: Results) -> str:
 
 def predicted_products(results: Results) -> str:
     """Microseconds: what was predicted for bulk.cu, and what the chosen kernel took."""
-    parts = ["memory", "matrix", "L2", "unpacking", "shared", "predicted"]
-    header = ["bits", "shape", "rows", "tile", *parts, "measured", "torch float16", "aim"]
+    header = ["bits", "shape", "rows", "tile", *PARTS, "predicted", "measured", "torch float16"]
     measured = {
         (row["bits"], (row["inputs"], row["outputs"]), row["rows"]): row
         for row in rows_of(results, "kernels")
@@ -223,9 +222,9 @@ def predicted_products(results: Results) -> str:
             ends = [f"{_us(row[chosen(row)])} {chosen(row)}", _us(dense)]
             ends.append(_us(dense / it.aim) if it.aim else "")
         shape = f"{it.shape[0]} x {it.shape[1]}"
-        microseconds = map(str, it[4:-1])
+        microseconds = map(str, (*it.parts, it.predicted))
         lines.append([str(it.bits), shape, str(it.rows), it.tile, *microseconds, *ends])
-    return markdown(header, lines)
+    return markdown([*header, "aim"], lines)
 
 
 def predicted_tokens(results: Results) -> str:
