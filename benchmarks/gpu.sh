@@ -95,9 +95,12 @@ GPU_TESTS="gpu and not slow and not peers and not extras"
 
 # Only this package's kernels: the mangled names of others have none of its files in them.
 under_sanitizer() {
-  local sanitizer filters=() file
-  sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-}/bin/compute-sanitizer") ||
-    { echo "compute-sanitizer is neither in PATH nor in CUDA_HOME/bin: $1 was not run"; return 1; }
+  local sanitizer nvcc filters=() file
+  # Where nvcc is, links followed: PATH may have a link to nvcc alone.
+  nvcc=$(readlink -f "$(command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc")" || true)
+  sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-}/bin/compute-sanitizer" ||
+    command -v "$(dirname "$nvcc")/compute-sanitizer") ||
+    { echo "compute-sanitizer is in none of PATH, CUDA_HOME/bin, nvcc's folder: no $1"; return 1; }
   for file in quant_cuda/csrc/cuda/*.cu; do
     filters+=(--kernel-name "kns=_$(basename "$file" .cu)_cu_")
   done

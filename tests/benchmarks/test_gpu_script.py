@@ -96,11 +96,23 @@ def test_each_tool_is_a_part_that_sees_our_kernels_alone(script):
         assert call == f".|-m benchmarks.gpu check --under {under}"
 
 
+def test_a_sanitizer_beside_nvcc_is_found(script, tmp_path):
+    """PATH has a link to nvcc, and nothing else of CUDA."""
+    for name in ("nvcc", "compute-sanitizer"):
+        executable(tmp_path / "toolkit" / name, "#!/bin/sh\n")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(tmp_path / "toolkit" / "nvcc")
+    path = f"{tmp_path / 'links'}:{os.environ['PATH']}"
+    code, _, (call,) = script("memcheck", path=path, CUDA_HOME="")
+    assert code == 0
+    assert f"--under {tmp_path / 'toolkit' / 'compute-sanitizer'} --tool memcheck" in call
+
+
 def test_a_sanitizer_that_is_not_there_fails(script):
     code, said, calls = script("racecheck")
     assert (code, calls) == (1, [])
     assert (
-        "compute-sanitizer is neither in PATH nor in CUDA_HOME/bin: racecheck was not run" in said
+        "compute-sanitizer is in none of PATH, CUDA_HOME/bin, nvcc's folder: no racecheck" in said
     )
     assert "FAILED: racecheck" in said
 

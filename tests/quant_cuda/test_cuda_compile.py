@@ -40,12 +40,15 @@ def registers(nvcc: str, folder: Path, architecture: str) -> dict[str, int]:
         ).stderr
         assert "Performance Loss" not in report, report  # of wgmma, each waiting for the last
         for entry in report.split("Compiling entry function '")[1:]:
+            mangled = entry.partition("'")[0]
+            # benchmarks/gpu.sh has compute-sanitizer look at kernels with such names alone.
+            assert f"_{source.stem}_cu_" in mangled
             used = re.search(r"Used (\d+) registers", entry)
             spilled = re.search(r"(\d+) bytes spill stores", entry)
             assert used, entry
             assert spilled, entry
             spills = int(spilled[1]) > 0
-            found[kernel_name(entry.partition("'")[0])] = int(used[1]) + 1000 * spills
+            found[kernel_name(mangled)] = int(used[1]) + 1000 * spills
     return found
 
 
