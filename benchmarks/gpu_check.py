@@ -35,6 +35,7 @@ from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda import layout, operator
 from quant_cuda.cuda import solver as cuda_solver
 from quant_cuda.cuda.variants import VARIANTS
+from quant_cuda.cuda.variants import variants as all_variants
 
 LIMITS = Limits(start=180, step=30)
 WORKER = (sys.executable, "-m", "benchmarks.gpu_check")
@@ -104,11 +105,31 @@ def variants() -> Iterator[Check]:
             x = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
             truth = truth_of(x, exact)
             product = cuda.Product(rows, x.dtype, prepared, cuda.current(x).wgmma)
-            for kernel in (*cuda.KERNELS, *VARIANTS.values()):
+            for kernel in cuda.KERNELS:
                 if kernel.takes(product):
                     run = partial(cuda.matmul, x, prepared, kernel=kernel.name)
                     check = partial(compare, run, truth)
                     yield Check(kernel.name, f"{bits} bits, {rows} rows", check)
+        yield from _each_variant(bits, prepared, exact)
+
+
+def _each_variant(bits: int, weight: layout.KernelWeight, exact: Tensor) -> Iterator[Check]:
+    """Every variant that runs on this GPU, with two tiles of rows, of which the second is short.
+
+    exact: the weight, float64 (in, out).
+    """
+    truths: dict[int, tuple[Tensor, Truth]] = {}
+    for variant, kernel in zip(all_variants(), VARIANTS.values(), strict=True):
+        rows = 2 * variant.rows - 3
+        if rows not in truths:
+            x = torch.randn(rows, len(exact), device=exact.device, dtype=torch.float16)
+            truths[rows] = x, truth_of(x, exact)
+        x, truth = truths[rows]
+        product = cuda.Product(rows, x.dtype, weight, cuda.current(x).wgmma)
+        if (kernel.runs or kernel.takes)(product):
+            run = partial(cuda.matmul, x, weight, kernel=kernel.name)
+            check = partial(compare, run, truth)
+            yield Check(kernel.name, f"{bits} bits, {rows} rows", check)
 
 
 class Layer(NamedTuple):

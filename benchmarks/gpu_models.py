@@ -24,7 +24,7 @@ from gptq.blockwise.source import ModelSource
 from gptq.config import QuantConfig
 from gptq.device import peak_memory, reset_peak_memory, training_dtype
 from gptq.files.lazy import Entry, LazyTensors
-from gptq.inference import compiled_decode
+from gptq.inference import compiled_decode, decoding
 from gptq.inference.cuda_graph import stepper
 from gptq.models import ModelSpec
 from gptq.models.bloom import BLOOM
@@ -174,6 +174,7 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     free, total = torch.cuda.mem_get_info()
     return {
         "tokens_per_second": rate,
+        **answers(model),
         # Nothing to compare with where modules did it again.
         "by_modules": by_modules if kernels.called else None,
         "overlapping": overlapping if kernels.called else None,
@@ -181,6 +182,21 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
         # As nvidia-smi shows it: the driver's own and other programs' too.
         "used": total - free,
     }
+
+
+def answers(model: Any) -> dict[str, float]:
+    """Tokens a second of an answer, its short prompt's time and all: by `generate` as it is, and
+    with the loop that --generate, --chat and the server give to it."""
+    prompt = torch.full((1, 8), 7, device=model.device)
+    settings = {"do_sample": False, "min_new_tokens": DECODED, "max_new_tokens": DECODED}
+    rates = {}
+    for name, own in (("generate", {}), ("answer", decoding.arguments(model))):
+        for _ in range(2):  # the first warms up
+            started = _clock(model.device)
+            mask = torch.ones_like(prompt)
+            model.generate(prompt, attention_mask=mask, pad_token_id=0, **settings, **own)
+            rates[name] = DECODED / (_clock(model.device) - started)
+    return rates
 
 
 def can_overlap() -> bool:

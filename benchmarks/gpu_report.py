@@ -86,17 +86,25 @@ def _us(seconds: float | None) -> str:
     return f"{1e6 * seconds:.1f}" if seconds else ""
 
 
+# What is measured of decoding, and how the table calls it.
+DECODED_WAYS = {
+    "tokens_per_second": "tokens/s",
+    "overlapping": "overlapping",
+    "by_modules": "by modules",
+    "answer": "of an answer",
+    "generate": "by generate",
+}
+
+
 def decode_table(rows: Rows) -> str:
     """Tokens a second and GiB of memory."""
     lines: list[list[str]] = []
     for row in rows:
-        rate, *others = (row.get(k) for k in ("tokens_per_second", "overlapping", "by_modules"))
+        rate, *others = (row.get(key) for key in DECODED_WAYS)
         gib = [f"{row[k] / 2**30:.2f}" if row[k] else "" for k in ("memory", "used")]
         shown = [row["model"], str(row["bits"]), f"{rate:.0f}" if rate else "does not fit"]
         lines.append([*shown, *(f"{it:.0f}" if it else "" for it in others), *gib])
-    return markdown(
-        ["model", "bits", "tokens/s", "overlapping", "by modules", "tensors", "in use"], lines
-    )
+    return markdown(["model", "bits", *DECODED_WAYS.values(), "tensors", "in use"], lines)
 
 
 def about(results: Results) -> str:

@@ -32,7 +32,7 @@ from quant_cuda.cuda import layout, tuned
 from quant_cuda.cuda.variants import VARIANTS
 
 SHAPES = ((8192, 8192), (4096, 11008), (11008, 4096), (4096, 4096))
-ROWS = (1, 8, 16, 32, 64, 96, 128, 176, 256, 512)
+ROWS = (1, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 256, 512, 1024)
 COLD_BYTES = 512 << 20
 REPEATS = 9
 # A kernel replaces the one that is chosen without a table if it is faster by this factor.

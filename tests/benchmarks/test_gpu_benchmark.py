@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from rich.console import Console
 from benchmarks import gpu, gpu_models, gpu_peers
 from benchmarks.common import gpu_results
 from gptq.blockwise import empty_model
+from gptq.inference import compiled_decode, decoding
 from gptq.inference.cuda_graph import stepper
 from gptq.models.bloom import BLOOM
 from gptq.models.llama import LLAMA
 from gptq.nn import QuantLinear
 from gptq.tuning.streams import TuneWindows
+from quant_cuda.cpu import library
 
 NO_GPU = "error: torch finds no GPU here; run this where there is one"
 
@@ -36,6 +39,18 @@ def test_a_random_model_runs(spec, config, bits):
     assert all(bias.dtype == torch.float32 and bias.any() for bias in biases)
     step = stepper(model, 4)
     assert all(torch.isfinite(step(torch.full((1, 1), 7))).all() for _ in range(4))
+
+
+def test_answers_are_timed(monkeypatch):
+    monkeypatch.setattr(gpu_models, "DECODED", 20)
+    model = gpu_models.random_model(LLAMA, llama_config(), 4, "cpu", torch.float32)
+    compiled_decode.install(model)
+    decode = Mock(wraps=decoding.decode)
+    monkeypatch.setattr(decoding, "decode", decode)
+    rates = gpu_models.answers(model)
+    assert list(rates) == ["generate", "answer"]
+    assert all(rate > 0 for rate in rates.values())
+    assert decode.call_count == (2 if library.compiled() else 0)
 
 
 def test_the_shapes_are_those_of_seven_billion():

@@ -1,6 +1,7 @@
 """What the checks of a GPU's kernels find, with the emulated kernels and with some of our own."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from benchmarks.common.workers import Events, Limits
 from gptq.inference import compiled_decode
 from gptq.models import SPECS
 from gptq.nn import QuantLinear
-from quant_cuda.cuda import library, operator
+from quant_cuda import reference
+from quant_cuda.cuda import layout, library, operator
 from quant_cuda.cuda import solver as cuda_solver
 from quant_cuda.cuda.decoder_block import HEAD_DIMS
+from quant_cuda.cuda.variants import variants
 
 
 @pytest.fixture
@@ -48,6 +51,16 @@ def test_a_wrong_solution_does_not(name, emulated_solver, monkeypatch):
         if check.name.startswith(name):
             with pytest.raises(AssertionError, match=r"loss .* in float64"):
                 check.run()
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_every_variant_is_checked(hopper, monkeypatch):
+    monkeypatch.setattr(gpu_check.cuda, "current", lambda _: SimpleNamespace(wgmma=hopper))
+    weight = gpu_models.random_weight(4, 1184, 200, "cpu")
+    exact = reference.dequantize(weight, torch.float64)
+    checks = gpu_check._each_variant(4, layout.prepare(weight), exact)
+    every = {it.name for it in variants() if hopper or not it.needs_wgmma}
+    assert {check.name for check in checks} == every
 
 
 def test_a_wrong_product_may_not_be_used():
