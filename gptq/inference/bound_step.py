@@ -24,17 +24,26 @@ def can_bind(model: PreTrainedModel) -> bool:
     if not takes_always(model):
         return False
     blocks = blocks_in(model, code_of(model))
-    return blocks is not None and isinstance(blocks[0], Block) and _fits(model)
+    if blocks is None or not isinstance(blocks[0], Block):
+        return False
+    return _fits(model, blocks[0].args.head_dim)
 
 
 @torch.no_grad()
-def _fits(model: Any) -> bool:
-    """Whether embeddings and rotary terms are of the type that compiled code takes."""
+def _fits(model: Any, head_dim: int) -> bool:
+    """Whether embeddings and rotary terms are of the type and size that compiled code takes."""
     code = code_of(model)
-    inner, zero = getattr(model, code.names.base), torch.zeros((1, 1), dtype=torch.long)
+    inner, zero = getattr(model, code.names.base), _number(0)
     x = embedded(inner, code, zero)
     terms = rotary_terms(inner, x, zero)
-    return product.is_plain(x, None) and all(it.dtype == Block.dtype for it in (x, *terms))
+    are_whole = all(it.numel() == head_dim for it in terms)
+    of_type = all(it.dtype == Block.dtype for it in (x, *terms))
+    return are_whole and of_type and product.is_plain(x, None)
+
+
+def _number(value: int) -> Tensor:
+    """int64 (1, 1), whatever torch's default device is."""
+    return torch.full((1, 1), value, dtype=torch.long, device="cpu")
 
 
 class BoundStep:
@@ -50,7 +59,9 @@ class BoundStep:
         assert blocks is not None
         self.size = length
         sizes = [(1, it.args.key_heads, length, it.args.head_dim) for it in blocks]
-        self.cache = [(torch.empty(size), torch.empty(size)) for size in sizes]
+        # Compiled code writes there, whatever torch's default type and device are.
+        kept: dict[str, Any] = {"dtype": Block.dtype, "device": "cpu"}
+        self.cache = [(torch.empty(size, **kept), torch.empty(size, **kept)) for size in sizes]
         """Keys and values of each block, float32 (1, heads, size, head_dim)."""
         self._blocks = BoundBlocks(blocks, self.cache)
         self._seen = 0
@@ -72,7 +83,7 @@ class BoundStep:
     def __call__(self, next_token: Tensor) -> Tensor:
         """Logits (1, 1, vocab) of a token's id, int64 (1, 1)."""
         x = embedded(self._inner, self._code, next_token)
-        cos, sin = rotary_terms(self._inner, x, torch.full((1, 1), self._seen))
+        cos, sin = rotary_terms(self._inner, x, _number(self._seen))
         lengths = [self._seen] * len(self.cache)
         y = self._blocks.run(x.contiguous(), cos, sin, lengths)
         self._seen += 1

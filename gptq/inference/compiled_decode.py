@@ -106,7 +106,8 @@ def takes_always(model: Any) -> bool:
         return False
     code = code_of(model)
     inner = getattr(model, code.names.base)
-    rest = [getattr(inner, name) for name in (*code.names.embeddings, code.names.norm)]
+    names = (*code.names.embeddings, code.names.norm, *(["rotary_emb"] * (code.slopes is None)))
+    rest = [getattr(inner, name) for name in names]
     watched = any(map(is_observed, (model, model.lm_head, *rest))) or has_global_state()
     return not watched and not any(code.windows(model.config))
 

@@ -82,7 +82,7 @@ class CapturedStep:
     def room(seen: int) -> int:
         """Tokens to have room for beyond those that are there."""
         # More costs memory; a capture takes as long as about ten tokens.
-        return max(512, seen)
+        return min(max(512, seen), 2048)
 
     @torch.no_grad()
     def begin_with(self, cache: Sequence[tuple[Tensor, Tensor]], count: int) -> None:

@@ -20,16 +20,31 @@ from gptq.inference.cuda_graph import CapturedStep, has_fixed_frequencies
 
 FEWEST = 16
 """Tokens to generate for which it pays: a capture takes as long as about ten."""
+USUAL = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "min_length"),
+    *("min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+    *("use_cache", "_from_model_config", "transformers_version"),
+}
+"""Settings of a generation_config.json that ask for no other loop and no other arguments than this
+loop gets: processors and criteria carry them out."""
 
 
 def arguments(model: PreTrainedModel, streamer: Any = None) -> dict[str, Any]:
     """Arguments of `generate` for one sequence without padding, sampled or greedy, that make it
-    fast on this model; none where its own loop has to do.
+    fast on this model; none where its own loop has to do. On a GPU one answer at a time is written
+    in a process, because a capture forbids other threads to use the GPU.
 
     streamer: the one that `generate` gets, which does not pass it on.
     """
-    kind = _kind(model)
+    kind = _kind(model) if _is_usual(model.generation_config) else None
     return {} if kind is None else {"custom_generate": partial(decode, kind, streamer)}
+
+
+def _is_usual(config: Any) -> bool:
+    """Whether a model's generation_config.json asks for nothing but USUAL settings."""
+    asked = {name for name, value in config.to_diff_dict().items() if value not in (None, False)}
+    return asked <= USUAL and config.use_cache is not False
 
 
 def _kind(model: PreTrainedModel) -> type[CapturedStep] | type[BoundStep] | None:
@@ -55,6 +70,10 @@ def decode(
     Returns int64 (1, n + generated).
     """
     cache = model_arguments.get(CACHE_NAME)
+    if not _is_plain(cache) or generation_config.prefill_chunk_size is not None:
+        # What a caller's own settings ask for.
+        rest = {"generation_config": generation_config, "streamer": streamer, **model_arguments}
+        return model._sample(input_ids, logits_processor, stopping_criteria, **rest)
     logits = model(input_ids=input_ids, **model_arguments).logits[:, -1:]
     # The last token is not read.
     limit = int(generation_config.max_length) - 1
@@ -77,6 +96,13 @@ def decode(
     return input_ids
 
 
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache grows, without windows, where the model is."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
 def _steps(
     kind: type[CapturedStep] | type[BoundStep], model: Any, cache: Any, seen: int, limit: int
 ) -> Callable[[Tensor], Tensor]:
@@ -84,9 +110,8 @@ def _steps(
 
     limit: the most tokens that the cache will have seen.
     """
-    is_plain = type(cache) is DynamicCache and all(type(it) is DynamicLayer for it in cache.layers)
-    if not is_plain or limit - seen < FEWEST:
-        # Of another kind, as the model's generation_config.json may ask for.
+    # The prompt's forward may have put hooks on the model, for outputs that were asked for.
+    if limit - seen < FEWEST or _kind(model) is not kind:
         rest = {"use_cache": True, CACHE_NAME: cache}
         return lambda token: model(input_ids=token, **rest).logits
     current: CapturedStep | BoundStep | None = None

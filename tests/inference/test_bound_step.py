@@ -7,6 +7,7 @@ from transformers import AutoConfig, DynamicCache
 
 import gptq
 from gptq import QuantConfig
+from gptq.errors import UserError
 from gptq.inference import decoding
 from gptq.inference.bound_step import BoundStep, can_bind
 from gptq.inference.compiled_decode import CACHE_NAME
@@ -99,7 +100,9 @@ def test_which_models_are_bound(kind, folders):
     assert (decoding.arguments(model) == {}) == (kind in ("window", "bloom"))
 
 
-@pytest.mark.parametrize("change", ["lm_head", "model.norm", "model", "model.layers.1.mlp", "type"])
+@pytest.mark.parametrize(
+    "change", ["lm_head", "model.norm", "model", "model.layers.1.mlp", "model.rotary_emb", "type"]
+)
 def test_what_is_asked_before_each_answer(change, folders):
     model = loaded(folders["llama"])
     assert can_bind(model)
@@ -108,6 +111,70 @@ def test_what_is_asked_before_each_answer(change, folders):
         model.model.embed_tokens.dtype = torch.bfloat16
     else:
         model.get_submodule(change).register_forward_hook(lambda *_: None)
+    assert not can_bind(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_cache": False},
+        {"stop_strings": ["a", "e"]},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"prefill_chunk_size": 3},
+        {"dola_layers": "low"},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 4, "suppress_tokens": [50]},
+    ],
+)
+def test_what_a_generation_config_asks_for(settings, folders, monkeypatch):
+    model, tokenizer = gptq.load(folders["llama"], device="cpu", dtype="float32")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+
+    def outcome():
+        try:
+            return text(model, tokenizer, "some words", 24)
+        except UserError as error:
+            return str(error)
+
+    found = outcome()
+    monkeypatch.setattr(decoding, "arguments", lambda *_: {})
+    assert found == outcome()
+
+
+@pytest.mark.parametrize("settings", [{"use_cache": False}, {"output_attentions": True}])
+def test_what_a_caller_asks_for(settings, folders):
+    model, prompt = loaded(folders["llama"]), some_tokens(6)
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, **settings}
+    settings["attention_mask"] = torch.ones_like(prompt)
+    more = decoding.arguments(model)
+    assert more != {}
+    assert torch.equal(
+        model.generate(prompt, **settings, **more), model.generate(prompt, **settings)
+    )
+
+
+def test_the_cache_has_a_type_of_its_own(folders, monkeypatch):
+    model, tokenizer = gptq.load(folders["llama"], device="cpu", dtype="float32")
+    found = text(model, tokenizer, "some words", 20)
+    step = stepper(model, 4)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert {it.dtype for pair in stepper(model, 4).cache for it in pair} == {torch.float32}
+        assert step(some_tokens(1)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert text(model, tokenizer, "some words", 20) == found
+
+
+def test_rotary_terms_of_a_part_of_a_head(folders):
+    model = loaded(folders["llama"])
+    assert can_bind(model)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq[: len(rotary.inv_freq) // 2]
     assert not can_bind(model)
 
 

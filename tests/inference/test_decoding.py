@@ -32,6 +32,7 @@ def again(forward, device, mode):
 @pytest.fixture
 def model(model_dir, monkeypatch):
     monkeypatch.setattr(cuda_graph, "capture", again)
+    monkeypatch.setattr(decoding, "_kind", lambda _: CapturedStep)
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
@@ -112,12 +113,20 @@ def test_it_ends_where_generate_does(model):
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_other_caches_that_a_model_asks_for(cache, model):
-    if cache == "static" and model.config.model_type == "bloom":
-        pytest.skip("BLOOM of transformers 5.17 cannot read a prompt into a cache of fixed size")
     model.generation_config = GenerationConfig(cache_implementation=cache, disable_compile=True)
     theirs, ours = both(model, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert ours == theirs
 
 
-def test_models_that_cannot_be_captured(model):
+@pytest.mark.parametrize(
+    "settings", [{"use_cache": False}, {"prefill_chunk_size": 3}, {"output_attentions": True}]
+)
+def test_other_settings_of_a_caller(settings, model):
+    theirs, ours = both(model, max_new_tokens=20, do_sample=False, eos_token_id=None, **settings)
+    assert ours == theirs
+
+
+def test_models_that_cannot_be_captured(model, monkeypatch):
+    assert decoding.arguments(model) != {}
+    monkeypatch.undo()
     assert decoding.arguments(model) == {}
