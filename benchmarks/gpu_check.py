@@ -40,7 +40,7 @@ from quant_cuda.cuda.variants import variants as all_variants
 LIMITS = Limits(start=180, step=30)
 WORKER = (sys.executable, "-m", "benchmarks.gpu_check")
 # compute-sanitizer makes a kernel up to a hundred times slower.
-LIMITS_UNDER = Limits(start=300, step=120)
+LIMITS_UNDER = Limits(start=300, step=60)
 # The exit code of a worker whose GPU does not answer any more.
 DEAD = 3
 # How much more error than the loss of float64's solution, and of modules' tokens, is rounding.
@@ -288,7 +288,7 @@ def work(events: Events, checks: Iterable[Check]) -> None:
     """Run the checks that were not run yet. Ends the process if the GPU does not answer."""
     for check in checks:
         item = f"{check.name}, {check.where}"
-        if check.name in events.failed or item in events.finished:
+        if item in events.finished or events.leaves_out(check.name):
             continue
         events.begin(check.name, check.where)
         try:
@@ -297,8 +297,9 @@ def work(events: Events, checks: Iterable[Check]) -> None:
         # Whatever a check raises, the others have to run.
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            events.fail(check.name, f"{check.where}: {reason}")
-            if not is_usable():
+            usable = is_usable()
+            events.fail(check.name, f"{check.where}: {reason}", crashed=not usable)
+            if not usable:
                 sys.exit(DEAD)
             continue
         events.finish(item)

@@ -40,7 +40,7 @@ BETTER = 1.02
 # What takes longer than the best by this factor once is not timed again.
 CLOSE = 1.3
 
-LIMITS = Limits(start=180, step=30)
+LIMITS = Limits(start=180, step=10)
 WORKER = (sys.executable, "-m", "benchmarks.gpu_tune")
 
 Timer = Callable[[], float]
@@ -141,7 +141,7 @@ def _timers(
     x, exact, tiled = product
     truth, pool = truth_of(x, exact), torch.cuda.graph_pool_handle()
     for name in kernels:
-        if name in events.failed:
+        if events.leaves_out(name):
             continue
 
         def run(weight: layout.KernelWeight, name: str = name) -> Tensor:
@@ -153,8 +153,9 @@ def _timers(
             timer = _replays(run, tiled[:4] if name == "dense" else tiled, pool)
         except (AssertionError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            events.fail(name, f"{item}: {reason}")
-            if not is_usable():
+            usable = is_usable()
+            events.fail(name, f"{item}: {reason}", crashed=not usable)
+            if not usable:
                 sys.exit(DEAD)
             continue
         yield name, _watched(events, item, name, timer)

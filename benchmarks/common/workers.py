@@ -1,5 +1,6 @@
 """Work in a process of its own, of which a part may crash it or hang: what did is named and left
-out, and the process is started again for the rest.
+out, and the process is started again for the rest. Where relatives of a thing did so too often it
+is left out untried (`given_up`).
 
 The worker appends `Events` to a file before and after everything it tries. `supervise`, in the
 process that started it, reads them: the last thing that was begun is what the worker ended in.
@@ -20,6 +21,10 @@ Event = dict[str, Any]
 WORKER = "the worker"
 """Named as failed if a worker ends badly between the things it tries."""
 POLL_SECONDS = 0.05
+# Crashes and hangs after which what shares their code is left out: it would fail as they did, and
+# each costs the start of a process or a step's limit. Of a tile, and of a kernel.
+MOST_OF_TILE = 2
+MOST_OF_KERNEL = 4
 
 
 class Limits(NamedTuple):
@@ -41,6 +46,7 @@ class Events:
         self._path = path
         events, _ = read(path)
         self.failed: dict[str, str] = {e["failed"]: e["reason"] for e in events if "failed" in e}
+        self.crashed: list[str] = [e["failed"] for e in events if e.get("crashed")]
         self.finished: set[str] = {e["finished"] for e in events if "finished" in e}
         self._printed = ""
 
@@ -52,10 +58,19 @@ class Events:
         self._printed = line
         self._append({"begun": name, "where": where})
 
-    def fail(self, name: str, reason: str) -> None:
+    def fail(self, name: str, reason: str, crashed: bool = False) -> None:
+        """crashed: it ended its process, or made it of no use, or hung."""
         self.failed[name] = reason
-        self._append({"failed": name, "reason": reason})
+        if crashed:
+            self.crashed.append(name)
+        self._append({"failed": name, "reason": reason, "crashed": crashed})
         print(f"FAILED: {name}: {reason}", flush=True)
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether name is not tried: it failed, or its relatives did, of which it is then named."""
+        if name not in self.failed and (reason := given_up(name, self.crashed)):
+            self.fail(name, reason)
+        return name in self.failed
 
     def finish(self, item: str, **result: Any) -> None:
         """item is done and need not be done again after a restart."""
@@ -69,6 +84,26 @@ class Events:
     def _append(self, event: Event) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+
+
+def given_up(name: str, crashed: Sequence[str]) -> str | None:
+    """Why a variant, as bulk-64x256-stages4-splits2, is left out after these crashed or hung.
+
+    None if it is not, and for all that is no variant.
+    """
+    tile, _, splits = name.rpartition("-splits")
+    if not splits.isdecimal():
+        return None
+    kernel = tile.split("-")[0]
+    of_tile = [it for it in crashed if it.rpartition("-splits")[0] == tile]
+    of_kernel = [it for it in crashed if it.split("-")[0] == kernel]
+    for family, found, most in (
+        (tile, of_tile, MOST_OF_TILE),
+        (kernel, of_kernel, MOST_OF_KERNEL),
+    ):
+        if len(found) >= most:
+            return f"left out, as {len(found)} of {family} crashed or hung"
+    return None
 
 
 def read(path: Path, start: int = 0) -> tuple[list[Event], int]:
@@ -102,7 +137,7 @@ def supervise(
             if reason is None:
                 return Events(path).failed
             if "begun" in last:
-                Events(path).fail(last["begun"], f"{last['where']}: {reason}")
+                Events(path).fail(last["begun"], f"{last['where']}: {reason}", crashed=True)
                 continue
             # It named the culprit itself, and ended because the device was of no use any more.
             if "failed" in last and len(Events(path).failed) > before:
@@ -129,7 +164,9 @@ def _run(
                     last = event
                     watch(event)
                 if code is not None:
-                    return (None if code == 0 else _ending(code)), last
+                    # What ends a process in good order, as a library may, is no end of the work.
+                    done = code == 0 and "ended" in last
+                    return (None if done else _ending(code)), last
                 if events:
                     limit, since = limits.step, time.monotonic()
                 elif time.monotonic() - since > limit:

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from benchmarks.common.workers import WORKER, Events, Limits, read, supervise
+from benchmarks.common.workers import WORKER, Events, Limits, given_up, read, supervise
 
 # Items that a worker goes through; a, b and so on are what may fail, in two places each.
 WORK = """
@@ -22,8 +22,12 @@ from benchmarks.common.workers import Events
 def crash(events, name): os.kill(os.getpid(), signal.SIGSEGV)
 def hang(events, name): time.sleep(600)
 def leave(events, name): sys.exit(7)
+def vanish(events, name): os._exit(0)
 def say(events, name):
     events.fail(name, "the device is gone")
+    sys.exit(3)
+def gone(events, name):
+    events.fail(name, "the device is gone", crashed=True)
     sys.exit(3)
 def good(events, name): pass
 
@@ -33,7 +37,7 @@ for place in ("here", "there"):
         continue
     made = []
     for name, does in {items}.items():
-        if name in events.failed:
+        if events.leaves_out(name):
             continue
         events.begin(name, place)
         globals()[does](events, name)
@@ -70,6 +74,7 @@ def test_nothing_fails(work):
         ("crash", "here: ended by SIGSEGV"),
         ("hang", "here: nothing for 1 s"),
         ("leave", "here: ended with code 7"),
+        ("vanish", "here: ended with code 0"),
         ("say", "the device is gone"),
     ],
 )
@@ -80,6 +85,30 @@ def test_what_ends_a_worker_is_named_and_the_rest_is_done(does, reason, work, ca
     assert done == {"here": ["a", "b"], "there": ["a", "b"]}
     if does != "say":  # by the worker, which prints it itself
         assert f"FAILED: bad: {reason}\n" in capsys.readouterr().out
+
+
+def test_relatives_of_what_crashes_are_left_out(work):
+    tile = "bulk-8x128-stages4"
+    names = [f"{tile}-splits{n}" for n in (1, 2, 3)]
+    others = {"bulk": "good", "bulk-16x128-stages4-splits1": "good"}
+    items = {names[0]: "crash", names[1]: "gone", names[2]: "good", **others}
+    failed, done = work(items)
+    assert list(failed) == names
+    assert failed[names[2]] == f"left out, as 2 of {tile} crashed or hung"
+    assert done == {"here": list(others), "there": list(others)}
+
+
+def test_what_is_given_up():
+    crashed = ["bulk-8x128-stages4-splits1", "bulk-8x128-stages8-splits1", "bulk"]
+    tile = "bulk-16x128-stages4-splits2"
+    assert given_up("bulk-8x128-stages4-splits2", crashed) is None
+    assert given_up(tile, crashed) is None
+    crashed.append("bulk-24x128-stages4-splits1")
+    assert given_up(tile, crashed) == "left out, as 4 of bulk crashed or hung"
+    for other in ("bulk", "bulk_pairs-32x256-stages4-splits1", "gemm-16x128-stages3-splits1"):
+        assert given_up(other, crashed) is None
+    # What has no splits has no tile.
+    assert given_up("refine_group", ["sweep_block"] * 4) is None
 
 
 def test_several_fail(work):
