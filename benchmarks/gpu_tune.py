@@ -30,11 +30,15 @@ from quant_cuda import reference
 from quant_cuda.cuda import kernels as cuda
 from quant_cuda.cuda import layout, tuned
 from quant_cuda.cuda.variants import VARIANTS
+from quant_cuda.cuda.variants import variants as all_variants
 
+# The most telling first: a run that is cut off has all of those, at every width.
 SHAPES = ((8192, 8192), (4096, 11008), (11008, 4096), (4096, 4096))
 ROWS = (1, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 256, 512, 1024)
 COLD_BYTES = 512 << 20
-REPEATS = 9
+REPEATS = 5
+# Of a variant; those between are not much slower than the nearest of these.
+SPLITS = (1, 2, 3, 4, 6, 8)
 # A kernel replaces the one that is chosen without a table if it is faster by this factor.
 BETTER = 1.02
 # What takes longer than the best by this factor once is not timed again.
@@ -48,10 +52,18 @@ Timer = Callable[[], float]
 
 
 def names(rows: int, weight: layout.KernelWeight, wgmma: bool) -> list[str]:
-    """The kernels and variants that take a float16 matmul; first the one that is chosen untuned."""
+    """The kernels and variants of a float16 matmul to time; first the one that is chosen untuned.
+
+    Where variants of bulk.cu take it, those of other kernels are left out: bulk.cu is meant to
+    replace them, and these kernels are timed as they are.
+    """
     product = cuda.Product(rows, torch.float16, weight, wgmma)
-    every = [*cuda.KERNELS, *VARIANTS.values()]
-    taking = [kernel.name for kernel in every if kernel.takes(product)]
+    variants = [
+        it for it in all_variants() if it.splits in SPLITS and VARIANTS[it.name].takes(product)
+    ]
+    bulk = [it for it in variants if it.kernel.startswith("bulk")]
+    taking = [kernel.name for kernel in cuda.KERNELS if kernel.takes(product)]
+    taking += [it.name for it in bulk or variants]
     chosen = cuda.kernel_for(rows, torch.float16, weight, wgmma).name
     return [chosen, *(name for name in taking if name != chosen)]
 
@@ -162,10 +174,11 @@ def _timers(
 
 
 def _watched(events: Events, item: str, name: str, timer: Timer) -> Timer:
-    """The timer, named before each use: what was right once may still hang."""
+    """The timer, noted before each use: what was right once may still hang."""
 
     def seconds() -> float:
-        events.begin(name, item)
+        # Not printed: the log would have little else.
+        events.begin(name, item, quietly=True)
         return timer()
 
     return seconds
@@ -213,7 +226,7 @@ def main(arguments: list[str]) -> int:
     """Tune, and write the table after every row; 1 if a kernel may not be used."""
     asked = parser().parse_args(arguments)
     all_rows = sorted(set(asked.rows))
-    weights = [(bits, shape) for bits in asked.bits for shape in asked.shapes]
+    weights = [(bits, shape) for shape in asked.shapes for bits in asked.bits]
     if asked.events is not None:
         events = Events(asked.events)
         for bits, shape in weights:

@@ -48,14 +48,14 @@ class Events:
         self.failed: dict[str, str] = {e["failed"]: e["reason"] for e in events if "failed" in e}
         self.crashed: list[str] = [e["failed"] for e in events if e.get("crashed")]
         self.finished: set[str] = {e["finished"] for e in events if "finished" in e}
-        self._printed = ""
 
-    def begin(self, name: str, where: str) -> None:
-        """name will be tried now; where: what else tells one trial of it from another."""
-        line = f"{where}: {name}"
-        if line != self._printed:
-            print(line, flush=True)
-        self._printed = line
+    def begin(self, name: str, where: str, quietly: bool = False) -> None:
+        """name will be tried now; where: what else tells one trial of it from another.
+
+        quietly: nothing is printed.
+        """
+        if not quietly:
+            print(f"{where}: {name}", flush=True)
         self._append({"begun": name, "where": where})
 
     def fail(self, name: str, reason: str, crashed: bool = False) -> None:

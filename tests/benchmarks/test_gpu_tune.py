@@ -95,7 +95,7 @@ def timers_of(events, products):
     return dict(gpu_tune._timers(events, "3 rows", names, products))
 
 
-def test_only_what_is_right_is_timed(products, tmp_path, monkeypatch):
+def test_only_what_is_right_is_timed(products, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_tune, "is_usable", lambda: True)
     events = Events(tmp_path / "events.jsonl")
     timers = timers_of(events, products)
@@ -103,7 +103,10 @@ def test_only_what_is_right_is_timed(products, tmp_path, monkeypatch):
     assert list(events.failed) == ["wrong", "refused"]
     assert "3 rows: error" in events.failed["wrong"]
     assert events.failed["refused"] == "3 rows: bulk failed: no such kernel"
+    said = capsys.readouterr().out
+    assert "3 rows: right\n" in said
     timers["right"]()
+    assert capsys.readouterr().out == "", "a line for each of all timings hides the others"
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     # The last word before a timing that may hang.
     assert json.loads(lines[-1]) == {"begun": "right", "where": "3 rows"}
@@ -164,18 +167,39 @@ def test_a_kernel_that_crashes_is_named_and_not_in_the_table(folder, tmp_path, m
 
 def test_every_kernel_that_fits_is_tried():
     weight = layout.prepare(packed(4, 1280, 64, 128)[0])
-    tried = gpu_tune.names(20, weight, True)
+    tried = gpu_tune.names(20, weight, False)
     assert tried[0] == "gemv"
-    assert {"gemm", "wgmma", "dense"} < set(tried)
+    assert {"gemm", "dense"} < set(tried)
     assert {name.rpartition("-")[0] for name in tried if name in VARIANTS} >= {
         "gemm-32x128-stages3",
         "gemm-16x128-stages3",
     }
     assert not [name for name in tried if name.startswith("gemm-64")]
-    assert not [name for name in gpu_tune.names(20, weight, False) if "wgmma" in name]
+    assert not [name for name in tried if "wgmma" in name]
     short = layout.prepare(packed(4, 192, 64, 64)[0])
     splits = {name.rpartition("splits")[2] for name in gpu_tune.names(20, short, True)}
     assert splits & {"1", "2", "3"} == {"1", "2"}, "it has two blocks of inputs"
+
+
+def test_where_bulk_takes_a_product_other_variants_are_left_out():
+    weight = layout.prepare(packed(4, 1280, 64, 128)[0])
+    tried = gpu_tune.names(20, weight, True)
+    assert {"gemv", "gemm", "wgmma", "dense"} < set(tried)
+    variants = [name for name in tried if name in VARIANTS]
+    assert {name.split("-")[0] for name in variants} == {"bulk", "bulk_pairs"}
+    splits = {int(name.rpartition("splits")[2]) for name in variants}
+    assert splits == set(gpu_tune.SPLITS)
+    assert gpu_tune.names(5000, weight, True) == ["dense"]
+
+
+def test_shapes_go_before_bits(monkeypatch, tmp_path):
+    """A run that is cut off has whole shapes, as models have them, not one width of all."""
+    done = []
+    monkeypatch.setattr(gpu_tune, "work", lambda _, bits, shape, rows: done.append((bits, shape)))
+    assert gpu_tune.main(["--events", str(tmp_path / "events")]) == 0
+    square, wide = (8192, 8192), (4096, 11008)
+    assert done[:4] == [(4, square), (8, square), (4, wide), (8, wide)]
+    assert len(done) == 8
 
 
 def test_names_say_all_of_a_variant():
