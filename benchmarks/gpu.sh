@@ -25,12 +25,21 @@
 #
 # PYTHON=python3.12   the interpreter to use
 # PYTHONPATH=folder   where it finds further packages, of which peers are made
-# OUT=folder          a folder that gets a copy of both files after each part
+# OUT=folder          a folder that gets a copy of both files after each part, and a log; from the
+#                     checkout, if it is no absolute path
 # TOTAL=540           seconds that all parts together may take
 # COMMIT=abc1234      what is measured, for a copy of the tree without .git
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+# A copy of all that is printed; whoever reads it has all of it when this script ends.
+[ -z "${OUT:-}" ] || {
+  mkdir -p "$OUT"
+  exec > >(tee -a "$OUT/log") 2>&1
+  tee=$!
+  # No longer than some seconds: a process that hangs in the GPU's driver may keep the pipe open.
+  trap 'exec > /dev/null 2>&1; timeout 5 tail -s 0.1 --pid "$tee" -f /dev/null || true' EXIT
+}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null || export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 
@@ -59,7 +68,8 @@ done
 $PYTHON -c "import torch; assert torch.cuda.is_available()" 2> /dev/null ||
   { echo "error: torch finds no GPU here; run this where there is one"; exit 2; }
 
-# step SECONDS COMMAND...: within its own limit, what is left of the part's, and what is of TOTAL
+# step SECONDS COMMAND...: within its own limit, what is left of the part's, and what is of TOTAL;
+# SIGNAL ends it
 step() {
   local seconds=$1 left=$((LIMITS[$part] - (SECONDS - begun)))
   shift
@@ -67,7 +77,7 @@ step() {
   [ -z "${TOTAL:-}" ] || [ "$seconds" -lt $((TOTAL - SECONDS)) ] || seconds=$((TOTAL - SECONDS))
   [ "$seconds" -gt 0 ] || { echo "out of time: $*"; return 124; }
   # A process that waits for the GPU may not answer the first signal.
-  timeout --kill-after 10 "$seconds" "$@"
+  timeout --signal "${SIGNAL:-TERM}" --kill-after 10 "$seconds" "$@"
 }
 
 build() {
@@ -87,29 +97,45 @@ tests() {
   if has xdist; then options+=(-n 8); fi
   if has pytest_timeout; then options+=(--timeout=60 --timeout-method=thread); fi
   mapfile -t files < <(grep -rlE "$NEEDS_GPU" --include="test_*.py" tests | sort)
-  step "${LIMITS[tests]}" $PYTHON -m pytest -q -m "$GPU_TESTS" "${options[@]}" "${files[@]}"
+  # At the limit pytest is interrupted as by a keyboard: it then tells what has failed so far.
+  SIGNAL=INT step "${LIMITS[tests]}" \
+    $PYTHON -m pytest -rfEs -m "$GPU_TESTS" "${options[@]}" "${files[@]}"
 }
 # Of the files that may have such tests (marked, or by the fixture) those that are marked.
 NEEDS_GPU='mark\.gpu|def .*[(, ]kernels[,)]'
 GPU_TESTS="gpu and not slow and not peers and not extras"
 
-# Only this package's kernels: the mangled names of others have none of its files in them.
+# under_sanitizer TOOL OPTIONS FAMILY...: only this package's kernels, as the mangled names of others
+# have none of its files in them, and only those that are in its library: Triton's are compiled anew
+# in each process.
 under_sanitizer() {
-  local sanitizer nvcc filters=() file
+  local sanitizer nvcc filters=() file tool=$1 options=$2 logs
+  shift 2
   # Where nvcc is, links followed: PATH may have a link to nvcc alone.
   nvcc=$(readlink -f "$(command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc")" || true)
   sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-}/bin/compute-sanitizer" ||
     command -v "$(dirname "$nvcc")/compute-sanitizer") ||
-    { echo "compute-sanitizer is in none of PATH, CUDA_HOME/bin, nvcc's folder: no $1"; return 1; }
+    { echo "compute-sanitizer is in none of PATH, CUDA_HOME/bin, nvcc's folder: no $tool"; return 1; }
   for file in quant_cuda/csrc/cuda/*.cu; do
     filters+=(--kernel-name "kns=_$(basename "$file" .cu)_cu_")
   done
-  step "${LIMITS[$1]}" $PYTHON -m benchmarks.gpu check \
-    --under "$sanitizer --tool $1 --error-exitcode 1 ${filters[*]}"
+  logs=$(mktemp -d "${OUT:-${TMPDIR:-/tmp}}/$tool-XXXXXX")
+  options="--tool $tool --error-exitcode 1 --target-processes application-only $options"
+  step "${LIMITS[$tool]}" $PYTHON -m benchmarks.gpu check "$@" --logs "$logs" \
+    --under "$sanitizer $options --log-file '$logs/%p' ${filters[*]}"
 }
-memcheck() { under_sanitizer memcheck; }
-racecheck() { under_sanitizer racecheck; }
-synccheck() { under_sanitizer synccheck; }
+
+# torch's allocator puts small tensors side by side, where a kernel that leaves one is not seen:
+# without it each is an allocation of its own. Graphs, by which `decode` runs, cannot do without.
+memcheck() {
+  local failed=0
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    under_sanitizer memcheck "--report-api-errors no" cuda variants solver || failed=1
+  under_sanitizer memcheck "--report-api-errors no" decode || failed=1
+  return $failed
+}
+racecheck() { under_sanitizer racecheck "" cuda variants solver decode; }
+synccheck() { under_sanitizer synccheck "" cuda variants solver decode; }
 
 tune() { step "${LIMITS[tune]}" $PYTHON -m benchmarks.gpu tune; }
 

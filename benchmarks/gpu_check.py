@@ -23,6 +23,7 @@ from transformers import BloomConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 import quant_cuda
 from benchmarks.common.gpu_facts import is_usable
+from benchmarks.common.workers import WORKER as UNNAMED
 from benchmarks.common.workers import Events, Limits, supervise
 from benchmarks.gpu_models import decoded_each_way, random_weight
 from gptq.config import QuantConfig
@@ -41,6 +42,9 @@ LIMITS = Limits(start=180, step=30)
 WORKER = (sys.executable, "-m", "benchmarks.gpu_check")
 # compute-sanitizer makes a kernel up to a hundred times slower.
 LIMITS_UNDER = Limits(start=300, step=60)
+# Lines of a report that become the reason of a failure, and beginnings of those that say nothing.
+REPORTED = 4
+COMMON = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY")
 # The exit code of a worker whose GPU does not answer any more.
 DEAD = 3
 # How much more error than the loss of float64's solution, and of modules' tokens, is rounding.
@@ -284,8 +288,31 @@ def families() -> dict[str, Callable[[], Iterable[Check]]]:
     return {**engines, "variants": variants, "solver": solver, "decode": decode}
 
 
-def work(events: Events, checks: Iterable[Check]) -> None:
-    """Run the checks that were not run yet. Ends the process if the GPU does not answer."""
+class Reports:
+    """What a sanitizer says of the kernels of this process, in the files of a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        self.new()
+
+    def new(self) -> str:
+        """The first lines since the last call, without those that every report has."""
+        lines: list[str] = []
+        for path in sorted(self._folder.iterdir()) if self._folder else ():
+            text = path.read_bytes()
+            lines += text[self._read.get(path, 0) :].decode(errors="replace").splitlines()
+            self._read[path] = len(text)
+        said = (line.removeprefix("=========").strip() for line in lines)
+        return "; ".join([it for it in said if it and not it.startswith(COMMON)][:REPORTED])
+
+
+def work(events: Events, checks: Iterable[Check], logs: Path | None = None) -> None:
+    """Run the checks that were not run yet. Ends the process if the GPU does not answer.
+
+    logs: a folder where a sanitizer writes; a check fails of which it writes.
+    """
+    reports = Reports(logs)
     for check in checks:
         item = f"{check.name}, {check.where}"
         if item in events.finished or events.leaves_out(check.name):
@@ -294,9 +321,14 @@ def work(events: Events, checks: Iterable[Check]) -> None:
         try:
             check.run()
             torch.cuda.synchronize()
+            said = reports.new()
+            assert not said, said
         # Whatever a check raises, the others have to run.
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            # Of an illegal access the tool says where, and torch only that there was one.
+            if said := reports.new():
+                reason += f"; {said}"
             usable = is_usable()
             events.fail(check.name, f"{check.where}: {reason}", crashed=not usable)
             if not usable:
@@ -310,6 +342,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.gpu check")
     made.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(families()))
     made.add_argument("--under", default="", help="a command that the checks are run by")
+    made.add_argument("--logs", type=Path, help="a folder that this command writes reports to")
     made.add_argument("--events", type=Path, help=argparse.SUPPRESS)
     return made
 
@@ -323,14 +356,20 @@ def main(arguments: list[str]) -> int:
         parser().error(f"there is no {', '.join(sorted(unknown))}; name some of {', '.join(known)}")
     wanted = asked.families or list(known)
     if asked.events is not None:
-        work(Events(asked.events), (check for name in wanted for check in known[name]()))
+        checks = (check for name in wanted for check in known[name]())
+        work(Events(asked.events), checks, asked.logs)
         return 0
+    reports = Reports(asked.logs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.jsonl"
-        worker = [*WORKER, *wanted, "--events", str(path)]
+        logs = ["--logs", str(asked.logs)] if asked.logs else []
+        worker = [*WORKER, *wanted, *logs, "--events", str(path)]
         limits = LIMITS_UNDER if asked.under else LIMITS
         failed = supervise([*shlex.split(asked.under), *worker], path, limits)
         passed = len(Events(path).finished)
+    if UNNAMED in failed:
+        # What a tool found out at its end names no check.
+        print(f"{asked.under}: {reports.new() or 'no report'}")
     for name, reason in failed.items():
         print(f"FAILED: {name}: {reason}")
     print(f"{passed} checks passed, {len(failed)} failed: {', '.join(wanted)}")

@@ -144,6 +144,45 @@ def test_a_gpu_that_does_not_answer_ends_the_worker(events, monkeypatch):
     assert events.failed == {"a": "1 row: an illegal memory access was encountered"}
 
 
+def test_what_a_sanitizer_writes_fails_its_check(events, tmp_path, monkeypatch):
+    """racecheck and synccheck let the process go on."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_check, "is_usable", lambda: True)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+
+    def says(*lines, error=None):
+        with (logs / "123").open("a") as file:
+            file.writelines(f"========= {line}\n" for line in lines)
+        if error:
+            raise RuntimeError(error)
+
+    checks = [
+        gpu_check.Check("a", "1 row", lambda: says("COMPUTE-SANITIZER", "")),
+        gpu_check.Check("b", "1 row", lambda: says("Error: Race in x", "  at y.cu:3", "")),
+        gpu_check.Check("c", "1 row", lambda: says()),
+        gpu_check.Check("d", "1 row", lambda: says("Invalid read", error="launch failure\nmore")),
+        gpu_check.Check("e", "1 row", lambda: says("ERROR SUMMARY: 2 errors")),
+    ]
+    says("of an earlier worker")
+    gpu_check.work(events, checks, logs)
+    assert events.failed == {
+        "b": "1 row: Error: Race in x; at y.cu:3",
+        "d": "1 row: launch failure; Invalid read",
+    }
+
+
+def test_what_a_sanitizer_writes_at_its_end_is_printed(tmp_path, monkeypatch, capsys):
+    def supervise(command, *_):
+        assert command[-4:-2] == ["--logs", str(tmp_path)]
+        (tmp_path / "123").write_text("========= Barrier error\n")
+        return {gpu_check.UNNAMED: "ended with code 1, after its end"}
+
+    monkeypatch.setattr(gpu_check, "supervise", supervise)
+    assert gpu_check.main(["decode", "--under", "tool", "--logs", str(tmp_path)]) == 1
+    assert "tool: Barrier error\n" in capsys.readouterr().out
+
+
 WORKER = """
 import os, sys
 from pathlib import Path

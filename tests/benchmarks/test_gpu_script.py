@@ -19,8 +19,9 @@ case "$*" in
   *capability*) echo sm_90; exit 0 ;;
   "-c import xdist") exit "$XDIST" ;;
   "-c import pytest_timeout") exit "$XDIST" ;;
+  "-m pytest "*) eval "${PYTEST:-}" ;;
 esac
-echo "$PYTHONPATH|$*" >> "$NOTES"
+echo "${PYTORCH_NO_CUDA_MEMORY_CACHING:+no caching }$PYTHONPATH|$*" >> "$NOTES"
 case "$*" in *"${FAILING:-nothing fails}"*) exit 1 ;; esac
 """
 
@@ -46,7 +47,7 @@ def script(tmp_path):
         done = subprocess.run(
             ["bash", str(tree / "benchmarks" / "gpu.sh"), *parts],
             env={"PATH": path, "PYTHON": str(fake), "NOTES": str(notes), "XDIST": "0"}
-            | {"CUDA_HOME": str(tmp_path / "cuda")}
+            | {"CUDA_HOME": str(tmp_path / "cuda"), "TMPDIR": str(tmp_path)}
             | environment,
             capture_output=True,
             text=True,
@@ -79,9 +80,20 @@ def test_tests_that_need_a_gpu_are_selected(script):
     files = "tests/some/test_fixture.py tests/some/test_marked.py"
     marks = "gpu and not slow and not peers and not extras"
     spread = "-n 8 --timeout=60 --timeout-method=thread"
-    assert call == f".|-m pytest -q -m {marks} {spread} {files}"
+    # Once more -q, beside that of addopts, and pytest would not say how many passed.
+    assert call == f".|-m pytest -rfEs -m {marks} {spread} {files}"
     _, _, (call,) = script("tests", XDIST="1")
-    assert call == f".|-m pytest -q -m {marks} {files}"
+    assert call == f".|-m pytest -rfEs -m {marks} {files}"
+
+
+def test_tests_are_interrupted_at_their_limit(script, tmp_path):
+    """Not ended: pytest then says what has failed so far."""
+    signals = tmp_path / "signals"
+    waiting = f"trap 'echo INT > {signals}; exit 2' INT; touch {signals}; sleep 60 & wait"
+    code, said, _ = script("tests", TOTAL="2", PYTEST=waiting)
+    assert code == 1
+    assert signals.read_text() == "INT\n"
+    assert "FAILED: tests" in said
 
 
 def test_each_tool_is_a_part_that_sees_our_kernels_alone(script):
@@ -91,9 +103,23 @@ def test_each_tool_is_a_part_that_sees_our_kernels_alone(script):
     assert code == 0
     assert re.findall(r"^== (\w+)$", said, re.M) == ["memcheck", "racecheck", "synccheck"]
     filters = "--kernel-name kns=_bulk_cu_ --kernel-name kns=_gemv_cu_"
-    for tool, call in zip(("memcheck", "racecheck", "synccheck"), calls, strict=True):
-        under = f"{sanitizer} --tool {tool} --error-exitcode 1 {filters}"
-        assert call == f".|-m benchmarks.gpu check --under {under}"
+    every = "cuda variants solver decode"
+    runs = (
+        ("memcheck", "--report-api-errors no ", "cuda variants solver", "1"),
+        ("memcheck", "--report-api-errors no ", "decode", ""),
+        ("racecheck", "", every, ""),
+        ("synccheck", "", every, ""),
+    )
+    folders = set()
+    for (tool, options, families, uncached), call in zip(runs, calls, strict=True):
+        caching, _, call = call.rpartition("caching ")
+        logs = re.search(r"--logs (\S+)", call)[1]
+        own = "--error-exitcode 1 --target-processes application-only"
+        under = f"{sanitizer} --tool {tool} {own} {options} --log-file '{logs}/%p' {filters}"
+        expected = f".|-m benchmarks.gpu check {families} --logs {logs} --under {under}"
+        assert (caching, call.split()) == (uncached and "no ", expected.split())
+        folders.add(logs)
+    assert len(folders) == 4
 
 
 def test_a_sanitizer_beside_nvcc_is_found(script, tmp_path):
@@ -103,7 +129,7 @@ def test_a_sanitizer_beside_nvcc_is_found(script, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "nvcc").symlink_to(tmp_path / "toolkit" / "nvcc")
     path = f"{tmp_path / 'links'}:{os.environ['PATH']}"
-    code, _, (call,) = script("memcheck", path=path, CUDA_HOME="")
+    code, _, (call, _) = script("memcheck", path=path, CUDA_HOME="")
     assert code == 0
     assert f"--under {tmp_path / 'toolkit' / 'compute-sanitizer'} --tool memcheck" in call
 
@@ -123,6 +149,17 @@ def test_a_part_that_fails_does_not_end_the_others(script, tmp_path):
     assert "FAILED: tune" in said
     assert len(calls) == 2
     assert (tmp_path / "out" / "tuned").is_dir()
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_log_has_what_was_printed(absolute, script, tmp_path):
+    out = str(tmp_path / "some where") if absolute else "some where"
+    _, first, _ = script("nothing", OUT=out)
+    _, second, _ = script("kernels", "decode", OUT=out)
+    assert first.startswith("error: no part nothing")
+    assert re.findall(r"^\w+ took", second, re.M) == ["kernels took", "decode took"]
+    folder = tmp_path / "some where" if absolute else tmp_path / "tree" / "some where"
+    assert (folder / "log").read_text() == first + second
 
 
 def test_no_time_is_left(script):
