@@ -56,6 +56,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After an illegal access every call of this process fails: one of several processes ends, in
+    place of which xdist starts another. Last: the report has been sent then."""
+    if not report.failed or "gpu" not in report.keywords or "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    from benchmarks.common.gpu_facts import is_usable
+
+    if not is_usable():
+        os._exit(3)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Last: the corners are those of the tests that -m and -k have chosen."""
     chosen = selection.select(items, config.getoption("--cases"))
