@@ -171,14 +171,15 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
     with _watched(overlaps=False) as kernels:
         step = stepper(model, DECODED)
     rate = _rate(step)
-    free, total = torch.cuda.mem_get_info()
+    # Before the answers, which need caches of their own.
+    allocated, (free, total) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
     return {
         "tokens_per_second": rate,
         **answers(model),
         # Nothing to compare with where modules did it again.
         "by_modules": by_modules if kernels.called else None,
         "overlapping": overlapping if kernels.called else None,
-        "memory": torch.cuda.memory_allocated(),
+        "memory": allocated,
         # As nvidia-smi shows it: the driver's own and other programs' too.
         "used": total - free,
     }
@@ -186,11 +187,12 @@ def _decode(spec: ModelSpec, config: PretrainedConfig, bits: int) -> dict[str, A
 
 def answers(model: Any) -> dict[str, float]:
     """Tokens a second of an answer, its short prompt's time and all: by `generate` as it is, and
-    with the loop that --generate, --chat and the server give to it."""
+    with the loop that --generate, --chat and the server give to it, if they give one."""
     prompt = torch.full((1, 8), 7, device=model.device)
     settings = {"do_sample": False, "min_new_tokens": DECODED, "max_new_tokens": DECODED}
     rates = {}
-    for name, own in (("generate", {}), ("answer", decoding.arguments(model))):
+    arguments = decoding.arguments(model)
+    for name, own in (("generate", {}), *([("answer", arguments)] if arguments else [])):
         for _ in range(2):  # the first warms up
             started = _clock(model.device)
             mask = torch.ones_like(prompt)

@@ -53,6 +53,29 @@ def test_answers_are_timed(monkeypatch):
     assert decode.call_count == (2 if library.compiled() else 0)
 
 
+def test_what_has_no_loop_of_its_own_is_timed_once(monkeypatch):
+    """A float16 model: the second figure would be the first again."""
+    monkeypatch.setattr(gpu_models, "DECODED", 4)
+    monkeypatch.setattr(decoding, "arguments", lambda _: {})
+    model = gpu_models.random_model(LLAMA, llama_config(), 16, "cpu", torch.float32)
+    assert list(gpu_models.answers(model)) == ["generate"]
+
+
+def test_memory_is_read_before_the_answers(monkeypatch):
+    """generate's own cache would be counted otherwise."""
+    taken = [5]
+    monkeypatch.setattr(gpu_models, "random_model", lambda *_: None)
+    monkeypatch.setattr(gpu_models.compiled_decode, "install", lambda _: None)
+    monkeypatch.setattr(gpu_models, "can_overlap", lambda: False)
+    monkeypatch.setattr(gpu_models, "stepper", lambda *_: None)
+    monkeypatch.setattr(gpu_models, "_rate", lambda _: 100.0)
+    monkeypatch.setattr(gpu_models, "answers", lambda _: taken.append(9) or {"generate": 1.0})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: taken[-1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 - taken[-1], 100))
+    row = gpu_models._decode(LLAMA, llama_config(), 4)
+    assert (row["memory"], row["used"], row["generate"]) == (5, 5, 1.0)
+
+
 def test_the_shapes_are_those_of_seven_billion():
     sizes = []
     for spec, config in gpu_models.SEVEN_BILLION:
