@@ -2,13 +2,24 @@
 them, between markers of docs/cuda.md, docs/speed.md and both READMEs.
 
 python -m benchmarks.gpu_report [benchmarks/results/nvidia-h200.json]
+
+All of them become those of this one GPU: what has not been measured on it is left out.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.common.gpu_results import Results, Row, Run, read, rows_of, with_facts
+from benchmarks.common.gpu_results import (
+    Results,
+    Row,
+    Run,
+    gpu,
+    read,
+    rows_of,
+    versions,
+    with_facts,
+)
 from benchmarks.common.page import markdown, write
 from benchmarks.gpu_predictions import DECODED, PARTS, PRODUCTS, WIDE
 from gptq.errors import UserError
@@ -19,7 +30,6 @@ DEFAULT = ROOT / "benchmarks" / "results" / "nvidia-h200.json"
 KERNELS = {"gemv": "gemv", "gemm": "gemm", "wgmma": "wgmma", "dense": "dense", "Triton": "triton"}
 # Before results named the chosen kernel: the most rows of each, see quant_cuda/cuda/kernels.py.
 UNTUNED = {"gemv": 32, "gemm": 64, "wgmma": 512, "dense": 1 << 30}
-VERSIONS = ("driver", "commit", "gptqmodel", "humming-kernels", "gemlite")
 # Rows of x whose times the READMEs name.
 TOLD = (1, 8, 64, 512)
 STAGES = (
@@ -98,6 +108,8 @@ DECODED_WAYS = {
 
 def decode_table(rows: Rows) -> str:
     """Tokens a second and GiB of memory."""
+    if not rows:
+        return ""
     lines: list[list[str]] = []
     for row in rows:
         rate, *others = (row.get(key) for key in DECODED_WAYS)
@@ -126,18 +138,6 @@ def about(results: Results) -> str:
 
 def _count(run: Run) -> str:
     return f"{len(run['rows'])} row{'' if len(run['rows']) == 1 else 's'}"
-
-
-def versions(run: Run) -> str:
-    """The GPU and what ran on it."""
-    facts = run["about"]
-    named = [f"torch {facts['torch'].partition('+')[0]}", f"CUDA {facts['cuda']}"]
-    named += [f"{name} {facts[name]}" for name in VERSIONS if facts.get(name)]
-    return f"{gpu(run)}: {', '.join(named)}"
-
-
-def gpu(run: Run) -> str:
-    return run["about"]["gpu"].removeprefix("NVIDIA ")
 
 
 def rates(results: Results) -> str:
@@ -252,9 +252,10 @@ def predicted_tokens(results: Results) -> str:
 
 
 def blocks(results: Results) -> str:
-    """Seconds a block of a quantization, by stage, and what a whole model takes."""
+    """Seconds a block of a quantization, by stage, and what a whole model takes; nothing where not
+    both settings were measured."""
     found: dict[str, tuple[Run, Row]] = {}
-    for run in results["blocks"]:
+    for run in results.get("blocks", []):
         # The first of a setting also takes what is done once in a process: the last one counts.
         of_run = {
             row["setting"]: (run, row)
@@ -262,6 +263,8 @@ def blocks(results: Results) -> str:
             if row.get("activations", "device") == "device"
         }
         found = of_run | found
+    if not set(SETTINGS) <= set(found):
+        return ""
     (run, fast), (other, default) = found["fast"], found["default"]
     both = (fast, default)
     counts = " and ".join(dict.fromkeys(str(row["blocks"]) for row in both))
@@ -320,18 +323,23 @@ def speed(results: Results, language: str) -> str:
         if row["model"] == "llama" and row["tokens_per_second"]
     }
     link = "[docs/cuda.md](docs/cuda.md#measured)"
+    decoded = ""
     if language == "zh":
         named = "、".join(f"{n} 行 {it}" for n, it in times)
+        if 4 in tokens:
+            dense = f"，float16 为 {tokens[16]}" if 16 in tokens else ""
+            decoded = f"。\n  LLaMA-7B 形状的模型每秒解码 {tokens[4]} 个 token{dense}"
         return (
             f"- GPU 速度（{gpu(run)}，4 位，8192 x 8192）：torch float16 乘法与本项目的用时之比："
-            f"{named}。\n"
-            f"  LLaMA-7B 形状的模型每秒解码 {tokens[4]} 个 token，float16 为 {tokens[16]}：{link}。"
+            f"{named}{decoded}：{link}。"
         )
     named = ", ".join(f"{it} at {n}" for n, it in times)
+    if 4 in tokens:
+        dense = f",\n  in float16 {tokens[16]}" if 16 in tokens else ""
+        decoded = f". A model of LLaMA-7B's shape decodes {tokens[4]} tokens/s{dense}"
     return (
         f"- Speed on a GPU ({gpu(run)}, 4 bits, 8192 x 8192): the time of torch's float16 product "
-        f"over ours, by rows,\n  is {named}. A model of LLaMA-7B's shape decodes {tokens[4]} "
-        f"tokens/s,\n  in float16 {tokens[16]}: {link}."
+        f"over ours, by rows,\n  is {named}{decoded}: {link}."
     )
 
 

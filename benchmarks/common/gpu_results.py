@@ -28,6 +28,8 @@ KEYS = {
     "quantization": ("setting", "blocks", "activations"),
     "tuning": ("setting", "blocks", "activations"),
 }
+# Facts that are named where a run has them.
+VERSIONS = ("driver", "commit", "gptqmodel", "humming-kernels", "gemlite")
 
 
 def read(path: Path) -> Results:
@@ -68,6 +70,18 @@ def with_facts(results: Results, part: str) -> Iterator[tuple[Run, Row]]:
     for run in results.get(part, []):
         for row in run["rows"]:
             yield run, row
+
+
+def versions(run: Run) -> str:
+    """The GPU and what ran on it."""
+    facts = run["about"]
+    named = [f"torch {facts['torch'].partition('+')[0]}", f"CUDA {facts['cuda']}"]
+    named += [f"{name} {facts[name]}" for name in VERSIONS if facts.get(name)]
+    return f"{gpu(run)}: {', '.join(named)}"
+
+
+def gpu(run: Run) -> str:
+    return run["about"]["gpu"].removeprefix("NVIDIA ")
 
 
 def _key(row: Row, names: tuple[str, ...]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -156,6 +157,46 @@ def test_blocks_are_of_the_newest_run_and_the_last_of_a_setting(results):
     assert "| all | 2.00 | 2.25 |" in made
     assert "of a run of 4 and 2\n" in made
     assert "All 32 blocks took 61 s with `--quality fast`, activations on the host." in made
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The pages in a folder of their own; called, it writes them from results and returns them."""
+    for name in gpu_report.PAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(gpu_report.ROOT / name, tmp_path / name)
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+
+    def write(results):
+        path = tmp_path / "result.json"
+        path.write_text(json.dumps(results))
+        assert gpu_report.main([str(path)]) == 0
+        return {name: (tmp_path / name).read_text("utf-8") for name in gpu_report.PAGES}
+
+    return write
+
+
+def test_what_was_not_measured_is_on_no_page(copied, results):
+    """Also nothing that another GPU's results had put there."""
+    for run in results["kernels"] + results["decode"]:
+        run["about"]["gpu"] = "NVIDIA H100"
+    for run in results["decode"]:
+        run["rows"] = [row for row in run["rows"] if row["bits"] != 16]
+    pages = copied({name: results[name] for name in ("kernels", "decode")})
+    assert "<!-- gpu -->\n\n<!-- end of gpu -->" in pages["docs/speed.md"]
+    assert "(H100, 4 bits, 8192 x 8192)" in pages["README.md"]
+    assert re.search(r"shape decodes \d+ tokens/s: \[docs", pages["README.md"])
+    assert re.search(r"每秒解码 \d+ 个 token：\[docs", pages["README.zh.md"])
+    pages = copied({"kernels": results["kernels"]})
+    assert "shape decodes" not in pages["README.md"]
+    assert "每秒解码" not in pages["README.zh.md"]
+    assert "<!-- decode -->\n\n<!-- end of decode -->" in pages["docs/cuda.md"]
+
+
+def test_one_setting_of_blocks_is_not_enough(results):
+    for run in results["blocks"]:
+        run["rows"] = [row for row in run["rows"] if row["setting"] == "fast"]
+    assert gpu_report.blocks(results) == ""
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
