@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What this package does on the GPU of this machine, in parts:
 #
-#   build         builds the kernels for this GPU
+#   build         builds the kernels for this GPU, if they are not there
 #   tests         runs the tests that need one
 #   memcheck      compute-sanitizer's memcheck over small calls of every kernel and variant
 #   tune          times every variant and writes quant_cuda/cuda/tuned/<gpu>.json
@@ -80,7 +80,12 @@ step() {
   timeout --signal "${SIGNAL:-TERM}" --kill-after 10 "$seconds" "$@"
 }
 
+# Where there are no objects setup.py would compile all again, also beside a library that is right.
 build() {
+  if step 60 $PYTHON -m benchmarks.gpu_built; then
+    echo "quant_cuda/cuda/_cuda.so is of these sources and runs here"
+    return
+  fi
   CUDA_TARGETS=$($PYTHON -c "import torch; print('sm_%d%d' % torch.cuda.get_device_capability())")
   export CUDA_TARGETS
   step "${LIMITS[build]}" $PYTHON setup.py --quiet build_ext --inplace ||

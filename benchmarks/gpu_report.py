@@ -10,16 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.common.gpu_results import (
-    Results,
-    Row,
-    Run,
-    gpu,
-    read,
-    rows_of,
-    versions,
-    with_facts,
-)
+from benchmarks.common.gpu_results import Results, Row, Run, gpu, ran_on, read, rows_of, with_facts
 from benchmarks.common.page import markdown, write
 from benchmarks.gpu_predictions import DECODED, PARTS, PRODUCTS, WIDE
 from gptq.errors import UserError
@@ -124,13 +115,13 @@ def about(results: Results) -> str:
     run = results["kernels"][0]
     limits = run["about"]["limits"]
     lines = [
-        f"{versions(run)}. A kernel that reads and writes moves {limits['copy'] / 1e9:.0f} GB/s "
+        f"{ran_on(run)}. A kernel that reads and writes moves {limits['copy'] / 1e9:.0f} GB/s "
         f"there,\ntorch's float16 product reaches {limits['matrix'] / 1e12:.0f} TFLOP/s."
     ]
     for part in ("kernels", "peers", "decode"):
         for it in results.get(part, []):
-            if versions(it) != versions(run):
-                lines.append(f"{_count(it)} of {part}: {versions(it)}.")
+            if ran_on(it) != ran_on(run):
+                lines.append(f"{_count(it)} of {part}: {ran_on(it)}.")
             if not it["finished"]:
                 lines.append(f"The run of {part} was cut off after {_count(it)}.")
     return "\n".join(lines)
@@ -268,7 +259,7 @@ def blocks(results: Results) -> str:
     (run, fast), (other, default) = found["fast"], found["default"]
     both = (fast, default)
     counts = " and ".join(dict.fromkeys(str(row["blocks"]) for row in both))
-    named = "; ".join(dict.fromkeys(map(versions, (run, other))))
+    named = "; ".join(dict.fromkeys(map(ran_on, (run, other))))
     seconds = [f"{row['seconds'] / row['blocks'] * 32:.0f} s" for row in both]
     memory = [f"{row['memory'] / 2**30:.1f}" for row in both]
     return (

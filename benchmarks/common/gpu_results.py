@@ -72,7 +72,7 @@ def with_facts(results: Results, part: str) -> Iterator[tuple[Run, Row]]:
             yield run, row
 
 
-def versions(run: Run) -> str:
+def ran_on(run: Run) -> str:
     """The GPU and what ran on it."""
     facts = run["about"]
     named = [f"torch {facts['torch'].partition('+')[0]}", f"CUDA {facts['cuda']}"]

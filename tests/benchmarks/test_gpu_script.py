@@ -151,6 +151,15 @@ def test_a_part_that_fails_does_not_end_the_others(script, tmp_path):
     assert (tmp_path / "out" / "tuned").is_dir()
 
 
+def test_kernels_that_run_are_not_built_again(script):
+    """They may have been built elsewhere, and their objects are not here."""
+    code, said, calls = script("build")
+    assert (code, calls) == (0, [".|-m benchmarks.gpu_built"])
+    assert "_cuda.so is of these sources and runs here" in said
+    code, said, calls = script("build", FAILING="gpu_built")
+    assert (code, calls[1:]) == (0, [".|setup.py --quiet build_ext --inplace"])
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_log_has_what_was_printed(absolute, script, tmp_path):
     out = str(tmp_path / "some where") if absolute else "some where"
