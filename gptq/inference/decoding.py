@@ -37,8 +37,10 @@ def arguments(model: PreTrainedModel, streamer: Any = None) -> dict[str, Any]:
 
     streamer: the one that `generate` gets, which does not pass it on.
     """
-    kind = _kind(model) if _is_usual(model.generation_config) else None
-    return {} if kind is None else {"custom_generate": partial(decode, kind, streamer)}
+    kind = _kind(model)
+    if kind is None or not _is_usual(model.generation_config):
+        return {}
+    return {"custom_generate": partial(decode, kind, streamer)}
 
 
 def _is_usual(config: Any) -> bool:
