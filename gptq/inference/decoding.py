@@ -1,8 +1,8 @@
 """The loop of transformers' `generate` for one sequence, with little between two tokens.
 
 transformers' own loop, and what `compiled_decode` asks of a model before each token, take a
-noticeable part of a token's time: on a GPU more than compiled code takes for a 7B model. This loop
-does what is left: processors, the choice of a token, criteria.
+noticeable part of a token's time: on a GPU, by prediction, more than compiled code takes for a 7B
+model. This loop does what is left: processors, the choice of a token, criteria.
 """
 
 from collections.abc import Callable

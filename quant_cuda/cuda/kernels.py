@@ -96,12 +96,13 @@ def kernel_for(
     if tuned is not None and product.is_tiled:
         name = tuned.kernel(weight.bits, weight.in_features, weight.out_features, rows)
         # An entry serves fewer rows than were measured too, for which a variant need not be meant.
-        if name is not None and _runs(named(name), product):
+        if name is not None and runs(named(name), product):
             return named(name)
     return next(kernel for kernel in KERNELS if kernel.takes(product))
 
 
-def _runs(kernel: Kernel, product: Product) -> bool:
+def runs(kernel: Kernel, product: Product) -> bool:
+    """Whether a kernel computes a product, be it meant for it or not."""
     return (kernel.runs or kernel.takes)(product)
 
 
