@@ -74,7 +74,9 @@ def keep_better_rows(problem: Problem, candidate: Candidate) -> Solution:
         part, grid = w[:, outputs], candidate.grid(outputs)
         rounded = quantize(part, grid, config.bits)
         loss = problem.row_loss(dequantize(candidate.q[:, outputs], grid).sub_(part))
-        rtn_loss = problem.row_loss(dequantize(rounded, grid).sub_(part))
+        rtn_loss = loss
+        if not torch.equal(rounded, candidate.q[:, outputs]):
+            rtn_loss = problem.row_loss(dequantize(rounded, grid).sub_(part))
         losses["loss"].append(loss)
         losses["rtn_loss"].append(rtn_loss)
         losses["energy"].append(problem.row_loss(part.clone()))

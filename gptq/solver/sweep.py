@@ -147,15 +147,28 @@ def cuda_sweep(columns: SweepColumns, config: QuantConfig) -> Swept:
 
 def static_grids(w: Tensor, H: Tensor | None, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Scales and zeros (groups, out) of the unsolved weight w (in, out), groups of neighbours."""
-    search = "minmax" if H is None and config.scale_search == "hessian" else config.scale_search
     groups = natural_groups(w.shape[0], config.group_size, w.device)
     grids = []
     for group in range(int(groups[-1]) + 1):
         member = torch.nonzero(groups == group).squeeze(1)
-        block = None if H is None else H[member][:, member]
-        grids.append(find_grid(w[member], config.bits, config.sym, search, block))
+        grids.append(group_grid(w[member], None if H is None else H[member][:, member], config))
     scales = torch.stack([grid.scale for grid in grids])
     return scales, torch.stack([grid.zero for grid in grids])
+
+
+def group_grid(w: Tensor, H: Tensor | None, config: QuantConfig) -> Grid:
+    """The grid of each output of one group of unsolved weights, w (g, out).
+
+    H: the group's (g, g). Without it the search "hessian" is "minmax".
+    """
+    search = "minmax" if H is None and config.scale_search == "hessian" else config.scale_search
+    if H is None or search != "hessian" or sweep_for(w, config) is not cpu_sweep:
+        return find_grid(w, config.bits, config.sym, search, H)
+    # A sweep of this group alone that spreads no error.
+    runs, labels = [(0, len(w))], torch.zeros(len(w), dtype=torch.int32)
+    columns = SweepColumns(w, H, torch.eye(len(w)), labels, runs, list(_blocks(runs)), grids=None)
+    _, scales, zeros = cpu_sweep(columns, config)
+    return Grid(scales[0], zeros[0])
 
 
 def _factors(config: QuantConfig) -> tuple[float, ...]:

@@ -5,7 +5,9 @@ import pytest
 import torch
 from helpers.oracles import search_group
 
+from gptq.config import QuantConfig
 from gptq.solver.grid import Grid, dequantize, find_grid, quantize
+from gptq.solver.sweep import static_grids
 
 BITS = (2, 3, 4, 8)
 TENTH = 0.0999755859375  # 0.1 in float16
@@ -103,6 +105,33 @@ def test_against_row_by_row_search(bits, sym, search, size):
     np.testing.assert_array_equal(grid.scale.numpy(), scale)
     np.testing.assert_array_equal(tensors[0].numpy(), w)
     np.testing.assert_array_equal(tensors[1].numpy(), H)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("search", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_grids_of_a_whole_weight_are_as_good_as_those_of_each_group(bits, sym, search, group_size):
+    """In float32, in compiled code if it was built, against each group in float64."""
+    size = 146  # 4 groups of 32 and one of 18, and one group that is more than a block
+    rng = np.random.default_rng(bits)
+    w, H = torch.from_numpy(weights(size, 21, rng)), torch.from_numpy(moment(size, rng))
+    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, scale_search=search)
+    scales, zeros = static_grids(w.float(), H.float(), config)
+    step = size if group_size == -1 else group_size
+    assert scales.shape == zeros.shape == (-(-size // step), 21)
+    for group, start in enumerate(range(0, size, step)):
+        part, moments = w[start : start + step], H[start : start + step, start : start + step]
+
+        def losses(grid: Grid, part=part, moments=moments) -> torch.Tensor:
+            e = part - dequantize(quantize(part, grid, bits), grid)
+            return (
+                (e.T @ moments @ e).diagonal() if search == "hessian" else (e.abs() ** 2.4).sum(0)
+            )
+
+        found = losses(Grid(scales[group].double(), zeros[group].double()))
+        best = losses(find_grid(part, bits, sym, search, moments))
+        torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("bits", BITS)
