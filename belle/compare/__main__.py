@@ -27,9 +27,12 @@ from gptq.cli.command import Parser, report_error
 from gptq.cli.printing import prepare_streams, printable
 from gptq.cli.progress import progress_bar
 from gptq.errors import UserError
-from gptq.files.atomic import check_writable, whole_file
+from gptq.files.atomic import check_apart, check_writable, whole_file
 
+JOURNAL = ".jsonl"
 ENDINGS = (".json", ".md", ".png")
+PARTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "*config.json", "token*")
+"""What a model's folder has that answers depend on."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,16 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """What tells it from others in the journal: where its weights are, and how much."""
-        path = self.checkpoint or Path(self.model)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        size = sum(file.stat().st_size for file in files if file.exists())
-        return f"{self.name} {path} {size}"
+        """What tells it from others in the journal: where its files are, and which they are."""
+        files: set[Path] = set()
+        for path in (Path(self.model), self.checkpoint):
+            if path is not None and path.exists():
+                folder = {file for pattern in PARTS for file in path.glob(pattern)}
+                files |= folder if path.is_dir() else {path}
+        states = [(file.name, file.stat()) for file in sorted(files)]
+        found = repr([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+        digest = hashlib.sha256(found.encode()).hexdigest()[:16]
+        return f"{self.name} {self.checkpoint or self.model} {digest}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,25 +200,32 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise UserError("--judge and --judge-model go together; give both")
     if arguments.judge and not arguments.max_new_tokens:
         raise UserError("a judge needs answers; give --max-new-tokens 1 or more")
-    for flag, least in (("max_new_tokens", 0), ("votes", 1), ("concurrency", 1)):
-        if getattr(arguments, flag) < least:
+    for flag, least in (("max_new_tokens", 0), ("limit", 1), ("votes", 1), ("concurrency", 1)):
+        given = getattr(arguments, flag)
+        if given is not None and given < least:
             name = flag.replace("_", "-")
-            raise UserError(f"--{name} {getattr(arguments, flag)}: give {least} or more")
+            raise UserError(f"--{name} {given}: give {least} or more")
     judge = None
     if arguments.judge:
         endpoint = Endpoint(arguments.judge, arguments.judge_model)
         judge = Judge(endpoint, arguments.votes, arguments.concurrency)
     compared = subjects(arguments)
     questions = first_of_each(read_questions(arguments.questions), arguments.limit)
-    for ending in ENDINGS:
-        check_writable(Path(f"{arguments.out}{ending}"))
+    if judge is None and not any(it.answer for it in questions):
+        raise UserError(
+            f"{arguments.questions}: has no std_answer to compare with; add some, or give --judge"
+        )
+    outputs = [Path(f"{arguments.out}{ending}") for ending in (JOURNAL, *ENDINGS)]
+    check_apart(outputs, [arguments.questions, *arguments.checkpoints], folder=None)
+    for path in outputs[1:]:
+        check_writable(path)
     # Answers of other questions, or of another length, are of another comparison.
     asked = json.dumps([asdict(it) for it in questions], ensure_ascii=False)
     identity = {
         "questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
         "max_new_tokens": arguments.max_new_tokens,
     }
-    with open_journal(Path(f"{arguments.out}.jsonl"), identity) as journal:
+    with open_journal(outputs[0], identity) as journal:
         try:
             scored = collect(compared, questions, arguments.max_new_tokens, journal)
             unjudged = 0
@@ -219,6 +234,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt("the same command goes on") from stop
     averages = means(scored.values())
+    if not averages:
+        raise UserError("the judge scored no answer; look at what it replies, and run this again")
     print(markdown(averages))
     if unjudged:
         print(f"{unjudged} answers have no score of the judge; the same command asks again")

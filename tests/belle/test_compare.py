@@ -329,6 +329,52 @@ def test_answers_without_a_score_are_said(words, tmp_path, capsys):
     assert numbers["judge"]["Tiny-Llama"][OVERALL]["value"] == 1
 
 
+def test_other_weights_of_the_same_name_answer_anew(llama_dir, tmp_path):
+    """Of the same size, at the same place: nothing of the file before is told of this one."""
+    file = tmp_path / "m.safetensors"
+    config = QuantConfig(bits=8, group_size=64, method="rtn", scale_search="minmax")
+    gptq.quantize(llama_dir, None, config, save_safetensors=file)
+    words = [str(QUESTIONS), str(llama_dir), "--checkpoints", str(file), "--max-new-tokens", "0"]
+    words += ["--limit", "1", "--out", str(tmp_path / "c")]
+
+    def likelihoods() -> dict:
+        assert command.main(words) == 0
+        return json.loads((tmp_path / "c.json").read_text())["log-likelihood"]
+
+    before = likelihoods()
+    content = bytearray(file.read_bytes())
+    start = len(content) // 2
+    content[start : start + 1000] = bytes(it ^ 0x55 for it in content[start : start + 1000])
+    file.write_bytes(content)
+    after = likelihoods()
+    assert after["Tiny-Llama"] == before["Tiny-Llama"]
+    assert after["m.safetensors"] != before["m.safetensors"]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_the_questions_are_never_overwritten(ending, llama_dir, tmp_path, capsys):
+    file = tmp_path / f"eval{ending}"
+    file.write_text('[{"question": "a", "class": "code", "std_answer": "b"}]')
+    assert command.main([str(file), str(llama_dir), "--out", str(tmp_path / "eval")]) == 2
+    assert "is read and would be replaced" in capsys.readouterr().err
+    assert len(read_questions(file)) == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_nothing_to_compare_with(words, tmp_path, capsys):
+    file = tmp_path / "open.json"
+    file.write_text('[{"question": "a", "class": "code"}]')
+    words = [str(file), *words[1:], "--max-new-tokens", "2"]
+    assert command.main(words) == 2
+    assert "has no std_answer to compare with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with ScriptedEndpoint([reply("good")]) as endpoint:
+        assert command.main([*words, "--judge", endpoint.url, "--judge-model", "m"]) == 2
+    assert "the judge scored no answer" in capsys.readouterr().err
+    with ScriptedEndpoint([reply('{"score": 1}')]) as endpoint:
+        assert command.main([*words, "--judge", endpoint.url, "--judge-model", "m"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
@@ -339,6 +385,7 @@ def test_answers_without_a_score_are_said(words, tmp_path, capsys):
             "a judge needs answers",
         ),
         (["--votes", "0"], "--votes 0: give 1 or more"),
+        (["--limit", "0"], "--limit 0: give 1 or more"),
         (["--names", "a,a"], "2 models are called a, a"),
         (["--names", "a"], "2 models are called a;"),
         (["--names", "a,b", "--out", "/proc/x"], "/proc/x"),
