@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gptq.config import QuantConfig, Width, with_width
-from gptq.solver.layer import round_to_nearest
+from gptq.solver.layer import rounded
+from gptq.solver.problem import make_problem
 
 # Outputs of a group that are rounded to know the error of a width that is not measured.
 ROWS = 256
@@ -76,13 +78,14 @@ def relative_errors(
     """
     count = min(ROWS, len(weight))
     sample = weight[torch.arange(count, device=weight.device) * len(weight) // count]
+    problem = make_problem(sample, H, config)
     losses: dict[Width, float] = {}
 
     def share(width: Width) -> float:
         for each in (width, reference):
             if each not in losses:
-                solution = round_to_nearest(sample, H, with_width(config, each))
-                losses[each] = float(solution.loss.sum())
+                part = replace(problem, config=with_width(config, each))
+                losses[each] = float(part.row_loss(rounded(part).error(part.w)).sum())
         return losses[width] / max(losses[reference], torch.finfo(torch.float32).tiny)
 
     return [

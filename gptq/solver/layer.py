@@ -80,7 +80,12 @@ def round_to_nearest(W: Tensor, H: Tensor | None, config: QuantConfig) -> Soluti
     without it; the losses are then plain squared errors.
     """
     problem = make_problem(W, H, config)
-    scales, zeros = static_grids(problem.w, problem.H, config)
-    groups = natural_groups(len(problem.w), config.group_size, scales.device)
-    q = quantize(problem.w, Grid(scales[groups], zeros[groups]), config.bits)
-    return keep_better_rows(problem, Candidate(q, scales, zeros, groups))
+    return keep_better_rows(problem, rounded(problem))
+
+
+def rounded(problem: Problem) -> Candidate:
+    """Plain rounding on the grid of each group of inputs."""
+    scales, zeros = static_grids(problem.w, problem.H, problem.config)
+    groups = natural_groups(len(problem.w), problem.config.group_size, scales.device)
+    q = quantize(problem.w, Grid(scales[groups], zeros[groups]), problem.config.bits)
+    return Candidate(q, scales, zeros, groups)
