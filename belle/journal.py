@@ -28,7 +28,7 @@ class Journal:
     def append(self, line: Mapping[str, Any]) -> None:
         """Write a line; it is durable when this returns. Raises UserError if it cannot be."""
         try:
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._file.write(_row(line))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -55,7 +55,10 @@ def open_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
                 f"{path}: another run is writing it; wait for it or give another output"
             ) from error
         file.seek(0)
-        lines, length = _read(file.read(), path)
+        data = file.read()
+        lines, length = _read(data, path)
+        if not lines and not _row(identity).startswith(data):
+            raise UserError(f"{path}: is not of this command; move it away, or give another output")
         if lines:
             _check(lines[0], identity, path)
         file.truncate(length)
@@ -64,6 +67,10 @@ def open_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
             journal.append(identity)
             sync_folder(path.parent)
         yield journal
+
+
+def _row(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def _read(data: bytes, path: Path) -> tuple[list[Line], int]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from gptq.cli.printing import without_surrogates
 from gptq.data.local_files import READERS, Order, local_path, read_json
 from gptq.errors import UserError
 
@@ -29,7 +30,11 @@ def read(path: str | Path) -> list[Conversation]:
     conversations = []
     for place, record in values(path):
         try:
-            conversations.append(parse(record))
+            conversation = parse(record)
+            for turn in conversation:
+                if turn["content"] != without_surrogates(turn["content"]):
+                    raise ValueError(f"has half a character in its {_NAMES[turn['role']]}")
+            conversations.append(conversation)
         except ValueError as error:
             raise UserError(f"{path}, {place}: {error}; correct or remove it") from error
     if not conversations:

@@ -342,9 +342,9 @@ def limits(results: Results, language: str) -> str:
         found = slower(results)
         if found is None:
             return line
-        counts, all_from, _ = found
+        counts, all_from, times = found
         named = f"{counts[0]} 行及以上" if all_from else f"{'、'.join(map(str, counts))} 行"
-        return f"{line}4 位时，{named} torch 的 float16 乘法更快。"
+        return f"{line}4 位时，{named} torch 的 float16 乘法更快，最多 {times:.1f} 倍。"
     line = f"- The CUDA and Triton kernels have run on one kind of GPU, an {name}."
     behind = _slower(results)
     return line if behind is None else f"{line}\n  {behind}"

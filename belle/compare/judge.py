@@ -52,7 +52,10 @@ Reference:
 {}"""
 NO_REFERENCE = "There is no reference answer; judge by the task alone."
 _SCORE = re.compile(
-    r"""["']?(?:score|分数|得分|评分)["']?\s*[:：=]\s*["']?(-?[\d.]+)""", re.IGNORECASE
+    r"""(?:score|分数|得分|评分)["'*]*\s*[:：=]["'*\s]*"""  # JSON, or Markdown in bold
+    # Neither the beginning of a longer number nor one of another scale, as 8/10.
+    r"(-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(?!\.?\d|\s*[/%])",
+    re.IGNORECASE,
 )
 
 

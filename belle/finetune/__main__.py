@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from belle.finetune.run import Job, Result
 
 # Flags that replace a value of the recipe, with their types and help.
+# Numpy's generators take no other seeds.
+SEEDS = 2**32
 _OF_RECIPE: dict[str, tuple[type, str]] = {
     "batch": (int, "examples in a step, over all devices"),
     "rate": (float, "the highest learning rate"),
@@ -80,9 +82,12 @@ def _add_trained(command: argparse.ArgumentParser) -> None:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    counts = tuple(sorted({int(part) for part in text.split(",")}))
+    try:
+        counts = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        counts = (0,)
     if counts[0] < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers from 1 on, as N,N")
     return counts
 
 
@@ -90,10 +95,15 @@ def _job(arguments: argparse.Namespace) -> "Job":
     from belle.finetune.run import Job
     from belle.finetune.trained import Trained
 
-    for name in ("batch", "epochs", "length", "rank", "top_blocks", "device_batch", "save_every"):
+    whole = ("batch", "epochs", "length", "rank", "alpha", "top_blocks", "device_batch")
+    for name in (*whole, "save_every"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= arguments.seed < SEEDS:
+        raise UserError(f"--seed {arguments.seed}: must be in 0..{SEEDS - 1}")
     recipe = _recipe(arguments)
+    if recipe.lora is not None and not 0 <= recipe.lora.dropout < 1:
+        raise UserError(f"--dropout {recipe.lora.dropout}: must be at least 0 and below 1")
     if not (recipe.rate > 0 and 0 <= recipe.warmup < 1 and recipe.decay >= 0):
         raise UserError("--rate must be above 0, --warmup in 0..1, --decay at least 0")
     trained = Trained(recipe.lora, arguments.top_blocks, arguments.train == "scales")

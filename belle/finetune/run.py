@@ -139,7 +139,12 @@ def run(job: Job) -> Result:
     order = _order(job, encoded)
     if torchrun.rank() == 0:
         _take_up(job)
-    trainer = _trainer(job, source, [encoded.examples[index] for index in order])
+    try:
+        trainer = _trainer(job, source, [encoded.examples[index] for index in order])
+    except BaseException:
+        if torchrun.rank() == 0 and _last_state(job.work) is None:
+            shutil.rmtree(job.work, ignore_errors=True)
+        raise
 
     def write(target: Path) -> None:
         about = _about(job, encoded, trainer)
@@ -275,6 +280,8 @@ def _take_up(job: Job) -> None:
     file = job.work / _IDENTITY
     identity = json.loads(json.dumps(_identity(job)))
     if _last_state(job.work) is None:
+        if job.work.exists() and not file.exists() and any(job.work.iterdir()):
+            raise UserError(f"{job.work}: is not of a training; move it away, or give another OUT")
         shutil.rmtree(job.work, ignore_errors=True)
         job.work.mkdir(parents=True)
         with whole_file(file) as temporary:

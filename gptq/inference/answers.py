@@ -1,6 +1,6 @@
 """One answer by transformers' `generate`, passed on piece by piece."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from gptq.blockwise.source import max_positions
+from gptq.errors import UserError
 from gptq.inference import decoding
 from gptq.inference.answer_text import AnswerText
 
@@ -53,6 +54,34 @@ class Piece:
     """Why the answer ends with this piece; None: it goes on."""
 
 
+USABLE: Mapping[str, Callable[[Any], bool]] = {
+    "temperature": lambda value: value >= 0,
+    "top_k": lambda value: value >= 0 and isinstance(value, int),
+    "top_p": lambda value: 0 <= value <= 1,
+    "repetition_penalty": lambda value: value > 0,
+    "eos_token_id": lambda value: value >= 0 and isinstance(value, int),
+}
+"""Whether a number is one that an answer can be written with, by its name in a
+generation_config.json."""
+
+
+def check_sampling(config: GenerationConfig) -> None:
+    """Raise UserError for a model's generation_config.json that no answer can be written with.
+
+    transformers says so for each answer.
+    """
+    for name, is_usable in USABLE.items():
+        declared = getattr(config, name)
+        has_several = name == "eos_token_id" and isinstance(declared, list)
+        for value in declared if has_several else [declared]:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and is_usable(value)):
+                raise UserError(
+                    f"the model's generation_config.json has {name} {value!r}, with which no "
+                    "answer can be written; correct it"
+                )
+
+
 @dataclass(frozen=True, eq=False)
 class Served:
     """A loaded model that answers."""
@@ -70,6 +99,7 @@ class Served:
         no client asked for, such as beams."""
         defaults = model.generation_config
         model.generation_config = GenerationConfig()
+        check_sampling(defaults)
         declared: Any = defaults.eos_token_id
         ends = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
         return cls(model, tokenizer, defaults, [token for token in ends if token is not None])

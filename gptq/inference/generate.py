@@ -38,8 +38,11 @@ def text(
     """The model's greedy continuation of `prompt`.
 
     streamer: gets the tokens as they are generated.
-    Raises UserError for a prompt of no tokens, or of a token that the embedding does not have.
+    Raises UserError for a prompt of no tokens, or of a token that the embedding does not have, and
+    for less than one new token.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: give 1 or more")
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if encoded["input_ids"].shape[1] == 0:
         raise UserError("the prompt is empty; give the model some text to go on from")

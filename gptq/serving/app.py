@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -42,8 +42,15 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def models(self, _: Request) -> Response:
-        model = {"id": self.names[0], "object": "model", "created": 0, "owned_by": "belle-gptq"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model]})
+
+    async def model(self, http: Request) -> Response:
+        self._check_model(http.path_params["name"])
+        return JSONResponse(self._model)
+
+    @property
+    def _model(self) -> Json:
+        return {"id": self.names[0], "object": "model", "created": 0, "owned_by": "belle-gptq"}
 
     async def load_model(self, http: Request) -> Response:
         """`transformers chat` asks for its model once. Nothing is loaded."""
@@ -89,6 +96,7 @@ def make_app(served: Served, names: Sequence[str], limits: Limits) -> Starlette:
         routes=[
             Route("/health", service.health),
             Route("/v1/models", service.models),
+            Route("/v1/models/{name:path}", service.model),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
             Route("/v1/completions", service.complete, methods=["POST"]),
             Route("/load_model", service.load_model, methods=["POST"]),
@@ -112,15 +120,18 @@ class Server(uvicorn.Server):
 
 
 async def _read_body(http: Request, limit: int) -> bytes:
-    """Raises Refusal for more bytes than the limit."""
+    """Raises Refusal for more bytes than the limit, or for fewer than were announced."""
     body, size = bytearray(), 0
-    # Read to its end, since many clients see no response before; but not kept.
-    async for part in http.stream():
-        size += len(part)
-        if size <= limit:
-            body += part
-        elif size > _READ * limit:
-            break
+    try:
+        # Read to its end, since many clients see no response before; but not kept.
+        async for part in http.stream():
+            size += len(part)
+            if size <= limit:
+                body += part
+            elif size > _READ * limit:
+                break
+    except ClientDisconnect as gone:
+        raise Refusal("the request ends before its body does") from gone
     if size > limit:
         raise Refusal(f"the request has more than {limit} bytes", status=413)
     return bytes(body)

@@ -46,6 +46,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_logprobs": (0,),
 }
 
 

@@ -196,13 +196,22 @@ def test_the_picture(tmp_path):
         ('A "score": 0 is for nothing. {"score": 0.9}', "rewrite", 0.9),
         ('{"score": 0.75}', "math", 1.0),
         ('{"score": 0.4}', "code", 0.0),
+        ('{"score": 1e-1}', "rewrite", 0.1),
+        ("**Score:** 0.5.", "rewrite", 0.5),
+        ("**评分**：.5", "rewrite", 0.5),
     ],
 )
 def test_scores_are_read(text, kind, score):
     assert judge.read_score(text, kind) == score
 
 
-@pytest.mark.parametrize("text", ["", "good", '{"score": 7}', '{"score": -1}', '{"score": 1.2.3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "good", '{"score": 7}', '{"score": -1}', '{"score": 1.2.3}', '{"score": 0.2.3}'),
+        *("Score: 1/10", "Score: 1 %"),
+    ],
+)
 def test_replies_without_a_score(text):
     with pytest.raises(Unanswered):
         judge.read_score(text, "rewrite")

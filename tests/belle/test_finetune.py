@@ -362,6 +362,10 @@ def mistakes(llama_dir: Path, data: Path, tmp_path: Path):
         "top": ((llama_dir, data, out, "--top-blocks", "3"), "the model has 2 blocks"),
         "two": ((llama_dir, data, out, "--lora", "--top-blocks", "1"), "choose one of them"),
         "rank": ((llama_dir, data, out, "--rank", "4"), "add --lora"),
+        "alpha": ((llama_dir, data, out, "--lora", "--alpha", "0"), "--alpha 0: must be at least"),
+        "dropout": ((llama_dir, data, out, "--lora", "--dropout", "2"), "--dropout 2.0: must be"),
+        "seed": ((llama_dir, data, out, "--seed", "-1"), "--seed -1: must be in 0..4294967295"),
+        "scales": ((llama_dir, data, out, "--scales", "x"), "x is no list of whole numbers"),
         "merge": ((llama_dir, data, out, "--merge"), "leave it out"),
         "template": ((llama_dir, data, out, "--prompt", "template"), "template is missing"),
         "full": ((llama_dir, data, out, "--train", "scales"), "the model is not quantized"),
@@ -375,7 +379,16 @@ def test_a_mistake_is_one_line(llama_dir, data, tmp_path, capsys):
         *_, line = capsys.readouterr().err.splitlines()
         assert line.startswith("error: "), name
         assert message in line, name
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(llama_dir, data, tmp_path, capsys):
+    (tmp_path / "out.training").mkdir()
+    own = tmp_path / "out.training" / "notes.txt"
+    own.write_text("mine")
+    assert main([*map(str, (llama_dir, data, tmp_path / "out")), *QUICK]) == 2
+    assert "out.training: is not of a training" in capsys.readouterr().err
+    assert own.read_text() == "mine"
 
 
 def test_recipes_are_those_of_their_sources():

@@ -283,6 +283,23 @@ def test_a_damaged_journal_is_named_by_its_line(endpoint, tmp_path, capsys):
     assert (tmp_path / JOURNAL).read_bytes() == b"".join(lines)
 
 
+@pytest.mark.parametrize("content", ["a note without an end", '{"a": 1}', '{"a": 1}\n'])
+def test_a_file_that_is_no_journal_is_left_alone(content, endpoint, tmp_path, capsys):
+    (tmp_path / JOURNAL).write_text(content)
+    assert generate(endpoint.url, tmp_path) == 2
+    assert str(tmp_path / JOURNAL) in error_line(capsys)
+    assert (tmp_path / JOURNAL).read_text() == content
+
+
+def test_a_journal_whose_first_line_is_torn_begins_anew(endpoint, tmp_path):
+    assert generate(endpoint.url, tmp_path) == 0
+    good = (tmp_path / JOURNAL).read_bytes()
+    (tmp_path / OUTPUT).unlink()
+    (tmp_path / JOURNAL).write_bytes(good[: good.index(b"\n")])
+    assert generate(endpoint.url, tmp_path) == 0
+    assert (tmp_path / JOURNAL).read_bytes().startswith(good[: good.index(b"\n") + 1])
+
+
 def test_a_second_run_does_not_disturb_the_first(endpoint, tmp_path, capsys):
     assert generate(endpoint.url, tmp_path, "--num_instructions_to_generate=2") == 0
     capsys.readouterr()

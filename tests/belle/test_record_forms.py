@@ -94,6 +94,7 @@ def test_lines_lists_and_tables_are_read_alike(tmp_path):
         (b'{"input": "a", "target": "b"}\n{"input": "a"}', "line 2: has the fields input, but"),
         (b'{"input": "a", "target": "b"}\n{"input": "a"', "line 2: is not JSON"),
         (b"[]", "has no records"),
+        (b'{"input": "a", "target": "\\ud800"}', "line 1: has half a character in its answer"),
         (b'{"input": "\xff", "target": "b"}', "is not UTF-8"),
     ],
 )

@@ -154,6 +154,27 @@ def test_sampling(llama_dir):
     assert answers(repetition_penalty=5.0) != greedy
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"eos_token_id": "x"},
+        {"eos_token_id": [1, "x"]},
+        {"eos_token_id": -1},
+        {"repetition_penalty": 0},
+        {"top_k": -5},
+        {"top_k": 1.5},
+        {"temperature": "hot"},
+        {"top_p": 2},
+    ],
+)
+def test_settings_that_no_answer_can_be_written_with(setting, llama_dir):
+    model, tokenizer = gptq.load(llama_dir)
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(UserError, match=f"generation_config.json has {next(iter(setting))} "):
+        Served.of(model, tokenizer)
+
+
 def test_logits_that_are_not_numbers(llama_dir):
     model, tokenizer = gptq.load(llama_dir)
     with torch.no_grad():

@@ -80,6 +80,12 @@ def test_settings_of_the_model_do_not_make_it_sample(loaded):
         model.generation_config.update(do_sample=False, temperature=1.0, top_p=1.0)
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_new_tokens(count, loaded):
+    with pytest.raises(UserError, match=f"max_new_tokens {count}: give 1 or more"):
+        text(*loaded, "the cat", count)
+
+
 def test_an_empty_prompt(loaded):
     with pytest.raises(UserError, match="the prompt is empty"):
         text(*loaded, "", NEW)

@@ -15,6 +15,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -166,6 +167,8 @@ def test_completions(openai_client, served):
 
 def test_models_and_health(openai_client, http):
     assert [model.id for model in openai_client.models.list()] == ["packed"]
+    assert openai_client.models.retrieve("packed").id == "packed"
+    assert http.get("/v1/models/gpt-4o").status_code == 404
     assert http.get("/health").json() == {"status": "ok"}
 
 
@@ -366,6 +369,7 @@ def test_what_asks_for_nothing_is_taken(post, expected_text):
     neutral = {
         "user": "me",
         "logprobs": False,
+        "top_logprobs": 0,
         "frequency_penalty": 0.0,
         "tools": None,
         "logit_bias": {},
@@ -382,6 +386,18 @@ def test_bodies_that_are_no_request(http, body):
     response = http.post(CHAT, content=body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_client_that_leaves_while_it_sends(server, http, caplog):
+    """It is told, if it still listens, and the log has nothing of it."""
+    address = urlsplit(server)
+    with socket.create_connection((address.hostname, address.port)) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
+        client.sendall(f'{head}{{"a'.encode())
+        client.shutdown(socket.SHUT_WR)
+        client.recv(1000)
+    assert http.get("/health").json() == {"status": "ok"}
+    assert not caplog.records
 
 
 def test_other_paths_have_errors_of_the_same_shape(http):
