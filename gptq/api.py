@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gptq.allocation.target import EMBEDDING_CHOICES, Target
 from gptq.blockwise.model import BlockwiseModel
 from gptq.blockwise.source import ModelSource, open_model
-from gptq.config import DEFAULTS, QuantConfig, Widths
+from gptq.config import BITS, DEFAULTS, FULL_MODEL, QuantConfig, Widths
 from gptq.device import calibration_dtype, parse_size, pick_device
 from gptq.errors import UserError
 from gptq.inference import perplexity as evaluation
@@ -51,9 +51,9 @@ def quantize(
     device: str | None = None,
     dtype: str | None = None,
     resume: bool = False,
-    max_memory: str | None = None,
+    max_memory: str | int | None = None,
     widths: Widths | None = None,
-    size: str | None = None,
+    size: str | int | None = None,
     average_bits: float | None = None,
     progress: Callable[[LayerReport, int], None] | None = None,
 ) -> Report:
@@ -71,14 +71,16 @@ def quantize(
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
-    max_memory: of each process, such as "6GiB"; activations go to disk, next to the output, if they
-        would exceed it, a GPU's first to the machine's memory. By default what is free.
+    max_memory: of each process, such as "6GiB", or bytes; activations go to disk, next to the
+        output, if they would exceed it, a GPU's first to the machine's memory. By default what is
+        free.
     widths: bits and group size of layers that do not have those of `config`, by their full names;
         layers that share their input must have one width.
     size, average_bits: instead, each layer gets the bits and group size with which the model is
         closest to the full one, so that each file (of a folder, its weight files) has at most
-        `size`, such as "3.5GiB", or the layers so many bits a weight, with scales and zero points.
-        For a size a packed embedding and head get 4 or 8 bits, or what `config` has if not 8.
+        `size`, such as "3.5GiB", or bytes, or the layers so many bits a weight, with scales and
+        zero points. For a size a packed embedding and head get 4 or 8 bits, or what `config` has
+        if not 8.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """
@@ -90,7 +92,7 @@ def quantize(
         seqlen=seqlen,
         seed=seed,
         resume=resume,
-        max_memory=max_memory,
+        max_memory=None if max_memory is None else str(max_memory),
         widths=widths,
         target=_target(size, average_bits, widths, config),
     )
@@ -98,7 +100,7 @@ def quantize(
 
 
 def _target(
-    size: str | None, bits: float | None, widths: Widths | None, config: QuantConfig | None
+    size: str | int | None, bits: float | None, widths: Widths | None, config: QuantConfig | None
 ) -> Target | None:
     given = [it for it in (size, bits, widths) if it is not None]
     if len(given) > 1:
@@ -106,9 +108,13 @@ def _target(
     if size is None and bits is None:
         return None
     if size is None:
+        if not (isinstance(bits, int | float) and BITS[0] < bits <= FULL_MODEL):
+            raise UserError(f"average_bits {bits!r}: give more than {BITS[0]}, up to {FULL_MODEL}")
         return Target(bits=bits)
     is_default = config is None or config.embedding_bits == DEFAULTS["embedding_bits"]
-    return Target(parse_size(size, "size"), embedding_bits=EMBEDDING_CHOICES if is_default else ())
+    return Target(
+        parse_size(str(size), "size"), embedding_bits=EMBEDDING_CHOICES if is_default else ()
+    )
 
 
 def open_full(

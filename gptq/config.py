@@ -70,7 +70,8 @@ class Setting:
             valid = number and (self._within_bounds(value) or value == self.sentinel)
             advice = self.advice.format(low=self.low, high=self.high)
         else:
-            return
+            valid = type(value) is kind
+            advice = f"give a {kind.__name__}"
         if not valid:
             raise SettingError(name, value, f"is not possible: {advice}")
 

@@ -74,6 +74,8 @@ def convert(
 def _open(
     path: Path, model: str | Path | None, bits: int | None, group_size: int | None
 ) -> Canonical:
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; give a .pt, .safetensors, .gguf or folder")
     if model is None and not path.is_dir() and path.suffix != ".gguf":
         raise UserError(
             f"{path}: add --model, the folder or hub name of the model it was made from"

@@ -6,6 +6,7 @@ from pathlib import Path
 from gptq import torchrun
 from gptq.allocation.target import Target
 from gptq.checkpoints.formats import FORMATS, folder_formats
+from gptq.checkpoints.names import FILE_ENDINGS
 from gptq.checkpoints.sizes import Output
 from gptq.checkpoints.writing import is_ours
 from gptq.config import QuantConfig, Widths
@@ -34,6 +35,12 @@ class Outputs:
             raise UserError(
                 f"format {self.format!r} is not known; choose one of {', '.join(folder_formats())}"
             )
+        for name, endings in FILE_ENDINGS.items():
+            path = getattr(self, name)
+            if path is not None and path.suffix not in endings:
+                raise UserError(f"{path}: {name} needs a name that ends in {' or '.join(endings)}")
+        if self.save_dir is not None and self.save_dir.suffix == ".gguf":
+            raise UserError(f"{self.save_dir}: a folder cannot be read by that name; give another")
         # The other processes of a run write nothing, and may be on machines without these folders.
         for path in self.paths if torchrun.rank() == 0 else ():
             check_writable(path, folder=path is self.save_dir, ours=is_ours)
@@ -90,6 +97,16 @@ class Job:
     widths: Widths | None = None
     target: Target | None = None
     """Widths are chosen so that the outputs fit this."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, QuantConfig):
+            raise UserError(f"config {self.config!r}: give a QuantConfig")
+        if not isinstance(self.dataset, str | Path | None):
+            raise UserError(f"dataset {self.dataset!r:.50}: give a name or a path")
+        for name, least in (("nsamples", 1), ("seqlen", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= least):
+                raise UserError(f"{name} {value!r}: give a whole number from {least} on")
 
     def with_embedding_bits(self, bits: int) -> "Job":
         """The same job with so many bits for the embedding and the head, where they are packed."""

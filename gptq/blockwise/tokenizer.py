@@ -1,12 +1,13 @@
 """The tokenizer of a model's folder or .gguf file, with the quirks of each."""
 
+import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
@@ -24,6 +25,9 @@ _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # How byte-level tokenizers split text before merging, by llama.cpp's names. All of these give the
 # same tokens as GPT-2's: vocabularies that have digits one by one have no merges of them.
 _LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "exaone4", "smollm", "starcoder", "refact")
+# llama.cpp's types of tokens that text is searched for, before it is split.
+_CONTROL, _USER_DEFINED = 3, 4
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 # Those that transformers knows by another name only.
 _KNOWN_AS = {"stablelm2": "qwen2", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
 
@@ -75,9 +79,10 @@ def restore_byte_level(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     # Only here: that format's package is read for nothing else.
     from gptq.files.gguf_file import read_header
 
-    values = read_header(path).metadata
+    values = read_header(path, arrays=True).metadata
     if values.get("tokenizer.ggml.model") != "gpt2":
         return
+    _restore_added_tokens(tokenizer, values)
     splits = _splittings()
     backend = tokenizer.backend_tokenizer
     # transformers 5.17 makes LLaMA's from parts of sentencepiece's: the decoder drops a leading
@@ -105,6 +110,34 @@ def restore_byte_level(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
         "llama.cpp",
         stacklevel=2,
     )
+
+
+def _restore_added_tokens(tokenizer: PreTrainedTokenizerFast, values: Mapping[str, Any]) -> None:
+    """Make the added tokens of a byte-level tokenizer those of the .gguf file.
+
+    transformers takes text with other signs than those that stand for bytes, as "    " or
+    "<｜User｜>", for no added token, and has "<|endoftext|>" of GPT-2 beyond the file's last.
+    """
+    tokens = list(values.get("tokenizer.ggml.tokens") or ())
+    kinds = values.get("tokenizer.ggml.token_type") or ()
+    own = {
+        number: {**_ADDED, "id": number, "content": text, "special": kind == _CONTROL}
+        for number, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind in (_CONTROL, _USER_DEFINED)
+    }
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    known = {it["id"]: it for it in state["added_tokens"]}
+    added = {**own, **{number: it for number, it in known.items() if number < len(tokens)}}
+    if added == known:
+        return
+    vocabulary = {text: it for text, it in state["model"]["vocab"].items() if it not in added}
+    vocabulary |= {it["content"]: number for number, it in added.items()}
+    for number in set(range(len(tokens))) - set(vocabulary.values()):
+        vocabulary[tokens[number]] = number
+    state["model"]["vocab"] = vocabulary
+    state["added_tokens"] = [added[number] for number in sorted(added)]
+    # No added token can be taken away from a tokenizer that is there.
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _splittings() -> Collection[str]:

@@ -26,6 +26,8 @@ from gptq.files.lazy import Entries, Entry, LazyTensors
 from quant_cuda.packing import BITS, pack_zeros, words_for
 
 METHOD = "compressed-tensors"
+# Of transforms, those that the stored weights have in them.
+_IN_WEIGHTS = ("weight_input", "weight_output")
 PACKED = "pack-quantized"
 
 # Writing -------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ def as_gptq(
     Raises UserError for kinds of the format other than "pack-quantized" of whole numbers, for
     quantized activations, and for tensors that do not go together.
     """
+    _check_transforms(path, settings)
     declared = [(_declared(path, group), _targets_of(group)) for group in _groups(path, settings)]
     # Of layers that no group names, but their class.
     others = [weights for weights, targets in declared if not all(map(_is_name, targets))]
@@ -172,6 +175,8 @@ def as_gptq(
         named = [weights for weights, targets in declared if _names(targets, name)]
         layer = _layer(path, tensors, name, named or others)
         layers.append(layer)
+        if {weights.get("symmetric") for weights in named or others} == {False}:
+            require(path, tensors, name, "weight_zero_point")
         symmetric &= f"{name}.weight_zero_point" not in tensors
         ordered |= f"{name}.weight_g_idx" in tensors
         changes |= _gptq_entries(path, tensors, layer)
@@ -185,6 +190,19 @@ def _groups(path: Path, settings: Mapping[str, Any]) -> Iterator[Mapping[str, An
         if kind not in (None, PACKED, "mixed-precision"):
             raise UserError(f"{path}: is compressed-tensors of kind {kind!r}; {PACKED} can be read")
     yield from _records(path, groups)
+
+
+def _check_transforms(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError for rotations that are not in the weights, but computed as the model runs."""
+    transforms = settings.get("transform_config")
+    schemes = transforms.get("config_groups") if isinstance(transforms, dict) else transforms
+    for scheme in _records(path, schemes or {}):
+        for place in _records(path, dict(enumerate(scheme.get("apply") or []))):
+            if (location := place.get("location")) not in _IN_WEIGHTS:
+                raise UserError(
+                    f"{path}: has a transform of each layer's {location}, which is not supported; "
+                    "make it again without one, or with what is merged into the weights alone"
+                )
 
 
 def _records(path: Path, groups: object) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object
     """Raise UserError for a checkpoint in a layout that is not GPTQ's."""
     method = settings.get("quant_method", "gptq")
     layout = settings.get("checkpoint_format", settings.get("format"))
-    if method == "auto-round" and "gptq" in str(settings.get("packing_format")):
+    if method in ("auto-round", "intel/auto-round") and "gptq" in str(settings.get("packing_format")):
         layout = "gptq"
     elif method != "gptq":
         raise UserError(f"{path}: says it is quantized by {method!r}, not by GPTQ; {_CONVERT}")

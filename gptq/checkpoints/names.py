@@ -4,3 +4,5 @@
 FOLDER_FORMATS = ("gptq", "gptq_v2", "compressed-tensors", "awq", "mlx")
 # Inputs that share a scale in a .gguf file, and so the group size to quantize with for one.
 GGUF_GROUP = 32
+FILE_ENDINGS = {"save": (".pt", ".gguf"), "save_safetensors": (".safetensors",)}
+"""Of the files that a quantization writes, by the argument that names them."""

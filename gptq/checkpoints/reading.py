@@ -22,7 +22,7 @@ from gptq.checkpoints.settings import (
     parse,
     settings_folder,
 )
-from gptq.checkpoints.widths import declared_group_sizes
+from gptq.checkpoints.widths import declared_group_sizes, has_exceptions
 from gptq.errors import SettingError, UserError
 from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
@@ -152,8 +152,7 @@ def place(
     group_size = _agreed(path, settings, "group_size", group_size)
     # An embedding and a head may have bits and groups of their own, which nothing declares.
     inner = inner or packed.layers
-    # GPTQModel's exceptions for some layers, which the layers' own shapes tell.
-    mixed = bool(settings.get("dynamic"))
+    mixed = has_exceptions(settings)
     base_bits = _bits(path, inner, bits, mixed)
     exceptions = declared_group_sizes(settings, [layer.name for layer in inner]) if mixed else None
     base_size, layers = _with_group_sizes(path, packed, inner, group_size, exceptions)

@@ -80,16 +80,25 @@ def patterns(layers: Iterable[PackedLayer], spec: ModelSpec) -> Iterator[Alike]:
             yield Alike(*width, rf"^{re.escape(prefix)}{which}\.{_names(names)}$")
 
 
+# GPTQModel's exceptions for some layers, and AutoRound's. The layers' own shapes tell them too.
+_EXCEPTIONS = ("dynamic", "extra_config")
+
+
+def has_exceptions(settings: Mapping[str, object]) -> bool:
+    """Whether settings declare other bits or groups for some layers."""
+    return any(settings.get(key) for key in _EXCEPTIONS)
+
+
 def declared_group_sizes(
     settings: Mapping[str, object], names: Iterable[str]
 ) -> dict[str, int | None]:
-    """The group size that a rule of `dynamic` declares for each layer; None if none does.
+    """The group size that a rule of an exception declares for each layer; None if none does.
 
     The first rule that fits counts. What is no rule is passed over: shapes tell what it does not.
     """
-    stated = settings.get("dynamic")
     rules = [
         (_compiled(str(rule).removeprefix("+:")), value.get("group_size"))
+        for stated in map(settings.get, _EXCEPTIONS)
         for rule, value in (stated.items() if isinstance(stated, Mapping) else ())
         if isinstance(value, Mapping)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptq import __version__
-from gptq.checkpoints.names import FOLDER_FORMATS
+from gptq.checkpoints.names import FILE_ENDINGS, FOLDER_FORMATS
 from gptq.cli.command import Parser
 from gptq.cli.settings import WBITS, add_settings
 from gptq.config import FULL_MODEL, QUALITIES, QuantConfig
@@ -15,9 +15,12 @@ from gptq.errors import UserError
 from gptq.models import SPECS, ModelSpec
 
 # Flags whose value may be left out: the next argument is theirs only if it ends like this.
-OPTIONAL_VALUES = {"--save": (".pt", ".gguf"), "--save_safetensors": (".safetensors",)}
+OPTIONAL_VALUES = {f"--{name}": endings for name, endings in FILE_ENDINGS.items()}
+# Or like this, which no MODEL or DATASET does, so that it can be refused.
+FILES = (".pt", ".safetensors")
 DEFAULT_NAME = ""
 OUTPUTS = ("--save", "--save_safetensors", "--save-dir")
+PACKS_EMBEDDINGS = (*OPTIONAL_VALUES, "--quantize-embeddings", "--format", "--load")
 # Flags that do nothing unless one of the others is there.
 NEEDS = {
     "--new-eval": ("--eval", "--eval-data"),
@@ -32,7 +35,13 @@ NEEDS = {
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
     "--quantize-embeddings": ("--save-dir",),
+    **dict.fromkeys(("--embedding-bits", "--plain"), PACKS_EMBEDDINGS),
 }
+# Flags that rounding has no use for.
+SOLVING_ONLY = (
+    *("--quality", "--order", "--act-order", "--static-groups", "--percdamp"),
+    *("--error-feedback", "--refine"),
+)
 QUANTIZING_ONLY = (
     *OUTPUTS,
     *("--quality", "--format", "--plain", "--quantize-embeddings", "--report"),
@@ -75,7 +84,9 @@ def join_optional_values(argv: Sequence[str]) -> list[str]:
         endings = OPTIONAL_VALUES.get(argument)
         if endings is not None:
             has_value = (
-                remaining and remaining[0].endswith(endings) and not remaining[0].startswith("-")
+                remaining
+                and remaining[0].endswith((*endings, *FILES))
+                and not remaining[0].startswith("-")
             )
             argument = f"{argument}={remaining.pop(0) if has_value else DEFAULT_NAME}"
         joined.append(argument)
@@ -239,10 +250,17 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag, needed in NEEDS.items():
         if flag in values and not values.keys() & set(needed):
             raise UserError(f"{flag} needs {' or '.join(needed)}")
+    for flag in SOLVING_ONLY if arguments.nearest else ():
+        if flag in values:
+            raise UserError(f"{flag} does nothing with --nearest; leave out one of them")
     for flag, endings in OPTIONAL_VALUES.items():
         name = values.get(flag, DEFAULT_NAME)
         if name != DEFAULT_NAME and not name.endswith(endings):
-            raise UserError(f"{flag} {name}: give a name that ends in {' or '.join(endings)}")
+            other = next((it for it, ends in OPTIONAL_VALUES.items() if name.endswith(ends)), "")
+            advice = f", or {other}" if other else ""
+            raise UserError(
+                f"{flag} {name}: give a name that ends in {' or '.join(endings)}{advice}"
+            )
     for flag, reads_dataset in (("--eval", not arguments.eval_data), ("--benchmark", True)):
         if flag in values and reads_dataset and arguments.dataset is None:
             raise UserError(f"{flag} needs DATASET: c4, wikitext2, ptb or a text file")

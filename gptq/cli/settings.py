@@ -7,7 +7,16 @@ from typing import Any
 
 from gptq.allocation.target import EMBEDDING_CHOICES, GROUP_SIZES, Target
 from gptq.checkpoints.names import GGUF_GROUP
-from gptq.config import BITS, DEFAULTS, FULL_MODEL, QUALITIES, SETTINGS, QuantConfig, Setting
+from gptq.config import (
+    BITS,
+    DEFAULTS,
+    FULL_MODEL,
+    OPTIONAL,
+    QUALITIES,
+    SETTINGS,
+    QuantConfig,
+    Setting,
+)
 from gptq.errors import SettingError, UserError
 
 WBITS = f"--wbits {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
@@ -155,7 +164,8 @@ def check_agreement(
         if setting.stored_as is not None
     }
     # The last word is this package's own, under `meta`: damp_percent is capped, for one.
-    declared |= meta if isinstance(meta, dict) else {}
+    if isinstance(meta, dict):
+        declared |= {name: DEFAULTS[name] for name in OPTIONAL} | meta
     for field, value in settings.items():
         if field == "order" and field not in declared and "desc_act" in stored:
             # Other tools store only whether columns were solved in act-order.

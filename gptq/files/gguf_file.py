@@ -23,7 +23,7 @@ from gptq.errors import UserError
 from gptq.files.lazy import Entry
 from gptq.files.spans import open_binary, read_span
 
-Value = bool | int | float | str | tuple[bool | int | float, ...]
+Value = bool | int | float | str | tuple[bool | int | float | str, ...]
 
 _PLAIN_DTYPES = {
     GgmlType.F32: torch.float32,
@@ -135,9 +135,11 @@ _MAX_BLOCKS = 1 << 12
 class _Cursor:
     """Reads a file from its start on and never past its end."""
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: Path, file: BinaryIO, arrays: bool = False):
+        """arrays: keep arrays of texts, and of more numbers than a model has blocks."""
         self.path = path
         self.file = file
+        self.arrays = arrays
         self.size = path.stat().st_size
         self.at = 0
 
@@ -178,22 +180,28 @@ class _Cursor:
         if kind != _ARRAY:
             raise self.damaged(f"a value of type {kind}")
         element, length = self.scalar("I"), self.count()
-        if element in _SCALARS and length <= _MAX_BLOCKS:
-            return tuple(self.scalar(_SCALARS[element]) for _ in range(length))
         if element in _SCALARS:
-            self.take(length * struct.calcsize(_SCALARS[element]))
-        elif element == _STRING:
-            for _ in range(length):
-                self.take(self.count(limit=_MAX_TEXT))
-        else:
+            code = f"<{length}{_SCALARS[element]}"
+            taken = self.take(struct.calcsize(code))
+            is_kept = self.arrays or length <= _MAX_BLOCKS
+            return struct.unpack(code, taken) if is_kept else None
+        if element != _STRING:
             raise self.damaged(f"an array of type {element}")
+        texts = (self.take(self.count(limit=_MAX_TEXT)) for _ in range(length))
+        if self.arrays:
+            return tuple(text.decode(errors="replace") for text in texts)
+        for _ in texts:
+            pass
         return None
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read a file's header. Raises UserError unless it is a complete one of version 2 or 3."""
+def read_header(path: Path, arrays: bool = False) -> GgufHeader:
+    """Read a file's header. Raises UserError unless it is a complete one of version 2 or 3.
+
+    arrays: also those of its metadata that have an entry for each token.
+    """
     with open_binary(path) as file:
-        cursor = _Cursor(path, file)
+        cursor = _Cursor(path, file, arrays)
         if cursor.size < 4 or cursor.take(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
         version = int(cursor.scalar("I"))

@@ -179,6 +179,7 @@ def test_what_cannot_be(dirs, tmp_path):
     made.state[name][0] = 0
     path = saved(made.state, tmp_path / "old.pt")
     refused("add --model", path, tmp_path / "new")
+    refused("none.pt: no such checkpoint", tmp_path / "none.pt", tmp_path / "new")
     refused("zero point of 0", path, tmp_path / "new", model=dirs["llama"], format="gptq")
     assert not (tmp_path / "new").exists()
     refused("--format x: choose one of", path, tmp_path / "new", model=dirs["llama"], format="x")

@@ -9,7 +9,16 @@ import sentencepiece
 from conftest import WORDS, llama_config, make_model
 from gguf import TokenType
 from helpers.gguf_models import GEMMA_PIECES, READS_ALL, make_tiny, sentencepiece_model, write_dense
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
@@ -156,6 +165,31 @@ def test_a_splitting_is_recognised_by_the_ids_of_a_text(monkeypatch, bytes_dir):
     known = {hashlib.sha256(text.encode()).hexdigest(): "llama-bpe"}
     monkeypatch.setattr(gguf_tokenizer, "_SPLITTINGS", known)
     assert keys_of(bytes_dir)["pre"] == "llama-bpe"
+
+
+def test_added_tokens_are_those_of_the_file(bytes_dir, tmp_path):
+    """transformers takes none with a space, or beyond ASCII, and adds GPT-2's to the file's."""
+    folder = tmp_path / "model"
+    shutil.copytree(bytes_dir, folder)
+    original = open_model(folder).tokenizer()
+    plain = ("    ", "  ", "cat sat", "<think>")
+    original.add_tokens([AddedToken(text, normalized=False) for text in plain])
+    original.add_special_tokens({"additional_special_tokens": ["<｜User｜>"]})
+    original.save_pretrained(folder)
+    write_dense(folder, tmp_path / "m.gguf", "gpt-2")
+    tokenizer = open_model(tmp_path / "m.gguf").tokenizer()
+    assert len(tokenizer) == 320
+    for text in (
+        *("the cat sat on", "if x:\n    return  1", "a <think> b", "<｜User｜>the dog"),
+        "the <|endoftext|> dog",
+    ):
+        ids = original.encode(text)
+        assert tokenizer.encode(text) == ids
+        for skip in (False, True):
+            assert tokenizer.decode(ids, skip) == original.decode(ids, skip)
+    tokenizer.save_pretrained(tmp_path / "again")
+    reloaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
+    assert reloaded.encode("the cat sat on") == original.encode("the cat sat on")
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "stablelm2", "glm4", "hunyuan-dense"])

@@ -239,7 +239,7 @@ def test_shards_in_a_folder_of_their_own(dirs, tmp_path):
 
 
 def test_exceptions_for_some_layers(dirs, tmp_path):
-    """GPTQModel's `dynamic`: other bits for some layers."""
+    """GPTQModel's `dynamic` and AutoRound's `extra_config`: other bits for some layers."""
     made = write(dirs["llama"], "v1", 4, 64, other={"down_proj": 8})
     said = {**AUTOGPTQ, "checkpoint_format": "gptq", "dynamic": {"+:.*down_proj": {"bits": 8}}}
     folder = folder_of(
@@ -248,6 +248,12 @@ def test_exceptions_for_some_layers(dirs, tmp_path):
     model = check(made, folder)
     assert model.model.layers[0].mlp.down_proj.bits == 8
     del said["dynamic"]
+    theirs = {"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 64}}
+    said |= {"extra_config": theirs, "quant_method": "auto-round"}
+    said |= {"packing_format": "auto_round:auto_gptq"}
+    (folder / "quantize_config.json").write_text(json.dumps(said))
+    check(made, folder)
+    del said["extra_config"]
     (folder / "quantize_config.json").write_text(json.dumps(said))
     refused(folder, None, "down_proj holds 8-bit weights, not 4-bit")
 

@@ -116,6 +116,12 @@ def damaged(models, tmp_path, name, change, **settings):
     return tmp_path / "theirs"
 
 
+def transform(location):
+    """As llm-compressor declares a rotation."""
+    place = {"targets": ["re:.*down_proj$"], "location": location, "inverse": False, "ignore": []}
+    return {"config_groups": {"R4": {"type": "hadamard", "apply": [place]}}}
+
+
 LAYER = "model.layers.0.mlp.up_proj"
 DAMAGES = {
     "compressed-tensors": [
@@ -123,6 +129,9 @@ DAMAGES = {
         (f"{LAYER}.weight_scale", None, {}, "weight_scale is absent"),
         (f"{LAYER}.weight_packed", slice(0, 5), {}, "weight_packed has shape"),
         (f"{LAYER}.weight_zero_point", slice(0, 5), {}, "weight_zero_point has shape"),
+        (f"{LAYER}.weight_zero_point", None, {}, "weight_zero_point is absent"),
+        (None, None, {"transform_config": transform("input")}, "a transform of each layer's input"),
+        (None, None, {"transform_config": 3}, "config_groups are no JSON objects"),
         (None, None, {"format": "float-quantized"}, "of kind 'float-quantized'"),
         (None, None, {"config_groups": 3}, "config_groups are no JSON objects"),
     ],
@@ -159,6 +168,15 @@ def test_damage_is_one_line(name, tensor, part, settings, message, models, tmp_p
         gptq.load(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_a_rotation_that_the_weights_have_is_read(models, tmp_path):
+    settings = {"transform_config": transform("weight_output")}
+    folder = damaged(models, tmp_path, "compressed-tensors", lambda state: None, **settings)
+    rotated = logits(folder)[1]
+    (tmp_path / "theirs").rename(tmp_path / "rotated")
+    plain = damaged(models, tmp_path, "compressed-tensors", lambda state: None)
+    assert torch.equal(logits(plain)[1], rotated)
 
 
 # Writing -------------------------------------------------------------------------------------

@@ -148,14 +148,14 @@ def test_values_that_packed_embeddings_cannot_hold(llama_dir, tmp_path, name, bi
     most = 65504 * (2**bits - 1) / 2
     config = gptq.QuantConfig(bits=8, embedding_bits=bits, group_size=32, method="rtn")
     fits = changed(llama_dir, tmp_path / "a", name, spoilt(most - 30_000), torch.float32)
-    rounded(fits, config, save=tmp_path / "a.safetensors")
+    rounded(fits, config, save_safetensors=tmp_path / "a.safetensors")
     model, _ = gptq.load(fits, tmp_path / "a.safetensors", device="cpu")
     module = model.get_submodule(name.removesuffix(".weight"))
     held = dequantize(module.packed(), torch.float32).reshape(-1).abs().max()
     assert abs(float(held) - (most - 30_000)) <= 65504 / 2
     beyond = changed(llama_dir, tmp_path / "b", name, spoilt(-most - 30_000), torch.float32)
     with pytest.raises(UserError, match=f"^{name}: holds .* use --embedding-bits 16 or --plain"):
-        rounded(beyond, config, save=tmp_path / "b.safetensors")
+        rounded(beyond, config, save_safetensors=tmp_path / "b.safetensors")
     rounded(beyond, config, save_dir=tmp_path / "folder")
 
 

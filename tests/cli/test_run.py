@@ -483,6 +483,8 @@ class TestBadCheckpoints:
             ("--error-feedback 0", "--error-feedback 0.0 disagrees with .*error_feedback 0.5"),
             ("--scale-search mse", "--scale-search mse disagrees with .*search hessian"),
             ("--nearest", "--nearest disagrees with .*method gptq"),
+            ("--rotate", "--rotate disagrees with .*rotate False"),
+            ("--tune-tokens 500", "--tune-tokens 500 disagrees with .*tune_tokens 0"),
         ],
     )
     def test_flags_that_disagree(self, flags, message, refused, made, llama_dir, text_file):

@@ -150,6 +150,9 @@ WRONG = [
     ("refine", 1001, "give 0 to 1000 rounds"),
     ("refine", 1.0, "give 0 to 1000 rounds"),
     ("sweeps", 0, "give 1 to 1000"),
+    ("sym", "no", "give a bool"),
+    ("sym", 1, "give a bool"),
+    ("rotate", "x", "give a bool"),
     ("sweeps", 1001, "give 1 to 1000"),
 ]
 

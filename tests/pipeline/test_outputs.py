@@ -35,7 +35,7 @@ def rounded(model: Path, **outputs) -> None:
         ({"save": "d/m.pt", "save_dir": "d"}, r"d/m.pt: lies inside .*/d, which is replaced"),
         ({"save": "d/x/../m.pt", "save_dir": "link"}, r"lies inside .*link, which is replaced"),
         ({"save": "m.pt", "save_dir": "d", "report": "d/page"}, r"d/page: lies inside"),
-        ({"save": "same", "save_dir": "same"}, r"same: is asked for twice"),
+        ({"save": "same.pt", "save_dir": "same.pt"}, r"same.pt: is asked for twice"),
     ],
 )
 def test_outputs_inside_one_another_are_refused(llama_dir, tmp_path, outputs, match):
@@ -331,3 +331,43 @@ def test_columns_that_trade_places_are_another_block(llama_dir, text_file, tmp_p
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="block 1 was made from another model's weights"):
         gptq.quantize(model, text_file, save=tmp_path / "m.pt", resume=True, **RUN)
+
+
+# What a caller asks for ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to write"),
+        ({"save": "m.safetensors"}, "m.safetensors: save needs a name that ends in .pt or .gguf"),
+        ({"save": "m.GGUF"}, "m.GGUF: save needs"),
+        ({"save_safetensors": "m.pt"}, "m.pt: save_safetensors needs .* ends in .safetensors"),
+        ({"save_dir": "m.gguf"}, "m.gguf: a folder cannot be read by that name"),
+        ({"save": "m.pt", "nsamples": "4"}, "nsamples '4': give a whole number from 1 on"),
+        ({"save": "m.pt", "nsamples": 2.5}, "nsamples 2.5: give"),
+        ({"save": "m.pt", "seqlen": 1}, "seqlen 1: give a whole number from 2 on"),
+        ({"save": "m.pt", "seed": "x"}, "seed 'x': give"),
+        ({"save": "m.pt", "dataset": ["a"]}, r"dataset \['a'\]: give a name or a path"),
+        ({"save": "m.pt", "config": {"bits": 4}}, "config {'bits': 4}: give a QuantConfig"),
+        ({"save": "m.pt", "average_bits": float("nan")}, "average_bits nan: give more than 2"),
+        ({"save": "m.pt", "average_bits": "3.5"}, "average_bits '3.5': give"),
+        ({"save": "m.pt", "size": 0}, "size 0 is not a size"),
+        ({"save": "m.pt", "size": "big"}, "size big is not a size"),
+        ({"save": "m.pt", "max_memory": 10}, "memory"),
+    ],
+)
+def test_arguments_that_cannot_work(
+    arguments, message, llama_dir, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        gptq.quantize(llama_dir, **{"dataset": text_file, **arguments})
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_sizes_in_bytes(llama_dir, text_file, tmp_path):
+    settings = {"nsamples": 4, "seqlen": 32, "max_memory": 8 * 2**30}
+    gptq.quantize(llama_dir, text_file, size=200_000, save=tmp_path / "m.pt", **settings)
+    assert (tmp_path / "m.pt").stat().st_size <= 200_000
