@@ -71,16 +71,14 @@ def quantize(
     nsamples, seqlen: windows of calibration text, and tokens in each (by default 2048, or what
         the model can take).
     resume: continue a run of the same arguments that was stopped.
-    max_memory: of each process, such as "6GiB", or bytes; activations go to disk, next to the
-        output, if they would exceed it, a GPU's first to the machine's memory. By default what is
-        free.
+    max_memory: of each process, in bytes or as "6GiB"; activations go to disk, next to the output,
+        if they would exceed it, a GPU's first to the machine's memory. By default what is free.
     widths: bits and group size of layers that do not have those of `config`, by their full names;
         layers that share their input must have one width.
     size, average_bits: instead, each layer gets the bits and group size with which the model is
         closest to the full one, so that each file (of a folder, its weight files) has at most
-        `size`, such as "3.5GiB", or bytes, or the layers so many bits a weight, with scales and
-        zero points. For a size a packed embedding and head get 4 or 8 bits, or what `config` has
-        if not 8.
+        `size`, in bytes or as "3.5GiB", or the layers so many bits a weight, with scales and zero
+        points. For a size a packed embedding and head get 4 or 8 bits, or `config`'s if not 8.
     progress: called after each layer with its report and the number of layers in all.
     Raises gptq.errors.UserError for anything in the arguments that cannot work.
     """

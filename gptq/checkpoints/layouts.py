@@ -21,6 +21,8 @@ from quant_cuda.weight import group_count
 GROUP_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 # Values of checkpoint_format that can be read.
 READABLE = ("gptq", "gptq_v2")
+# quant_method of AutoRound's files; older versions wrote the second.
+_AUTOROUND = ("auto-round", "intel/auto-round")
 # Endings of tensor names by which other layouts are recognised, and what to call them.
 _OTHER_LAYOUTS = {
     ".B": "in the marlin layout",
@@ -106,7 +108,7 @@ def check_layout(path: Path, names: Iterable[str], settings: Mapping[str, object
     """Raise UserError for a checkpoint in a layout that is not GPTQ's."""
     method = settings.get("quant_method", "gptq")
     layout = settings.get("checkpoint_format", settings.get("format"))
-    if method in ("auto-round", "intel/auto-round") and "gptq" in str(settings.get("packing_format")):
+    if method in _AUTOROUND and "gptq" in str(settings.get("packing_format")):
         layout = "gptq"
     elif method != "gptq":
         raise UserError(f"{path}: says it is quantized by {method!r}, not by GPTQ; {_CONVERT}")

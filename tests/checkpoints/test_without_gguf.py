@@ -15,7 +15,8 @@ model, text, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 run = {"nsamples": 8, "seqlen": 32}
 config = gptq.QuantConfig(group_size=32, sym=True)
 gptq.quantize(model, text, config, save=folder / "m.pt", save_dir=folder / "m", **run)
-gptq.quantize(model, text, config, average_bits=4.5, save_safetensors=folder / "s.safetensors", **run)
+out = folder / "s.safetensors"
+gptq.quantize(model, text, config, average_bits=4.5, save_safetensors=out, **run)
 gptq.load(model, folder / "m.pt")
 gptq.load(folder / "m")
 convert(folder / "m", folder / "ct", format="compressed-tensors")
