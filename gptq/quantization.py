@@ -137,6 +137,11 @@ def _checked_choice(model: BlockwiseModel, job: Job) -> Choice | None:
     job.outputs.check_apart(model_path, job.dataset)
     if job.target is not None and job.dataset is None:
         raise UserError("choosing widths needs DATASET to calibrate on: c4, or a text file")
+    if config.embedding_bits == 4 and not model.spec.packs_embedding and job.outputs.gguf is None:
+        raise UserError(
+            "--embedding-bits 4: the model scales its embedding, which so stays at 16 bits; leave "
+            "the flag out"
+        )
     choice = (
         None if job.target is None else choice_of(model, config, job.target, job.possible_outputs)
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import llama_config, make_model
+from helpers.gguf_models import make_tiny
 from safetensors.torch import load_file, save_file
 
 import gptq
@@ -157,6 +158,14 @@ def test_values_that_packed_embeddings_cannot_hold(llama_dir, tmp_path, name, bi
     with pytest.raises(UserError, match=f"^{name}: holds .* use --embedding-bits 16 or --plain"):
         rounded(beyond, config, save_safetensors=tmp_path / "b.safetensors")
     rounded(beyond, config, save_dir=tmp_path / "folder")
+
+
+def test_an_embedding_that_stays_as_it_is(tmp_path):
+    folder = make_tiny(tmp_path / "gemma", "gemma")
+    config = gptq.QuantConfig(bits=8, group_size=32, method="rtn", embedding_bits=4)
+    with pytest.raises(UserError, match="--embedding-bits 4: the model scales its embedding"):
+        rounded(folder, config, save=tmp_path / "m.pt")
+    rounded(folder, replace(config, embedding_bits=8), save=tmp_path / "m.pt")
 
 
 def test_little_calibration_text_is_said(llama_dir, tmp_path, text_file, recwarn):
