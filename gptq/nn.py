@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 STORED_AS_IS = ("qweight", "qzeros", "scales", "g_idx")
 # Those that are freed while a prepared weight replaces them.
 FREED_IF_PREPARED = ("qweight", "qzeros", "scales")
-# The key of a module's part of a state dict's `_metadata` for what the tensors do not tell.
-ZERO_OFFSET_KEY = "zero_offset"
+# The keys of a module's part of a state dict's `_metadata` for what the tensors do not tell.
+ZERO_OFFSET_KEY, GROUP_SIZE_KEY = "zero_offset", "group_size"
 # One for all modules, since a lock in a module could be neither copied nor pickled. A forward with
 # a prepared weight does not take it.
 _swap_lock = threading.RLock()
@@ -207,7 +207,7 @@ class PackedModule(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             if hasattr(destination, "_metadata"):
                 metadata = destination._metadata.setdefault(prefix.removesuffix("."), {})
-                metadata[ZERO_OFFSET_KEY] = self.zero_offset
+                metadata |= {ZERO_OFFSET_KEY: self.zero_offset, GROUP_SIZE_KEY: self.group_size}
             if self._prepared is not None:
                 packed = quant_cuda.restore(self._prepared)
                 # g_idx and bias go last, in the order in which __init__ registers the buffers.

@@ -1,5 +1,6 @@
 """Opening a quantized checkpoint of any tool, and replacing a model's layers by packed ones."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,14 @@ from gptq.files.lazy import LazyTensors
 from gptq.files.opening import open_tensors
 from gptq.files.torch_file import check_sums
 from gptq.models import ModelSpec
-from gptq.nn import ZERO_OFFSET_KEY, QuantEmbedding, QuantLinear, TiedHead, format_of
+from gptq.nn import (
+    GROUP_SIZE_KEY,
+    ZERO_OFFSET_KEY,
+    QuantEmbedding,
+    QuantLinear,
+    TiedHead,
+    format_of,
+)
 
 
 @dataclass(frozen=True)
@@ -79,20 +87,24 @@ def _open_stored(path: Path) -> tuple[LazyTensors, dict[str, object]]:
 
 
 def _modules_format(path: Path, metadata: Mapping[str, object]) -> dict[str, object]:
-    """`checkpoint_format`, if packed modules have left it in the state dict that the file holds."""
-    offsets = [
-        module[ZERO_OFFSET_KEY]
-        for module in metadata.values()
+    """`checkpoint_format`, and group sizes that differ, if packed modules have left them in the
+    state dict that the file holds."""
+    modules = {
+        name: module
+        for name, module in metadata.items()
         if isinstance(module, dict) and ZERO_OFFSET_KEY in module
-    ]
-    if not offsets:
+    }
+    if not modules:
         return {}
-    first, *others = offsets
+    first, *others = (module[ZERO_OFFSET_KEY] for module in modules.values())
     if first not in (0, 1) or any(offset != first for offset in others):
         raise UserError(
             f"{path}: its layers are not all of one format; save one model's state dict"
         )
-    return {"checkpoint_format": format_of(first)}
+    sizes = {name: module.get(GROUP_SIZE_KEY) for name, module in modules.items()}
+    rules = {f"+:^{re.escape(name)}$": {GROUP_SIZE_KEY: size} for name, size in sizes.items()}
+    alike = len(set(sizes.values())) == 1
+    return {"checkpoint_format": format_of(first), **({} if alike else {"dynamic": rules})}
 
 
 def attach(

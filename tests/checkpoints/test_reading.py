@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import gptq
 from gptq import QuantConfig, QuantLinear
 from gptq.api import open_weights
+from gptq.config import Width
 from gptq.errors import UserError
 from gptq.nn import QuantEmbedding
 
@@ -240,8 +241,26 @@ def test_a_modules_own_state_says_its_format(llama_dir, made, tmp_path, offset):
     torch.save(model.state_dict(), tmp_path / "m.pt")
     checkpoint = open_weights(llama_dir, tmp_path / "m.pt").checkpoint
     assert checkpoint.zero_offset == offset
-    assert checkpoint.settings == {"checkpoint_format": ("gptq_v2", "gptq")[offset]}
+    assert checkpoint.settings["checkpoint_format"] == ("gptq_v2", "gptq")[offset]
     assert torch.equal(logits(llama_dir, tmp_path / "m.pt"), logits(llama_dir, source))
+
+
+def test_a_modules_own_state_says_its_groups(llama_dir, text_file, tmp_path):
+    """Of a model of several widths, whose groups the tensors alone do not tell: 96 inputs have 2
+    groups of 48, 64 or 80."""
+    widths = {
+        f"model.layers.{block}.mlp.{name}_proj": Width(bits, size)
+        for block, name, bits, size in (
+            *((0, "gate", 2, 32), (0, "up", 2, 32), (0, "down", 8, 64)),
+            *((1, "down", 4, -1), (1, "gate", 3, 64), (1, "up", 3, 64)),
+        )
+    }
+    config = QuantConfig(group_size=32, refine=0)
+    made, run = tmp_path / "made.pt", {"nsamples": 4, "seqlen": 32}
+    gptq.quantize(llama_dir, text_file, config, widths=widths, save=made, **run)
+    model, _ = gptq.load(llama_dir, made)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert torch.equal(logits(llama_dir, tmp_path / "m.pt"), logits(llama_dir, made))
 
 
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (2,), (-1,), (2, 2), (1, 1, 0)])
