@@ -31,6 +31,7 @@ _SMALL_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 
 

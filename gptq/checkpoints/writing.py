@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+# Where transformers 5 writes all chat templates but the default one.
+NAMED_TEMPLATES = "additional_chat_templates"
 # What else a folder gets from us.
 MODEL_FILES = (
     "config.json",
@@ -183,8 +185,27 @@ def write_tokenizer(folder: Path, source: ModelSource) -> None:
         return
     for original in tokenizer_files(source.folder):
         shutil.copyfile(original, folder / original.name)
+    _declare_named_templates(folder, source.folder)
     if source.name.upper().startswith("BELLE-") and not has_chat_template(folder):
         (folder / "chat_template.jinja").write_text(BELLE_TEMPLATE, encoding="utf-8")
+
+
+def _declare_named_templates(folder: Path, original: Path) -> None:
+    """Chat templates that the model has in a folder of their own, into tokenizer_config.json.
+
+    transformers reads both. A folder in a folder would not be ours to replace.
+    """
+    named = sorted((original / NAMED_TEMPLATES).glob("*.jinja"))
+    default, file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not named or not default.is_file() or not file.is_file():
+        return
+    paths = {"default": default, **{path.stem: path for path in named}}
+    templates = [
+        {"name": name, "template": path.read_text(encoding="utf-8")} for name, path in paths.items()
+    ]
+    declared = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, {**declared, "chat_template": templates})
+    default.unlink()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

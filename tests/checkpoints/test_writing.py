@@ -282,3 +282,14 @@ def test_belle_models_get_their_own_chat_template(tmp_path):
         written = with_it.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert written == expected
         messages += [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "two?"}]
+
+
+def test_named_chat_templates_are_kept(tmp_path):
+    """transformers 5 writes those in a folder of their own."""
+    folder = make_model(tmp_path / "model", llama_config())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "D{{ messages }}", "tool_use": "T{{ messages }}"}
+    tokenizer.save_pretrained(folder)
+    config = QuantConfig(bits=8, group_size=32, method="rtn", scale_search="minmax")
+    gptq.quantize(folder, None, config, save_dir=tmp_path / "m")
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == tokenizer.chat_template
