@@ -71,7 +71,7 @@ class Setting:
             advice = self.advice.format(low=self.low, high=self.high)
         else:
             valid = type(value) is kind
-            advice = f"give a {kind.__name__}"
+            advice = "give True or False"
         if not valid:
             raise SettingError(name, value, f"is not possible: {advice}")
 

@@ -103,7 +103,9 @@ class Job:
             raise UserError(f"config {self.config!r}: give a QuantConfig")
         if not isinstance(self.dataset, str | Path | None):
             raise UserError(f"dataset {self.dataset!r:.50}: give a name or a path")
-        for name, least in (("nsamples", 1), ("seqlen", 2), ("seed", 0)):
+        if type(self.seed) is not int:
+            raise UserError(f"seed {self.seed!r}: give a whole number")
+        for name, least in (("nsamples", 1), ("seqlen", 2)):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= least):
                 raise UserError(f"{name} {value!r}: give a whole number from {least} on")

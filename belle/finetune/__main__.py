@@ -16,9 +16,9 @@ from gptq.errors import UserError
 if TYPE_CHECKING:
     from belle.finetune.run import Job, Result
 
-# Flags that replace a value of the recipe, with their types and help.
-# Numpy's generators take no other seeds.
+# Numpy's generators take seeds below it.
 SEEDS = 2**32
+# Flags that replace a value of the recipe, with their types and help.
 _OF_RECIPE: dict[str, tuple[type, str]] = {
     "batch": (int, "examples in a step, over all devices"),
     "rate": (float, "the highest learning rate"),

@@ -8,7 +8,7 @@ Layout: https://github.com/vllm-project/compressed-tensors (compressors/pack_qua
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def _check_transforms(path: Path, settings: Mapping[str, Any]) -> None:
     transforms = settings.get("transform_config")
     schemes = transforms.get("config_groups") if isinstance(transforms, dict) else transforms
     for scheme in _records(path, schemes or {}):
-        for place in _records(path, dict(enumerate(scheme.get("apply") or []))):
+        for place in _records(path, scheme.get("apply") or []):
             if (location := place.get("location")) not in _IN_WEIGHTS:
                 raise UserError(
                     f"{path}: has a transform of each layer's {location}, which is not supported; "
@@ -206,7 +206,9 @@ def _check_transforms(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _records(path: Path, groups: object) -> list[dict[str, Any]]:
-    records = list(groups.values()) if isinstance(groups, dict) else [groups]
+    """The JSON objects of an object or a list."""
+    named = groups.values() if isinstance(groups, dict) else groups
+    records = list(named) if isinstance(named, Iterable) else [named]
     checked = [record for record in records if isinstance(record, dict)]
     if len(checked) < len(records):
         raise UserError(f"{path}: its config_groups are no JSON objects; {MAKE_AGAIN}")

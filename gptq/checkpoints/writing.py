@@ -197,15 +197,17 @@ def _declare_named_templates(folder: Path, original: Path) -> None:
     """
     named = sorted((original / NAMED_TEMPLATES).glob("*.jinja"))
     default, file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if not named or not default.is_file() or not file.is_file():
+    if not named or not file.is_file():
         return
-    paths = {"default": default, **{path.stem: path for path in named}}
+    paths = {path.stem: path for path in named}
+    if default.is_file():
+        paths["default"] = default
     templates = [
         {"name": name, "template": path.read_text(encoding="utf-8")} for name, path in paths.items()
     ]
     declared = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, {**declared, "chat_template": templates})
-    default.unlink()
+    default.unlink(missing_ok=True)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

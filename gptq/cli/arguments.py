@@ -20,7 +20,6 @@ OPTIONAL_VALUES = {f"--{name}": endings for name, endings in FILE_ENDINGS.items(
 FILES = (".pt", ".safetensors")
 DEFAULT_NAME = ""
 OUTPUTS = ("--save", "--save_safetensors", "--save-dir")
-PACKS_EMBEDDINGS = (*OPTIONAL_VALUES, "--quantize-embeddings", "--format", "--load")
 # Flags that do nothing unless one of the others is there.
 NEEDS = {
     "--new-eval": ("--eval", "--eval-data"),
@@ -35,9 +34,10 @@ NEEDS = {
     "--resume": OUTPUTS,
     "--format": ("--save-dir",),
     "--quantize-embeddings": ("--save-dir",),
-    **dict.fromkeys(("--embedding-bits", "--plain"), PACKS_EMBEDDINGS),
 }
-# Flags that rounding has no use for.
+# A folder alone leaves the embedding and the head at 16 bits, but for some formats.
+PACKS_EMBEDDINGS = {*OPTIONAL_VALUES, "--quantize-embeddings", "--format"}
+# Flags that rounding has no use for. `--quality tune` trains what was rounded, too.
 SOLVING_ONLY = (
     *("--quality", "--order", "--act-order", "--static-groups", "--percdamp"),
     *("--error-feedback", "--refine"),
@@ -250,8 +250,11 @@ def check_flags(arguments: argparse.Namespace, quantizing: bool) -> None:
     for flag, needed in NEEDS.items():
         if flag in values and not values.keys() & set(needed):
             raise UserError(f"{flag} needs {' or '.join(needed)}")
+    for flag in ("--embedding-bits", "--plain"):
+        if flag in values and "--save-dir" in values and not values.keys() & PACKS_EMBEDDINGS:
+            raise UserError(f"{flag} does nothing to a folder; add --quantize-embeddings")
     for flag in SOLVING_ONLY if arguments.nearest else ():
-        if flag in values:
+        if values.get(flag, "tune") != "tune":
             raise UserError(f"{flag} does nothing with --nearest; leave out one of them")
     for flag, endings in OPTIONAL_VALUES.items():
         name = values.get(flag, DEFAULT_NAME)

@@ -98,8 +98,8 @@ class Served:
         """Takes the model's generation_config away: `generate` would fill in settings from it that
         no client asked for, such as beams."""
         defaults = model.generation_config
-        model.generation_config = GenerationConfig()
         check_sampling(defaults)
+        model.generation_config = GenerationConfig()
         declared: Any = defaults.eos_token_id
         ends = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
         return cls(model, tokenizer, defaults, [token for token in ends if token is not None])

@@ -132,6 +132,10 @@ DAMAGES = {
         (f"{LAYER}.weight_zero_point", None, {}, "weight_zero_point is absent"),
         (None, None, {"transform_config": transform("input")}, "a transform of each layer's input"),
         (None, None, {"transform_config": 3}, "config_groups are no JSON objects"),
+        (
+            *(None, None, {"transform_config": {"config_groups": {"R4": {"apply": 3}}}}),
+            "config_groups are no JSON objects",
+        ),
         (None, None, {"format": "float-quantized"}, "of kind 'float-quantized'"),
         (None, None, {"config_groups": 3}, "config_groups are no JSON objects"),
     ],

@@ -284,11 +284,12 @@ def test_belle_models_get_their_own_chat_template(tmp_path):
         messages += [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "two?"}]
 
 
-def test_named_chat_templates_are_kept(tmp_path):
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
+def test_named_chat_templates_are_kept(names, tmp_path):
     """transformers 5 writes those in a folder of their own."""
     folder = make_model(tmp_path / "model", llama_config())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = {"default": "D{{ messages }}", "tool_use": "T{{ messages }}"}
+    tokenizer.chat_template = {name: name + "{{ messages }}" for name in names}
     tokenizer.save_pretrained(folder)
     config = QuantConfig(bits=8, group_size=32, method="rtn", scale_search="minmax")
     gptq.quantize(folder, None, config, save_dir=tmp_path / "m")

@@ -97,8 +97,11 @@ def test_help_names_every_flag(capsys):
         ("MODEL c4 --wbits 4 --save=x.bin", "--save x.bin: give a name that ends in .pt"),
         ("MODEL c4 --wbits 4 --save_safetensors=x.pt", "ends in .safetensors"),
         ("MODEL c4 --wbits 4 --save x.safetensors", "ends in .pt or .gguf, or --save_safetensors"),
-        ("MODEL c4 --wbits 4 --save-dir d --embedding-bits 4", "--embedding-bits needs --save or"),
-        ("MODEL c4 --wbits 4 --save-dir d --plain", "--plain needs --save or"),
+        (
+            "MODEL c4 --wbits 4 --save-dir d --embedding-bits 4",
+            "--embedding-bits does nothing to a folder",
+        ),
+        ("MODEL c4 --wbits 4 --save-dir d --plain", "--plain does nothing to a folder"),
         ("MODEL --wbits 4 --nearest --save --refine 9", "--refine does nothing with --nearest"),
         ("MODEL --wbits 4 --nearest --save --act-order", "--act-order does nothing"),
         ("MODEL --wbits 4 --nearest --save --quality best", "--quality does nothing"),

@@ -264,6 +264,25 @@ def test_benchmark(run, made, llama_dir, text_file):
     assert printed == pytest.approx(direct_perplexity(model, tokens[None]), rel=1e-4)
 
 
+def test_what_was_rounded_can_be_trained(here, llama_dir, text_file):
+    flags = "--wbits 2 --groupsize 32 --nearest --nsamples 4 --seqlen 32"
+    words = [str(llama_dir), str(text_file), *flags.split()]
+    assert main(LLAMA, [*words, "--save", "rounded.pt"]) == 0
+    tuned = ["--quality", "tune", "--tune-tokens", "2048", "--save", "m.pt"]
+    assert main(LLAMA, [*words, *tuned]) == 0
+    name = "model.layers.0.mlp.up_proj"
+    before, after = (torch.load(here / it, weights_only=True) for it in ("rounded.pt", "m.pt"))
+    assert torch.equal(before[f"{name}.qweight"], after[f"{name}.qweight"])
+    assert not torch.equal(before[f"{name}.scales"], after[f"{name}.scales"])
+
+
+def test_the_embedding_of_a_model_that_is_not_kept(here, run, llama_dir, text_file):
+    flags = ["--wbits", 8, "--groupsize", 32, "--nearest", "--eval", "--seqlen", 32]
+    flags += ["--eval-windows", 4]
+    found = [run(llama_dir, text_file, *flags, *more)[-60:] for more in ([], ["--plain"])]
+    assert found[0] != found[1]
+
+
 def test_nearest_needs_no_dataset(here, run, llama_dir):
     out = run(llama_dir, "--wbits", 4, "--groupsize", 32, "--nearest", "--save", "x.pt")
     assert "rows that keep rounding" in out

@@ -150,9 +150,9 @@ WRONG = [
     ("refine", 1001, "give 0 to 1000 rounds"),
     ("refine", 1.0, "give 0 to 1000 rounds"),
     ("sweeps", 0, "give 1 to 1000"),
-    ("sym", "no", "give a bool"),
-    ("sym", 1, "give a bool"),
-    ("rotate", "x", "give a bool"),
+    ("sym", "no", "give True or False"),
+    ("sym", 1, "give True or False"),
+    ("rotate", "x", "give True or False"),
     ("sweeps", 1001, "give 1 to 1000"),
 ]
 
